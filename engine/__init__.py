@@ -1,0 +1,1 @@
+"""Turns requests into results; has never heard of batches, shards or databases."""

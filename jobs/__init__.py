@@ -1,0 +1,1 @@
+"""Orchestration and edges of the batch processor, and the vocabulary they share."""

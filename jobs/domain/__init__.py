@@ -1,0 +1,1 @@
+"""The vocabulary of the system: frozen types and pure functions, no I/O."""

@@ -1,0 +1,583 @@
+"""One line of an input file, and the request an engine can serve that it stands for.
+
+The fast path is one typed decode. Only a line that fails it is looked at a second time, slowly,
+to find out what is wrong or that what it asks for changes nothing (`"tools": null`).
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from jobs.domain.errors import InvalidLine
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+ENDPOINTS = (CHAT, COMPLETIONS)
+
+MAX_STOP_STRINGS = 16
+MAX_CUSTOM_ID_BYTES = 512
+MAX_NESTING = 64
+
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
+    "json_schema",
+    "json_object",
+    "regex",
+    "choice",
+    "grammar",
+)
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class Constraint(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer must look like.
+
+    `spec` is the JSON text of the schema, the regular expression, the JSON text of the list of
+    choices, the grammar (Lark, or EBNF as llguidance and xgrammar spell it), or empty for
+    "json_object".
+    """
+
+    kind: ConstraintKind
+    spec: str = ""
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True):
+    """One turn of a conversation; content parts are already joined."""
+
+    role: Role
+    content: str
+    name: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens; None means that the line leaves it to the model's defaults.
+
+    `temperature` 0 is greedy; `top_k` 0 or -1 is off.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an engine is asked: a conversation or a prompt (text, or token ids), exactly one.
+
+    `id` is unique in the life of the process that feeds the engine; never a caller's value.
+    """
+
+    id: int
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    constraint: Constraint | None = None
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model on an engine can do, as planning needs it; computed without torch.
+
+    Attributes:
+        model: the name clients use.
+        engine: "hf", "simulated", ...
+        context_tokens: prompt and answer together.
+        parameters: names of the body's fields that the engine obeys.
+        fingerprint: changes whenever answers could change.
+    """
+
+    model: str
+    engine: str
+    endpoints: tuple[str, ...] = ENDPOINTS
+    context_tokens: int = 2048
+    constraints: tuple[ConstraintKind, ...] = CONSTRAINT_KINDS
+    parameters: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One good line: whose it is, which model it names, and what to ask."""
+
+    custom_id: str
+    model: str | None
+    messages: tuple[Message, ...] | None
+    prompt: str | tuple[int, ...] | None
+    sampling: SamplingParams
+    constraint: Constraint | None
+
+    def to_request(self, request_id: int, *, constraint: Constraint | None = None) -> Request:
+        """Return what to ask an engine; `constraint` applies where the line has none."""
+        return Request(
+            id=request_id,
+            messages=self.messages,
+            prompt=self.prompt,
+            sampling=self.sampling,
+            constraint=self.constraint or constraint,
+        )
+
+
+# --- the wire types of a line: only fields that are obeyed, or ignored by definition ---
+
+_ABSENT = msgspec.Raw()
+_Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
+_TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
+_TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
+_Stop = Annotated[str, msgspec.Meta(min_length=1)]
+_Stops = Annotated[list[_Stop], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
+
+
+class _TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+    text: str
+
+
+class _Message(msgspec.Struct, forbid_unknown_fields=True):
+    role: Role
+    content: str | list[_TextPart]
+    name: str | None = None
+    refusal: None = None
+
+
+class _Text(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+    pass
+
+
+class _JsonObject(msgspec.Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True):
+    pass
+
+
+class _NamedSchema(msgspec.Struct, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+    schema: msgspec.Raw = _ABSENT
+    description: str | None = None
+    strict: bool | None = None
+
+
+class _JsonSchema(msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
+    json_schema: _NamedSchema
+
+
+class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    json: msgspec.Raw = _ABSENT
+    regex: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    choice: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
+    grammar: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    json_object: bool | None = None
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    model: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    max_tokens: _Positive | None = None
+    temperature: _Temperature | None = None
+    top_p: _TopP | None = None
+    top_k: _TopK | None = None
+    seed: _Seed | None = None
+    stop: _Stop | _Stops | None = None
+    ignore_eos: bool | None = None
+    structured_outputs: _StructuredOutputs | None = None
+    # The older names of vLLM for the same thing.
+    guided_json: msgspec.Raw = _ABSENT
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    # Accepted because clients send them; these values ask for nothing.
+    n: int | None = None
+    stream: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    user: str | None = None
+
+
+class _ChatBody(_Body, kw_only=True, forbid_unknown_fields=True):
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    max_completion_tokens: _Positive | None = None
+    response_format: _Text | _JsonObject | _JsonSchema | None = None
+    logprobs: Literal[0] | bool | None = None
+
+
+class _CompletionBody(_Body, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[Any]
+    response_format: _Text | _JsonObject | _JsonSchema | None = None
+
+
+class _ChatLine(msgspec.Struct):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/chat/completions"]
+    body: _ChatBody
+
+
+class _CompletionLine(msgspec.Struct):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/completions"]
+    body: _CompletionBody
+
+
+_LINE_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
+    CHAT: msgspec.json.Decoder(_ChatLine),
+    COMPLETIONS: msgspec.json.Decoder(_CompletionLine),
+}
+_BODY_TYPES: dict[str, type[_Body]] = {CHAT: _ChatBody, COMPLETIONS: _CompletionBody}
+
+PARAMETERS = tuple(
+    sorted(
+        ({*_ChatBody.__struct_fields__, *_CompletionBody.__struct_fields__})
+        - {"model", "messages", "prompt"}
+    )
+)
+"""Names of the body's fields that are understood."""
+
+# Values that ask for nothing, of fields that are not obeyed (yet); None always asks for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "stream": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "tool_choice": ("none",),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "modalities": (["text"],),
+    "chat_template_kwargs": ({},),
+    "structured_outputs": ({},),
+}
+# Fields that change no answer, whatever their value.
+_IGNORED = frozenset(
+    {
+        "user",
+        "safety_identifier",
+        "metadata",
+        "store",
+        "service_tier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "stream_options",
+        "guided_decoding_backend",
+        "priority",
+        "request_id",
+    }
+)
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`")
+_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
+
+
+def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
+    """Return the request that `line` stands for.
+
+    Args:
+        endpoint: the batch's endpoint, one of `ENDPOINTS`; the line's url must equal it.
+        capabilities: of the model that would serve it; None checks the form only.
+
+    Raises:
+        InvalidLine: the line cannot be run; `error_code` and `param` are the Batch API's.
+    """
+    try:
+        wire = _LINE_DECODERS[endpoint].decode(line)
+        body = wire.body
+        custom_id = wire.custom_id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        custom_id, body = _parse_slowly(line, endpoint)
+    if not custom_id or len(custom_id) > MAX_CUSTOM_ID_BYTES:
+        raise InvalidLine(
+            f"custom_id must have 1 to {MAX_CUSTOM_ID_BYTES} characters; this one has "
+            f"{len(custom_id)}.",
+            param="custom_id",
+            error_code="invalid_value",
+        )
+    if body.stream:
+        raise InvalidLine(
+            "Streaming is not supported in a batch; leave `stream` out.",
+            param="body.stream",
+            error_code="streaming_unsupported",
+        )
+    if body.presence_penalty or body.frequency_penalty or (body.n or 1) != 1:
+        asked = [name for name in ("presence_penalty", "frequency_penalty") if getattr(body, name)]
+        raise _refused(asked[0] if asked else "n")
+    constraint = _constraint(body)
+    if capabilities is not None:
+        _check_capabilities(body, constraint, capabilities)
+    stop = body.stop
+    max_tokens = body.max_tokens
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    if endpoint == CHAT:
+        if body.logprobs:
+            raise _refused("logprobs")
+        max_tokens = body.max_completion_tokens or max_tokens
+        messages = tuple(
+            Message(
+                m.role,
+                m.content
+                if isinstance(m.content, str)
+                else "\n".join(part.text for part in m.content),
+                m.name,
+            )
+            for m in body.messages
+        )
+    else:
+        prompt = _prompt(body.prompt)
+        max_tokens = max_tokens or 16  # OpenAI's default for this endpoint
+    return Line(
+        custom_id=custom_id,
+        model=body.model,
+        messages=messages,
+        prompt=prompt,
+        sampling=SamplingParams(
+            max_tokens=max_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            seed=body.seed,
+            stop=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_eos=bool(body.ignore_eos),
+        ),
+        constraint=constraint,
+    )
+
+
+def _refused(name: str) -> InvalidLine:
+    return InvalidLine(
+        f"Parameter `{name}` is not supported with this value.",
+        param=f"body.{name}",
+        error_code="unsupported_parameter",
+    )
+
+
+def _check_capabilities(
+    body: _Body, constraint: Constraint | None, capabilities: Capabilities
+) -> None:
+    if capabilities.parameters != PARAMETERS:
+        for name in set(PARAMETERS).difference(capabilities.parameters):
+            value = getattr(body, name, None)
+            if value is not None and value != _ABSENT:
+                raise InvalidLine(
+                    f"Parameter `{name}` is not supported by engine {capabilities.engine}.",
+                    param=f"body.{name}",
+                    error_code="unsupported_parameter",
+                )
+    if constraint is not None and constraint.kind not in capabilities.constraints:
+        raise InvalidLine(
+            f"Engine {capabilities.engine} cannot keep a {constraint.kind} constraint.",
+            param="body.structured_outputs",
+            error_code="unsupported_parameter",
+        )
+
+
+def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]  # one prompt, written as a list of prompts
+    if isinstance(prompt, str):
+        return prompt
+    if prompt and all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+        return tuple(prompt)
+    if any(isinstance(p, (str, list)) for p in prompt):
+        raise InvalidLine(
+            "A line holds one prompt; write one line for each.",
+            param="body.prompt",
+            error_code="unsupported_parameter",
+        )
+    raise InvalidLine(
+        "prompt must be a string or a list of token ids, and not empty.",
+        param="body.prompt",
+        error_code="invalid_value",
+    )
+
+
+def _schema_text(raw: msgspec.Raw | str, param: str) -> str:
+    """Return the JSON text of a schema given as an object, or as a string that holds one."""
+    text = bytes(raw).decode()  # type: ignore[arg-type]  # msgspec.Raw is bytes-like
+    try:
+        schema = msgspec.json.decode(text)
+        if isinstance(schema, str):
+            text = schema
+            schema = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError):
+        schema = None
+    if not isinstance(schema, (dict, bool)):
+        raise InvalidLine(
+            "A JSON schema is an object (or true or false).",
+            param=param,
+            error_code="invalid_schema",
+        )
+    return text
+
+
+def _choices(choices: list[str]) -> Constraint:
+    return Constraint("choice", msgspec.json.encode(choices).decode())
+
+
+def _constraint(body: Any) -> Constraint | None:
+    """Return what the body asks of the answer's form; `response_format` wins, as in vLLM."""
+    form = body.response_format
+    if form is not None:
+        if isinstance(form, _JsonSchema):
+            schema = form.json_schema.schema
+            if bytes(schema) in (b"", b"null"):
+                return Constraint("json_object")
+            param = "body.response_format.json_schema.schema"
+            return Constraint("json_schema", _schema_text(schema, param))
+        if isinstance(form, _JsonObject):
+            return Constraint("json_object")
+    wanted = body.structured_outputs
+    if wanted is not None:
+        found: list[Constraint] = []
+        if bytes(wanted.json):
+            text = _schema_text(wanted.json, "body.structured_outputs.json")
+            found.append(Constraint("json_schema", text))
+        if wanted.regex is not None:
+            found.append(Constraint("regex", wanted.regex))
+        if wanted.choice is not None:
+            found.append(_choices(wanted.choice))
+        if wanted.grammar is not None:
+            found.append(Constraint("grammar", wanted.grammar))
+        if wanted.json_object:
+            found.append(Constraint("json_object"))
+        if len(found) != 1:
+            raise InvalidLine(
+                "structured_outputs takes exactly one of json, regex, choice, grammar and "
+                f"json_object; this one has {len(found)}.",
+                param="body.structured_outputs",
+                error_code="invalid_value",
+            )
+        return found[0]
+    if bytes(body.guided_json):
+        return Constraint("json_schema", _schema_text(body.guided_json, "body.guided_json"))
+    if body.guided_regex is not None:
+        return Constraint("regex", body.guided_regex)
+    if body.guided_choice:
+        return _choices(body.guided_choice)
+    if body.guided_grammar is not None:
+        return Constraint("grammar", body.guided_grammar)
+    return None
+
+
+# --- the slow path: a line that the typed decoder refused ---
+
+
+def _parse_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
+    """Return custom_id and body of a line whose only fault is fields that ask for nothing.
+
+    Raises:
+        InvalidLine: there is a real fault; it says which.
+    """
+    value = _parse_json(line)
+    if not isinstance(value, dict):
+        raise InvalidLine("This line is not a JSON object.", error_code="invalid_json_line")
+    for name in ("custom_id", "method", "url", "body"):
+        if value.get(name) is None:
+            raise InvalidLine(
+                f"Missing required parameter: '{name}'.",
+                param=name,
+                error_code="missing_required_parameter",
+            )
+    custom_id, body = value["custom_id"], value["body"]
+    if not isinstance(custom_id, str):
+        raise InvalidLine(
+            "custom_id must be a string.", param="custom_id", error_code="invalid_type"
+        )
+    if value["method"] != "POST":
+        raise InvalidLine(
+            "The method of a batch line is POST.", param="method", error_code="invalid_method"
+        )
+    if value["url"] != endpoint:
+        raise InvalidLine(
+            f"The url of this line is not the batch's endpoint {endpoint}.",
+            param="url",
+            error_code="invalid_url",
+        )
+    if not isinstance(body, dict):
+        raise InvalidLine("body must be an object.", param="body", error_code="invalid_type")
+    if body.get("stream") is True:
+        raise InvalidLine(
+            "Streaming is not supported in a batch; leave `stream` out.",
+            param="body.stream",
+            error_code="streaming_unsupported",
+        )
+    known = _BODY_TYPES[endpoint].__struct_fields__
+    kept = {
+        name: part
+        for name, part in body.items()
+        if name not in _IGNORED
+        and not (part is None and name in (*known, *_NEUTRAL))
+        and not (name in _NEUTRAL and any(_same(part, neutral) for neutral in _NEUTRAL[name]))
+        and not (name not in known and part is None)
+        and not (name == "tools" and part == [])
+    }
+    try:
+        # Through bytes once more: a schema is kept raw.
+        return custom_id, msgspec.json.decode(msgspec.json.encode(kept), type=_BODY_TYPES[endpoint])
+    except msgspec.ValidationError as error:
+        raise _explain(error) from None
+
+
+def _same(part: object, neutral: object) -> bool:
+    return part == neutral and isinstance(part, bool) == isinstance(neutral, bool)
+
+
+def _parse_json(line: bytes) -> object:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidLine(
+            f"This line is not UTF-8 (byte {error.start}); save the file as UTF-8.",
+            error_code="invalid_utf8",
+        ) from None
+    try:
+        return msgspec.json.decode(line)
+    except RecursionError:
+        raise InvalidLine(
+            "This line is nested too deeply.", error_code="nesting_too_deep"
+        ) from None
+    except msgspec.MsgspecError as error:
+        detail = str(error).removeprefix("JSON is malformed: ")
+        raise InvalidLine(
+            f"This line is not parseable as valid JSON: {detail}.", error_code="invalid_json_line"
+        ) from None
+
+
+def _explain(error: msgspec.ValidationError) -> InvalidLine:
+    match = _AT.match(str(error))
+    what, path = (match["what"], match["path"] or "") if match else (str(error), "")
+    param = f"body{path}"
+    if unknown := _UNKNOWN.match(what):
+        name = unknown["name"]
+        return InvalidLine(
+            f"Unsupported parameter: '{name}'.",
+            param=f"{param}.{name}",
+            error_code="unsupported_parameter",
+        )
+    if missing := _MISSING.match(what):
+        name = missing["name"]
+        return InvalidLine(
+            f"Missing required parameter: '{name}'.",
+            param=f"{param}.{name}",
+            error_code="missing_required_parameter",
+        )
+    wrong_type = re.fullmatch(r"Expected `[^`]*`, got `[^`]*`", what) is not None
+    return InvalidLine(
+        f"{what}.", param=param, error_code="invalid_type" if wrong_type else "invalid_value"
+    )

@@ -1,0 +1,133 @@
+"""What one request became, and how it is written as a line of the output or error file."""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens really computed; when an answer was asked for again, the sum over all attempts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """Return the sum of two usages."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+        )
+
+
+class LineError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request has no answer.
+
+    `status_code` is the HTTP status the request would have got, or 0 when it never ran.
+    """
+
+    code: str
+    message: str
+    status_code: int = 0
+    param: str | None = None
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine made of one request; final.
+
+    Attributes:
+        id: the engine request's id.
+        text: the answer, or the last rejected answer when `error` says so.
+        attempts: how many times the model was asked.
+        constraint: how the answer's constraint was kept: "enforced" while generating and
+            validated after, "validated" only after, or None where there was none.
+    """
+
+    id: int
+    text: str = ""
+    finish_reason: FinishReason = "stop"
+    usage: Usage = Usage()
+    error: LineError | None = None
+    attempts: int = 1
+    constraint: Literal["enforced", "validated"] | None = None
+
+
+_CHAT = "/v1/chat/completions"
+_encode = msgspec.json.Encoder().encode
+
+
+def _error_type(status_code: int) -> str:
+    return "invalid_request_error" if 400 <= status_code < 500 else "server_error"
+
+
+def render_result(
+    result: Result,
+    *,
+    custom_id: str,
+    request_id: str,
+    endpoint: str,
+    model: str,
+    created: int,
+) -> bytes:
+    """Return the line (without its newline) that the output or error file holds.
+
+    A result with an error belongs in the error file, any other in the output file.
+    `request_id` is unique in the system; `created` is in unix seconds.
+
+    Source: the JSONL formats of the OpenAI Batch API; `batchctl` is an addition of ours, present
+    only where there was a constraint or a second attempt.
+    """
+    line: dict[str, object] = {"id": f"batch_req_{request_id}", "custom_id": custom_id}
+    error = result.error
+    if error is not None and not error.status_code:
+        line["response"] = None
+        line["error"] = {"code": error.code, "message": error.message}
+        return _encode(line)
+    usage = result.usage
+    usage_body = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+    body: dict[str, object]
+    if error is not None:
+        status = error.status_code
+        body = {
+            "error": {
+                "message": error.message,
+                "type": _error_type(status),
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+        if usage.completion_tokens or result.text:
+            body["raw_text"] = result.text
+            body["usage"] = usage_body
+    else:
+        status = 200
+        if endpoint == _CHAT:
+            choice: dict[str, object] = {
+                "index": 0,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "finish_reason": result.finish_reason,
+                "logprobs": None,
+            }
+            body = {"id": f"chatcmpl-{request_id}", "object": "chat.completion"}
+        else:
+            choice = {
+                "index": 0,
+                "text": result.text,
+                "finish_reason": result.finish_reason,
+                "logprobs": None,
+            }
+            body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
+        body.update(created=created, model=model, choices=[choice], usage=usage_body)
+    if result.constraint is not None or result.attempts > 1:
+        body["batchctl"] = {"constraint": result.constraint, "attempts": result.attempts}
+    line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
+    line["error"] = None
+    return _encode(line)

@@ -1,0 +1,137 @@
+"""Leased units, shards, leases and segments: what a worker holds, and how a file is cut."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from jobs.domain.ids import BatchId, UnitId, WorkerId
+from jobs.domain.result import Usage
+
+FORMAT_VERSION = 1
+"""Version of what a unit's worker must understand; older workers skip newer units."""
+
+
+class UnitKind(StrEnum):
+    """What a unit of work is."""
+
+    PLAN = "plan"
+    SHARD = "shard"
+    FINALIZE = "finalize"
+    WEBHOOK = "webhook"
+    COLLECT = "collect"
+
+
+class UnitState(StrEnum):
+    """Where a unit stands; the last four are terminal."""
+
+    PENDING = "pending"
+    LEASED = "leased"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+TERMINAL_UNIT_STATES = frozenset(
+    {UnitState.DONE, UnitState.FAILED, UnitState.CANCELLED, UnitState.EXPIRED}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right to run a unit until `expires_at`; `epoch` fences every later write."""
+
+    unit_id: UnitId
+    batch_id: BatchId
+    kind: UnitKind
+    ordinal: int
+    epoch: int
+    owner: WorkerId
+    expires_at: datetime
+    attempt: int
+    crash_count: int = 0
+    model_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A run of request lines: a byte range of the input file.
+
+    `done` has one bit per line of the shard, least significant bit first:
+    position p is bit p % 8 of byte p // 8.
+    """
+
+    unit_id: UnitId
+    batch_id: BatchId
+    ordinal: int
+    first_index: int
+    first_line: int
+    num_lines: int
+    byte_start: int
+    num_bytes: int
+    blob_key: str
+    done: bytes = b""
+    suspects: tuple[tuple[int, ...], ...] = ()
+    solo_crashes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """An immutable blob with some of a shard's results: the checkpoint.
+
+    `positions` has one bit per line of the shard, like `Shard.done`.
+    """
+
+    unit_id: UnitId
+    epoch: int
+    sequence: int
+    blob_key: str
+    sha256: str
+    num_bytes: int
+    positions: bytes
+    num_completed: int
+    num_failed: int
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """Where one shard begins and ends in its source; see `Shard` for the fields."""
+
+    first_index: int
+    first_line: int
+    num_lines: int
+    byte_start: int
+    num_bytes: int
+
+
+def bitmap(positions: list[int], num_lines: int) -> bytes:
+    """Return the bitmap of `num_lines` bits in which `positions` are set."""
+    bits = bytearray((num_lines + 7) // 8)
+    for position in positions:
+        bits[position >> 3] |= 1 << (position & 7)
+    return bytes(bits)
+
+
+def merge_bitmaps(left: bytes, right: bytes) -> bytes:
+    """Return the union of two bitmaps; the shorter one is padded with zeros."""
+    size = max(len(left), len(right))
+    return (int.from_bytes(left, "little") | int.from_bytes(right, "little")).to_bytes(
+        size, "little"
+    )
+
+
+def bitmaps_overlap(left: bytes, right: bytes) -> bool:
+    """Return whether some position is set in both."""
+    return bool(int.from_bytes(left, "little") & int.from_bytes(right, "little"))
+
+
+def count_bits(bits: bytes) -> int:
+    """Return how many positions are set."""
+    return int.from_bytes(bits, "little").bit_count()
+
+
+def has_bit(bits: bytes, position: int) -> bool:
+    """Return whether `position` is set; positions past the end are not."""
+    byte = position >> 3
+    return byte < len(bits) and bool(bits[byte] >> (position & 7) & 1)
