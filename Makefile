@@ -1,0 +1,40 @@
+# Each target makes the environment it needs in .venv, on a machine that has only Python 3.11 to
+# 3.13 and make. PYTHON=/path/to/python chooses the interpreter, WORKERS=4 the test processes.
+
+WORKERS ?= 2
+PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+.PHONY: help install demo test test-all check bench clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
+
+install: ## the environment, without the tools of tests
+	@sh scripts/bootstrap.sh run
+
+demo: ## a batch through the bundled model, from an empty machine to answers
+	@sh scripts/bootstrap.sh run
+	@.venv/bin/python examples/demo.py
+
+test: ## what takes no more than minutes
+	@sh scripts/bootstrap.sh test
+	@$(PYTEST) -m "not slow"
+
+test-all: ## everything, slow tests included
+	@sh scripts/bootstrap.sh test
+	@$(PYTEST)
+
+check: ## style, types and the direction of imports
+	@sh scripts/bootstrap.sh lint
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache
+
+bench: ## each script in tests/benchmarks; they write JSON and assert nothing
+	@sh scripts/bootstrap.sh test
+	@set -e; for script in tests/benchmarks/*.py; do \
+	  echo "== $$script"; PYTHONPATH=. .venv/bin/python "$$script"; done
+
+clean: ## remove what was built here, the environment included
+	rm -rf .venv .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
