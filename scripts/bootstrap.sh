@@ -101,7 +101,7 @@ fi
 if [ -t 2 ] && [ -z "${CI:-}" ]; then
     quiet=
 else
-    quiet="--quiet --progress-bar off"
+    quiet="-qq --progress-bar off"
 fi
 # Groups need pip 25.1; only the pip inside .venv is changed.
 pip() {

@@ -1,0 +1,653 @@
+"""Settings: the one place where configuration enters.
+
+    flag  >  project TOML  >  BATCHCTL_* environment  >  the field's own names  >  default
+
+The project TOML is `--config PATH`, else `BATCHCTL_CONFIG`, else `batchctl.toml` in the working
+directory. `load()` is called once, at an edge; `Settings(...)` itself reads nothing from outside.
+"""
+
+import ipaddress
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+
+import platformdirs
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+from typing_extensions import override
+
+from jobs.catalogue import (
+    BUILT_IN,
+    EngineChoice,
+    HfSettings,
+    ModelSettings,
+    did_you_mean,
+    resolve,
+)
+from jobs.domain.errors import InvalidInput, NotFound
+from storage.config import BlobSettings, DatabaseSettings
+
+PREFIX = "BATCHCTL_"
+CONFIG_VARIABLE = "BATCHCTL_CONFIG"
+CONFIG_FILE = "batchctl.toml"
+MASK = "**********"
+
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ServerSettings(_Group):
+    """Where the API listens."""
+
+    host: str = Field(
+        default="127.0.0.1",
+        description="address to listen on; another one than loopback needs an `api_key`",
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+class LimitSettings(_Group):
+    """What an upload and a batch may have; OpenAI has 50,000 lines and 200 MB, this has more."""
+
+    max_file_bytes: int = Field(default=200 * _GIB, ge=1, description="size of an uploaded file")
+    max_lines: int = Field(default=10_000_000, ge=1, description="requests in one batch")
+    max_line_bytes: int = Field(
+        default=8 * _MIB, ge=_KIB, description="size of one request line; a longer one is an error"
+    )
+    max_reported_errors: int = Field(
+        default=100, ge=1, description="bad lines that a refused batch lists; all are counted"
+    )
+
+
+class ShardSettings(_Group):
+    """How large a shard may become, whichever comes first."""
+
+    max_lines: int = Field(default=1000, ge=1, description="request lines in one shard")
+    max_bytes: int = Field(
+        default=16 * _MIB, ge=1, description="bytes of request lines in one shard"
+    )
+
+
+class SegmentSettings(_Group):
+    """When results are made durable, whichever comes first; also what a kill can cost."""
+
+    max_results: int = Field(default=256, ge=1, description="results in one segment")
+    max_bytes: int = Field(default=8 * _MIB, ge=1, description="bytes in one segment")
+    max_age_seconds: float = Field(
+        default=1.0, ge=0, description="how long a finished result may wait"
+    )
+
+
+class LeaseSettings(_Group):
+    """The clocks of leases and loops; `timing_profile` gives those that are not set."""
+
+    timing_profile: Literal["default", "fast"] = Field(
+        default="default", description="fast has 3 s leases, for tests of crashes"
+    )
+    lease_seconds: float = Field(default=60, gt=0, description="how long a claim lasts unrenewed")
+    renew_seconds: float = Field(default=10, gt=0, description="pause between renewals")
+    reap_seconds: float = Field(
+        default=10, gt=0, description="pause between looks for expired leases"
+    )
+    stall_seconds: float = Field(
+        default=180, gt=0, description="an engine without progress for this long is ended"
+    )
+    watch_seconds: float = Field(
+        default=2, gt=0, description="pause between looks for a cancelled batch"
+    )
+    idle_poll_seconds: float = Field(
+        default=1, gt=0, description="pause between looks for work when nothing rang"
+    )
+    announce_seconds: float = Field(
+        default=30, gt=0, description="how often workers are told again of work nobody took"
+    )
+    drain_seconds: float = Field(
+        default=20, gt=0, description="how long a worker that stops may take to write what it has"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_profile(cls, given: Any) -> Any:  # noqa: ANN401  what pydantic passes
+        if isinstance(given, Mapping) and given.get("timing_profile") == "fast":
+            return {**_FAST, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.renew_seconds * 2 > self.lease_seconds:
+            raise ValueError("renew_seconds may be half of lease_seconds at most")
+        return self
+
+
+_FAST = {
+    "lease_seconds": 3,
+    "renew_seconds": 0.5,
+    "reap_seconds": 0.5,
+    "stall_seconds": 9,
+    "watch_seconds": 0.2,
+    "idle_poll_seconds": 0.1,
+    "announce_seconds": 1,
+    "drain_seconds": 5,
+}
+
+
+class RetrySettings(_Group):
+    """How often a shard is tried again."""
+
+    max_attempts: int = Field(
+        default=10, ge=1, description="attempts of a shard before its missing lines become errors"
+    )
+    base_seconds: float = Field(
+        default=1, ge=0, description="first pause, doubled with each attempt"
+    )
+    max_seconds: float = Field(default=60, ge=0, description="longest pause")
+
+
+class SandboxSettings(_Group):
+    """What the trial compilation of one schema, regex or grammar may use."""
+
+    cpu_seconds: int = Field(default=5, ge=1, description="processor time")
+    wall_seconds: float = Field(default=15, gt=0, description="time on the clock")
+    memory_bytes: int = Field(default=1 * _GIB, ge=64 * _MIB, description="memory")
+
+
+class LogSettings(_Group):
+    """What is logged; never prompts or answers."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="debug, info, warning or error"
+    )
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="console or json; auto is console on a terminal"
+    )
+
+
+class Settings(BaseSettings):
+    """Everything an operator may change; read once, at an edge."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+    )
+
+    data: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("batchctl"),
+        description="folder of the database, files and runs of this machine; "
+        "unset: the user's data folder",
+    )
+    base_url: str = Field(
+        default="http://127.0.0.1:8000",
+        description="where the client finds the API; with or without `/v1`",
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="the key that the client sends and the API asks for"
+    )
+    engine: EngineChoice = Field(
+        default="auto", description="engine of models that say auto: auto, hf or simulated"
+    )
+    default_model: str = Field(default="demo", description="model where none is named")
+    models: dict[str, ModelSettings] = Field(
+        default={}, description="the catalogue; `demo` and `simulated` are always in it"
+    )
+    hf: HfSettings = HfSettings()
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    blobs: BlobSettings = BlobSettings()
+    limits: LimitSettings = LimitSettings()
+    shards: ShardSettings = ShardSettings()
+    segments: SegmentSettings = SegmentSettings()
+    leases: LeaseSettings = LeaseSettings()
+    retries: RetrySettings = RetrySettings()
+    sandbox: SandboxSettings = SandboxSettings()
+    log: LogSettings = LogSettings()
+
+    _layers: tuple["_Layer", ...] = PrivateAttr(default=())
+
+    @classmethod
+    @override
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load() puts the layers together itself, because it has to say where a value came from.
+        return (init_settings,)
+
+    @field_validator("data", mode="after")
+    @classmethod
+    def _expand_home(cls, data: Path) -> Path:
+        return data.expanduser().absolute()
+
+    @field_validator("base_url", mode="after")
+    @classmethod
+    def _strip_version(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("should start with http:// or https://")
+        return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _add_built_in(cls, given: Any) -> Any:  # noqa: ANN401  what pydantic passes
+        if not isinstance(given, Mapping):
+            return given
+        entries = {
+            name: entry.model_dump(exclude_unset=True)
+            if isinstance(entry, ModelSettings)
+            else entry
+            for name, entry in given.items()
+        }
+        return _merge(BUILT_IN, entries)
+
+    def check_serving(self) -> None:
+        """Check that an API with these settings is not open to the world.
+
+        Raises:
+            InvalidInput: it would listen beyond this machine without asking for a key.
+        """
+        if not self.server.is_loopback and self.api_key is None:
+            raise InvalidInput(
+                f"Listening on {self.server.host} needs an api_key "
+                f"({PREFIX}API_KEY); without one only loopback is served.",
+                param="api_key",
+            )
+
+
+# --- the names the field knows already ---
+
+
+def _same(value: str) -> object:
+    return value
+
+
+def _backend(value: str) -> object:
+    if value.lower() in {"huggingface", "hf"}:
+        return "hf"
+    later = "vllm_local, vllm_remote and remote_openai are not in this version"
+    raise ValueError(f"should be huggingface; {later}")
+
+
+def _four_bit(value: str) -> object:
+    return "nf4" if _switch(value) else None
+
+
+def _switch(value: str) -> bool:
+    word = value.strip().lower()
+    if word in {"1", "true", "yes", "on"}:
+        return True
+    if word in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("should be true or false")
+
+
+def _hub_folder(value: str) -> object:
+    return str(Path(value).expanduser() / "hub")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """A name that other tools use for one of our settings; `parse` returns None to say nothing."""
+
+    name: str
+    path: tuple[str, ...]
+    parse: Callable[[str], object] = _same
+    note: str
+
+
+ALIASES = (
+    Alias(
+        name="LLM_BACKEND",
+        path=("engine",),
+        parse=_backend,
+        note="`huggingface`; `vllm_local`, `vllm_remote` and `remote_openai` are refused: "
+        "their engines are not in this version",
+    ),
+    Alias(name="HF_DEVICE", path=("hf", "device"), note="auto, cpu, cuda, cuda:N or mps"),
+    Alias(
+        name="HF_LOAD_4BIT",
+        path=("hf", "quantization"),
+        parse=_four_bit,
+        note="true is `nf4`; `HF_QUANTIZATION` goes before it",
+    ),
+    Alias(name="HF_QUANTIZATION", path=("hf", "quantization"), note="`none`, `nf4` or `4bit`"),
+    Alias(
+        name="HF_FLASH_ATTENTION", path=("hf", "flash_attention"), parse=_switch, note="true, false"
+    ),
+    Alias(
+        name="HF_HOME",
+        path=("hf", "cache_folder"),
+        parse=_hub_folder,
+        note="models are kept in its folder `hub`",
+    ),
+    Alias(name="HF_TOKEN", path=("hf", "token"), note="hub token"),
+)
+"""In ascending order of precedence; the names of other engines come with these engines."""
+
+
+# --- loading ---
+
+
+class _Layer(NamedTuple):
+    """One source of values, and what to call the origin of each of them."""
+
+    values: Mapping[str, Any]
+    origin: Callable[[tuple[str, ...]], str]
+
+
+def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401  typed by Settings
+    """Return the settings in force.
+
+    Args:
+        config: the project TOML; unset, `BATCHCTL_CONFIG` or `./batchctl.toml`.
+        flags: fields of `Settings`, nested ones as dicts or with `__` in the name
+            (`server__port=0`); None stands for a flag that was not given.
+
+    Raises:
+        InvalidInput: a value is wrong, or a name is unknown; the message says where it stands.
+        NotFound: the named TOML file does not exist.
+    """
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        if value is not None:
+            _put(given, tuple(name.split("__")), value)
+    layers = (
+        _Layer(given, lambda _: "flag"),
+        *_read_toml(config),
+        _read_environment(os.environ),
+    )
+    covered = layers[-1].values
+    for layer in reversed(layers[:-1]):
+        covered = _merge(covered, layer.values)
+    aliases = _read_aliases(os.environ, covered)
+    layers = (*layers, aliases)
+    merged = dict(_merge(aliases.values, covered))
+    try:
+        settings = Settings(**merged)
+    except ValidationError as error:
+        raise InvalidInput(_explain(error, layers), param="settings") from None
+    settings._layers = layers  # noqa: SLF001  its own module
+    return settings
+
+
+def resolve_model(
+    settings: Settings,
+    name: str | None = None,
+    *,
+    engine: EngineChoice = "auto",
+    quantization: str | None = None,
+    check_installed: bool = True,
+) -> tuple[str, ModelSettings]:
+    """Return the name and the completed settings of a model; see `catalogue.resolve`.
+
+    Args:
+        name: a name of the catalogue, a local folder or a hub id; unset, the default model.
+    """
+    name = name or settings.default_model
+    entry = settings.models.get(name)
+    if engine == "auto" and (entry is None or entry.engine == "auto"):
+        engine = settings.engine
+    return resolve(
+        settings.models,
+        name,
+        hf=settings.hf,
+        engine=engine,
+        quantization=quantization,
+        check_installed=check_installed,
+    )
+
+
+class Origin(NamedTuple):
+    """One setting in force: its name, its value as text (secrets masked) and its source."""
+
+    name: str
+    value: str
+    origin: str
+
+
+def origins(settings: Settings) -> list[Origin]:
+    """Return each setting with where it came from: flag, file:PATH, env:NAME or default."""
+    return [
+        Origin(".".join(path), _shown(value), _origin_of(path, settings._layers))  # noqa: SLF001  its own module
+        for path, value in _leaves(settings, ())
+    ]
+
+
+def render_table() -> str:
+    """Return the Markdown tables of all settings and of the names that are understood as well."""
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for path, field in _fields(Settings, ()):
+        default = "" if field.default_factory else _shown(field.get_default())
+        cell = f"`{default}`" if default else ""
+        lines.append(f"| `{'.'.join(path)}` | {cell} | {field.description or ''} |")
+    lines += ["", "| also understood | stands for | values |", "| --- | --- | --- |"]
+    lines += [f"| `{alias.name}` | `{'.'.join(alias.path)}` | {alias.note} |" for alias in ALIASES]
+    return "\n".join(lines) + "\n"
+
+
+def _read_toml(config: Path | None) -> tuple[_Layer, ...]:
+    named = config or os.environ.get(CONFIG_VARIABLE)
+    path = Path(named or CONFIG_FILE)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if named:
+            raise NotFound(f"There is no settings file {path}.", param="config") from None
+        return ()
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}.", param="config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} is not TOML: {error}.", param="config") from None
+    return (_Layer(values, lambda _: f"file:{path}"),)
+
+
+def _read_environment(environment: Mapping[str, str]) -> _Layer:
+    names: dict[tuple[str, ...], str] = {}
+    for name in environment:
+        if not name.upper().startswith(PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        path = tuple(name[len(PREFIX) :].lower().split("__"))
+        if _annotation_at(Settings, path) is None:
+            known = [_variable(one) for one, _ in _fields(Settings, ())]
+            raise InvalidInput(
+                f"The environment variable {name} is no setting."
+                f"{did_you_mean(name.upper(), [*known, CONFIG_VARIABLE])}",
+                param=name,
+            )
+        names[path] = name
+    try:
+        values = EnvSettingsSource(Settings)()
+    except SettingsError as error:
+        raise InvalidInput(f"The environment cannot be read: {error}.", param="settings") from None
+
+    def origin(path: tuple[str, ...]) -> str:
+        above = next((path[:n] for n in range(len(path), 0, -1) if path[:n] in names), path)
+        return f"env:{names.get(above, _variable(path))}"
+
+    return _Layer(values, origin)
+
+
+def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) -> _Layer:
+    values: dict[str, Any] = {}
+    names: dict[tuple[str, ...], str] = {}
+    for alias in ALIASES:
+        text = environment.get(alias.name)
+        # What a stronger layer says is not looked at: it cannot be wrong either.
+        if not text or _get(covered, alias.path) is not _MISSING:
+            continue
+        try:
+            value = alias.parse(text)
+        except ValueError as error:
+            raise InvalidInput(f"{alias.name} {error}.", param=alias.name) from None
+        if value is not None:
+            _put(values, alias.path, value)
+            names[alias.path] = alias.name
+    return _Layer(values, lambda path: f"env:{names[path]}")
+
+
+def _explain(error: ValidationError, layers: tuple[_Layer, ...]) -> str:
+    """Return one line for each wrong value: its name, where it stands and what is wrong."""
+    lines = []
+    for problem in error.errors(include_input=False, include_context=False, include_url=False):
+        path = tuple(str(part) for part in problem["loc"])
+        while path and _origin_of(path, layers) == "default":
+            path = path[:-1]  # pydantic adds the branch of a union
+        path = path or tuple(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            holder = _annotation_at(Settings, path[:-1])
+            known = _model_in(holder)
+            message = "there is no such setting."
+            message += did_you_mean(path[-1], known.model_fields if known else ())
+        lines.append(f"{'.'.join(path)} ({_origin_of(path, layers)}): {message}")
+    return "\n".join(lines)
+
+
+# --- nested values and nested fields, by path ---
+
+_MISSING = object()
+
+
+def _get(values: Any, path: tuple[str, ...]) -> object:  # noqa: ANN401  nested values of any kind
+    for part in path:
+        if isinstance(values, BaseModel) and part in values.model_fields_set:
+            values = getattr(values, part)
+        elif isinstance(values, Mapping) and part in values:
+            values = values[part]
+        else:
+            return _MISSING
+    return values
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both; where both say something, `over` holds."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(below, value) if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def _origin_of(path: tuple[str, ...], layers: tuple[_Layer, ...]) -> str:
+    for layer in layers:
+        if _get(layer.values, path) is not _MISSING:
+            return layer.origin(path)
+    return "default"
+
+
+def _variable(path: tuple[str, ...]) -> str:
+    return PREFIX + "__".join(path).upper()
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, SecretStr):
+        return MASK
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str):
+        value = re.sub(r"(://[^/@:]*:).+@", rf"\1{MASK}@", value)
+        return re.sub(r"(?i)(password=)[^&]+", rf"\1{MASK}", value)
+    return json.dumps(value)
+
+
+def _leaves(values: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
+    if isinstance(values, BaseModel):
+        for name in type(values).model_fields:
+            yield from _leaves(getattr(values, name), (*path, name))
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            yield from _leaves(value, (*path, str(name)))
+    else:
+        yield path, values
+
+
+def _fields(
+    model: type[BaseModel], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Yield every field that holds a value; a catalogue entry is called NAME."""
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is None:
+            yield (*path, name), field
+        else:
+            middle = ("NAME",) if _is_mapping(field.annotation) else ()
+            yield from _fields(inner, (*path, name, *middle))
+
+
+def _annotation_at(model: type[BaseModel], path: tuple[str, ...]) -> object | None:
+    """Return the type of what stands at `path`, or None when nothing can."""
+    annotation: object = model
+    for part in path:
+        if _is_mapping(annotation):
+            annotation = get_args(annotation)[1]
+            continue
+        inner = _model_in(annotation)
+        if inner is None or part not in inner.model_fields:
+            return None
+        annotation = inner.model_fields[part].annotation
+    return annotation
+
+
+def _is_mapping(annotation: object) -> bool:
+    return get_origin(annotation) is dict
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    origin = get_origin(annotation)
+    if origin is None:
+        return None
+    parts = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
+    return next((inner for part in parts if (inner := _model_in(part))), None)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render_table())
