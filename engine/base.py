@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from jobs.domain.request import Capabilities, Request
+from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import Result
 
 
@@ -44,6 +44,14 @@ class Engine(Protocol):
 
     def count_tokens(self, request: Request) -> int:
         """Return the exact number of prompt tokens of a request."""
+        ...
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the request's sampling parameters with every default filled in."""
+        ...
+
+    def progress(self) -> int:
+        """Return a number that grows while the engine works; any thread may ask."""
         ...
 
     def generate(self, source: Source) -> Iterator[Result]:

@@ -17,7 +17,6 @@ ENDPOINTS = (CHAT, COMPLETIONS)
 
 MAX_STOP_STRINGS = 16
 MAX_CUSTOM_ID_BYTES = 512
-MAX_NESTING = 64
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
@@ -97,6 +96,11 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     parameters: tuple[str, ...] = ()
     fingerprint: str = ""
 
+    @property
+    def serves_everything(self) -> bool:
+        """Whether no parameter or constraint that is understood has to be refused."""
+        return self.parameters == PARAMETERS and self.constraints == CONSTRAINT_KINDS
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One good line: whose it is, which model it names, and what to ask."""
@@ -108,14 +112,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     constraint: Constraint | None
 
-    def to_request(self, request_id: int, *, constraint: Constraint | None = None) -> Request:
-        """Return what to ask an engine; `constraint` applies where the line has none."""
+    def to_request(self, request_id: int) -> Request:
+        """Return what to ask an engine."""
         return Request(
             id=request_id,
             messages=self.messages,
             prompt=self.prompt,
             sampling=self.sampling,
-            constraint=self.constraint or constraint,
+            constraint=self.constraint,
         )
 
 
@@ -473,6 +477,18 @@ def _constraint(body: Any) -> Constraint | None:
     if body.guided_grammar is not None:
         return Constraint("grammar", body.guided_grammar)
     return None
+
+
+class _CustomId(msgspec.Struct):
+    custom_id: str
+
+
+_custom_id_decoder = msgspec.json.Decoder(_CustomId)
+
+
+def custom_id_of(line: bytes) -> str:
+    """Return only the custom_id of a line that was found good before."""
+    return _custom_id_decoder.decode(line).custom_id
 
 
 # --- the slow path: a line that the typed decoder refused ---

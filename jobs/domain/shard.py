@@ -135,3 +135,45 @@ def has_bit(bits: bytes, position: int) -> bool:
     """Return whether `position` is set; positions past the end are not."""
     byte = position >> 3
     return byte < len(bits) and bool(bits[byte] >> (position & 7) & 1)
+
+
+class Cutter:
+    """Groups lines, in the order they are added, into shards of a bounded size."""
+
+    def __init__(self, *, max_lines: int, max_bytes: int) -> None:
+        """Cut after `max_lines` lines, or before a shard would pass `max_bytes`."""
+        self._max_lines = max_lines
+        self._max_bytes = max_bytes
+        self._first: tuple[int, int, int] | None = None
+        self._end = 0
+        self._num_lines = 0
+
+    def add(self, *, index: int, line: int, byte_start: int, num_bytes: int) -> Cut | None:
+        """Add a line; return the shard before it when this line begins another."""
+        finished = None
+        if self._first is not None and (
+            self._num_lines >= self._max_lines
+            or byte_start + num_bytes - self._first[2] > self._max_bytes
+        ):
+            finished = self.finish()
+        if self._first is None:
+            self._first = (index, line, byte_start)
+        self._num_lines += 1
+        self._end = byte_start + num_bytes
+        return finished
+
+    def finish(self) -> Cut | None:
+        """Return what is left as a shard, or None when nothing is."""
+        if self._first is None:
+            return None
+        index, line, start = self._first
+        cut = Cut(
+            first_index=index,
+            first_line=line,
+            num_lines=self._num_lines,
+            byte_start=start,
+            num_bytes=self._end - start,
+        )
+        self._first = None
+        self._num_lines = 0
+        return cut

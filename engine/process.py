@@ -1,0 +1,297 @@
+"""An Engine that lives in a process of its own, spoken to over a socketpair."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engine import wire
+from engine.base import Source
+from engine.config import EngineConfig
+from engine.sampling import resolve_sampling
+from jobs.domain import errors
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import Result
+
+_POLL_SECONDS = 0.005
+_WAIT_SECONDS = 0.2
+_LOG_TAIL_BYTES = 2000
+
+
+def _engine_errors() -> dict[str, type[errors.EngineError]]:
+    found: dict[str, type[errors.EngineError]] = {}
+    todo: list[type[errors.EngineError]] = [errors.EngineError]
+    while todo:
+        kind = todo.pop()
+        found[kind.code] = kind
+        todo += kind.__subclasses__()
+    return found
+
+
+_ERRORS = _engine_errors()
+
+
+class ProcessEngine:
+    """Starts `engine.host` and is an Engine to whoever holds it.
+
+    The process gets its own session, so that a signal to the worker's group does not reach it,
+    and ends when this end of the socket closes. After EngineDied it is gone; open another.
+
+    Attributes:
+        last_progress: a monotonic instant; the engine showed progress then.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        model: str,
+        log_path: Path,
+        start_seconds: float = 900.0,
+        stall_seconds: float = 180.0,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """Start the process and wait until the model is loaded.
+
+        Args:
+            log_path: where the process's own output goes.
+            start_seconds: how long loading may take.
+            stall_seconds: how long requests may be in flight without any progress.
+            environment: variables added to this process's own.
+
+        Raises:
+            EngineMisconfigured: the model cannot be loaded as configured.
+            EngineOutOfMemory: it does not fit.
+            EngineDied: the process ended while loading.
+            EngineTimedOut: loading took too long.
+        """
+        self._log_path = log_path
+        self._stall_seconds = stall_seconds
+        self._config = config
+        self._buffer = wire.FrameBuffer()
+        self._in_flight: set[int] = set()
+        self._started: set[int] = set()
+        self._progress = 0
+        self._credit = 0
+        self.last_progress = time.monotonic()
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        with theirs, log_path.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-m", "engine.host", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=None if environment is None else {**os.environ, **environment},
+            )
+        self._send(wire.Open(config.model_dump_json(), model))
+        ready = self._await_ready(time.monotonic() + start_seconds)
+        self._capabilities = ready.capabilities
+        self._num_slots = ready.num_slots
+
+    @property
+    def pid(self) -> int:
+        """The engine process's id."""
+        return self._process.pid
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model can do."""
+        return self._capabilities
+
+    @property
+    def num_slots(self) -> int:
+        """How many requests the engine works on at once."""
+        return self._num_slots
+
+    def progress(self) -> int:
+        """Return the number that the engine last reported."""
+        return self._progress
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the request's sampling parameters, without the model's own defaults."""
+        return resolve_sampling(request, self._config.defaults, None)
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the exact number of prompt tokens; not while `generate` runs."""
+        self._send(wire.Count(request))
+        deadline = time.monotonic() + self._stall_seconds
+        while True:
+            for message in self._receive(deadline):
+                if isinstance(message, wire.Count):
+                    return message.num_tokens
+
+    def generate(self, source: Source) -> Iterator[Result]:
+        """Yield a result for each request of `source`, as they finish.
+
+        Raises:
+            EngineDied: the process ended; `suspects` were in its hands.
+            EngineTimedOut: it made no progress for too long, and was ended.
+        """
+        self._credit = 2 * self._num_slots
+        ended = False
+        self._send(wire.Submit([]))
+        self._credit = 0
+        self.last_progress = time.monotonic()
+        finished = False
+        try:
+            while True:
+                starved = False
+                if self._credit and not ended:
+                    taken = source.take(self._credit)
+                    if taken is None:
+                        ended = True
+                        self._send(wire.End())
+                    elif taken:
+                        self._submit(taken)
+                    else:
+                        starved = True
+                wait = _POLL_SECONDS if starved else _WAIT_SECONDS
+                for message in self._receive_some(wait):
+                    if isinstance(message, wire.Results):
+                        yield from self._finish(message.results)
+                    elif isinstance(message, wire.End):
+                        finished = True
+                        return
+                self._drop_aborted(source)
+                self._check_stall()
+        finally:
+            if not finished and self._process.poll() is None and self._socket.fileno() >= 0:
+                self._leave_session()
+
+    def close(self) -> None:
+        """End the process; may be called twice."""
+        self._socket.close()
+        if self._process.poll() is None:
+            try:
+                self._process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                self._kill()
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        self._credit -= len(requests)
+        if not self._in_flight:
+            self.last_progress = time.monotonic()
+        self._in_flight.update(request.id for request in requests)
+        self._send(wire.Submit(list(requests)))
+
+    def _finish(self, results: list[Result]) -> Iterator[Result]:
+        for result in results:
+            if result.id in self._in_flight:
+                self._in_flight.discard(result.id)
+                self._started.discard(result.id)
+                yield result
+
+    def _drop_aborted(self, source: Source) -> None:
+        aborted = [i for i in self._in_flight if source.is_aborted(i)]
+        if aborted:
+            self._in_flight.difference_update(aborted)
+            self._started.difference_update(aborted)
+            self._send(wire.Abort(aborted))
+
+    def _leave_session(self) -> None:
+        """Abort what is in flight and bring the engine back to where a session can begin."""
+        if self._in_flight:
+            self._send(wire.Abort(list(self._in_flight)))
+        self._in_flight.clear()
+        self._started.clear()
+        try:
+            self._send(wire.End())
+            deadline = time.monotonic() + self._stall_seconds
+            while not any(isinstance(m, wire.End) for m in self._receive(deadline)):
+                pass
+        except errors.EngineError:
+            self.close()
+
+    def _await_ready(self, deadline: float) -> wire.Ready:
+        while True:
+            for message in self._receive(deadline):
+                if isinstance(message, wire.Ready):
+                    return message
+
+    def _receive(self, deadline: float) -> list[wire.FromEngine]:
+        while time.monotonic() < deadline:
+            messages = self._receive_some(_WAIT_SECONDS)
+            if messages:
+                return messages
+        self._kill()
+        raise errors.EngineTimedOut(f"The engine did not answer in time. See {self._log_path}.")
+
+    def _receive_some(self, seconds: float) -> list[wire.FromEngine]:
+        readable, _, _ = select.select([self._socket], [], [], seconds)
+        if not readable:
+            return []
+        try:
+            piece = self._socket.recv(1 << 20)
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            self._raise_death()
+        messages = self._buffer.feed(piece)
+        for message in messages:
+            if isinstance(message, wire.Credit):
+                self._credit += message.n
+            elif isinstance(message, wire.Started):
+                self._started.update(message.request_ids)
+            elif isinstance(message, wire.Progress):
+                if message.count != self._progress:
+                    self._progress = message.count
+                    self.last_progress = time.monotonic()
+            elif isinstance(message, wire.Results):
+                self.last_progress = time.monotonic()
+            elif isinstance(message, wire.Fatal):
+                self._kill()
+                kind = _ERRORS.get(message.code, errors.EngineError)
+                raise kind(message.message)
+        return messages
+
+    def _check_stall(self) -> None:
+        if self._in_flight and time.monotonic() - self.last_progress > self._stall_seconds:
+            suspects = frozenset(self._started & self._in_flight)
+            self._kill()
+            raise errors.EngineTimedOut(
+                f"The engine made no progress for {self._stall_seconds:.0f} s with "
+                f"{len(suspects)} requests in flight, and was ended.",
+                suspects=suspects,
+            )
+
+    def _send(self, message: wire.ToEngine) -> None:
+        try:
+            self._socket.sendall(wire.encode_frame([message]))
+        except OSError:
+            self._raise_death()
+
+    def _raise_death(self) -> None:
+        suspects = frozenset(self._started & self._in_flight)
+        self._kill()
+        status = self._process.returncode
+        how = (
+            f"was ended by {signal.Signals(-status).name}"
+            if status is not None and status < 0
+            else f"ended with status {status}"
+        )
+        raise errors.EngineDied(
+            f"The engine process {how} with {len(suspects)} requests in flight. "
+            f"Its output is in {self._log_path}.",
+            suspects=suspects,
+        )
+
+    def _kill(self) -> None:
+        """End the engine's whole process group, which may hold more than the process itself."""
+        try:
+            self._process.wait(timeout=0.5 if self._process.poll() is None else 0)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._socket.close()

@@ -1,0 +1,84 @@
+"""Builds database, blob store and doorbell from settings: what every edge works with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.registry import describe_model
+from jobs.domain.errors import StorageError
+from jobs.domain.request import Capabilities
+from jobs.intake import PlanLimits
+from jobs.settings import Settings, resolve_model
+from jobs.wakeups import Doorbell
+from storage.blobs import open_blobs
+from storage.blobs.base import BlobStore
+from storage.database import Database, check_schema, open_database, upgrade
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class App:
+    """Database, blobs and doorbell, over a folder of this machine."""
+
+    settings: Settings
+    folder: Path
+    db: Database
+    blobs: BlobStore
+    doorbell: Doorbell = field(default_factory=Doorbell)
+
+    def describe(self, name: str) -> Capabilities:
+        """Return what the model of this name can do, without loading it.
+
+        Raises:
+            NotFound: there is no such model.
+            EngineMisconfigured: it is there, and cannot be used; the message says why.
+        """
+        return describe_model(self.engine_config(name), name)
+
+    def engine_config(self, name: str) -> EngineConfig:
+        """Return how to start an engine for the model of this name.
+
+        Raises:
+            NotFound: there is no such model.
+            EngineMisconfigured: its engine is not installed.
+        """
+        _, model = resolve_model(self.settings, name)
+        return model.to_engine_config()
+
+    def plan_limits(self) -> PlanLimits:
+        """Return what the settings say about inputs and shards."""
+        limits, shards = self.settings.limits, self.settings.shards
+        return PlanLimits(
+            max_lines=limits.max_lines,
+            max_line_bytes=limits.max_line_bytes,
+            max_reported_errors=limits.max_reported_errors,
+            shard_lines=shards.max_lines,
+            shard_bytes=shards.max_bytes,
+        )
+
+
+@contextmanager
+def open_app(settings: Settings, *, folder: Path) -> Iterator[App]:
+    """Yield an App over `folder`, its tables created or brought up to date when it is SQLite.
+
+    Raises:
+        StorageError: the folder, the database or the blob store cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"The data folder {folder} cannot be made: {error.strerror}. Choose another with "
+            "--data or BATCHCTL_DATA."
+        ) from error
+    url = settings.database.resolve_url(folder)
+    with (
+        open_database(url, settings=settings.database) as db,
+        open_blobs(settings.blobs, folder) as blobs,
+    ):
+        if db.is_postgres:
+            check_schema(db)
+        else:
+            upgrade(db)
+        yield App(settings=settings, folder=folder, db=db, blobs=blobs)

@@ -1,0 +1,558 @@
+"""The lazy stream of requests across leased shards, and the way back for their results.
+
+    reader thread:  claim shard ─► read lines ─► queue ──take()──► engine
+    writer thread:  database ◄── segment blob ◄── buffers ◄──append()── engine
+
+The reader keeps the queue filled across shard and batch borders, so the engine never drains at
+one. After an engine death the requests it held are suspects: the others run first, then the
+suspects in halves, one half per engine life, until a line that kills the engine alone is found.
+
+Source: transitions T3, T4, T6 and T7 of the unit protocol (see DECISIONS.md).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from jobs.domain.batch import Batch
+from jobs.domain.errors import InvalidLine, LeaseLost, StorageError
+from jobs.domain.ids import BatchId, UnitId, WorkerId
+from jobs.domain.request import Request, custom_id_of, parse_line
+from jobs.domain.result import LineError, Result, Usage, render_result
+from jobs.domain.retry import Settlement
+from jobs.domain.shard import Lease, Segment, Shard, UnitKind, UnitState, bitmap, has_bit
+from jobs.leases import LeaseKeeper
+from jobs.telemetry import log
+from jobs.wakeups import Doorbell
+from storage import batches, segments, shards, units
+from storage.blobs.base import BlobStore, segment_key
+from storage.database import Database
+from storage.jsonl import encode_segment, read_lines
+
+READ_CHUNK_LINES = 64
+SOLO_CRASHES = 3
+"""How often a line kills the engine alone, on the only worker, before it gets an error."""
+_TICK_SECONDS = 0.05
+_MAX_BUFFERED_BYTES = 64 << 20
+_WRITE_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedSettings:
+    """When results are made durable, and how eagerly work is looked for."""
+
+    flush_results: int = 256
+    flush_bytes: int = 8 << 20
+    flush_seconds: float = 1.0
+    look_ahead: float = 3.0
+    poll_seconds: float = 0.5
+    lease_seconds: float = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    """Results of one shard that are not durable yet."""
+
+    entries: list[tuple[int, int, bytes]] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    num_bytes: int = 0
+    num_failed: int = 0
+    oldest_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _OpenShard:
+    lease: Lease
+    shard: Shard
+    batch: Batch
+    lines: Iterator[tuple[int, int, bytes]]
+    num_left: int
+    suspects: set[int]
+    solo_crashes: dict[int, int]
+    buffer: _Buffer = field(default_factory=_Buffer)
+    writing: _Buffer | None = None
+    sequence: int = 0
+    stopped: UnitState | None = None
+    lost: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One request in our hands: read, and not yet turned into a result."""
+
+    shard: _OpenShard
+    position: int
+    custom_id: str
+    request: Request
+
+
+class Feed:
+    """A `Source` for one engine over all shards of some models; use as a context manager."""
+
+    def __init__(
+        self,
+        db: Database,
+        blobs: BlobStore,
+        *,
+        keeper: LeaseKeeper,
+        doorbell: Doorbell,
+        worker_id: WorkerId,
+        boot_id: str,
+        model_keys: Sequence[str],
+        num_slots: int,
+        progress: Callable[[], object],
+        settings: FeedSettings,
+    ) -> None:
+        """Prepare to feed an engine of `num_slots` with shards of `model_keys`."""
+        self._db = db
+        self._blobs = blobs
+        self._keeper = keeper
+        self._doorbell = doorbell
+        self._worker_id = worker_id
+        self._boot_id = boot_id
+        self._model_keys = tuple(model_keys)
+        self._target = max(READ_CHUNK_LINES, int(settings.look_ahead * num_slots))
+        self._progress = progress
+        self._settings = settings
+        self._lock = threading.Condition()
+        self._queue: deque[_Held] = deque()
+        self._groups: deque[list[_Held]] = deque()
+        self._group: list[_Held] | None = None
+        self._in_flight: dict[int, _Held] = {}
+        self._open: dict[UnitId, _OpenShard] = {}
+        self._batches: dict[BatchId, Batch] = {}
+        self._next_id = 0
+        self._num_results = 0
+        self._buffered_bytes = 0
+        self._dry = False
+        self._stopping = False
+        self._closed = False
+        self._failure: Exception | None = None
+        self._failing_since: float | None = None
+        self._reader = threading.Thread(target=self._read, name="feed-read", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="feed-write", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start reading ahead and writing behind."""
+        self._reader.start()
+        self._writer.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Flush what is finished, give back what is not, then stop renewing."""
+        self.stop()
+        self._reader.join(timeout=30)
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        self._writer.join(timeout=_WRITE_PATIENCE_SECONDS)
+        for shard in list(self._open.values()):
+            self._leave(shard, shard.stopped)
+
+    # --- what the engine sees ---
+
+    def take(self, n: int) -> Sequence[Request] | None:
+        """Return up to `n` requests, none yet, or None when there is nothing left to claim."""
+        with self._lock:
+            self._raise_failure()
+            if self._stopping:
+                return None
+            if not self._queue and not self._in_flight:
+                self._group = None  # a half that came through, or whose shards were stopped
+                if self._dry and self._groups:
+                    self._begin_group()
+            taken: list[Request] = []
+            while self._queue and len(taken) < n:
+                held = self._queue.popleft()
+                if held.shard.lost or held.shard.stopped:
+                    continue
+                self._in_flight[held.request.id] = held
+                taken.append(held.request)
+            if taken:
+                self._lock.notify_all()
+            elif self._dry and not self._in_flight and not self._queue and not self._groups:
+                return None
+            return taken
+
+    def is_aborted(self, request_id: int) -> bool:
+        """Return whether nobody waits for this request any more."""
+        return request_id not in self._in_flight
+
+    # --- what the runner calls ---
+
+    def append(self, result: Result) -> None:
+        """Keep a result; it becomes durable when its shard's buffer is flushed.
+
+        Raises:
+            StorageError: results have not been written for too long.
+        """
+        with self._lock:
+            self._raise_failure()
+            held = self._in_flight.pop(result.id, None)
+            if held is None:
+                return
+            self._num_results += 1
+            self._keep(held, result)
+            while self._buffered_bytes > _MAX_BUFFERED_BYTES and not self._failure:
+                self._lock.wait(_TICK_SECONDS)
+
+    def note_death(self, suspects: frozenset[int]) -> None:
+        """Take back what a dead engine held; `suspects` are the request ids it had started."""
+        with self._lock:
+            held = list(self._in_flight.values())
+            self._in_flight.clear()
+            accused = [h for h in held if h.request.id in suspects]
+            accused_ids = {h.request.id for h in accused}
+            spared = [h for h in held if h.request.id not in accused_ids]
+            if self._group is not None:
+                spared += self._queue
+                self._queue.clear()
+                self._group = None
+                if spared:
+                    self._groups.append(spared)
+            else:
+                self._queue.extendleft(reversed(spared))
+            self._accuse(accused)
+            touched = {h.shard.lease.unit_id: h.shard for h in accused}
+        for shard in touched.values():
+            self._report_suspects(shard)
+
+    @property
+    def num_results(self) -> int:
+        """How many results have come back."""
+        return self._num_results
+
+    def stop(self) -> None:
+        """Stop taking work and drop what is in flight; finished results are still flushed."""
+        with self._lock:
+            self._stopping = True
+            self._in_flight.clear()
+            self._queue.clear()
+            self._lock.notify_all()
+
+    # --- suspects ---
+
+    def _accuse(self, accused: list[_Held]) -> None:
+        if len(accused) == 1:
+            held = accused[0]
+            shard = held.shard
+            crashes = shard.solo_crashes[held.position] = (
+                shard.solo_crashes.get(held.position, 0) + 1
+            )
+            if crashes >= SOLO_CRASHES:
+                self._keep(
+                    held,
+                    Result(
+                        id=held.request.id,
+                        error=LineError(
+                            code="engine_crash",
+                            message=f"The engine died {crashes} times while it worked on this "
+                            "request alone.",
+                            status_code=500,
+                        ),
+                    ),
+                )
+            else:
+                self._groups.append([held])
+        elif accused:
+            middle = len(accused) // 2
+            self._groups.extendleft([accused[middle:], accused[:middle]])
+
+    def _begin_group(self) -> None:
+        group = [h for h in self._groups.popleft() if not (h.shard.lost or h.shard.stopped)]
+        self._group = group
+        self._queue.extend(group)
+
+    def _report_suspects(self, shard: _OpenShard) -> None:
+        with self._lock:
+            groups = [
+                tuple(h.position for h in group if h.shard is shard) for group in self._groups
+            ]
+            crashes = tuple(sorted(shard.solo_crashes.items()))
+        try:
+            shards.report_death(
+                self._db,
+                shard.lease,
+                suspects=tuple(group for group in groups if group),
+                solo_crashes=crashes,
+            )
+        except LeaseLost:
+            self._lose(shard.lease.unit_id)
+
+    # --- results ---
+
+    def _keep(self, held: _Held, result: Result) -> None:
+        shard = held.shard
+        if shard.lost:
+            return
+        index = shard.shard.first_index + held.position
+        line = render_result(
+            result,
+            custom_id=held.custom_id,
+            request_id=f"{shard.lease.batch_id[6:]}{index:08x}",
+            endpoint=shard.batch.endpoint,
+            model=shard.batch.model or "",
+            created=int(time.time()),
+        )
+        buffer = shard.buffer
+        if not buffer.entries:
+            buffer.oldest_at = time.monotonic()
+        failed = result.error is not None
+        buffer.entries.append((index, int(failed), line))
+        buffer.positions.append(held.position)
+        buffer.usage += result.usage
+        buffer.num_failed += failed
+        buffer.num_bytes += len(line)
+        self._buffered_bytes += len(line)
+        shard.num_left -= 1
+        if not shard.num_left or len(buffer.entries) >= self._settings.flush_results:
+            self._lock.notify_all()
+
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                due = [shard for shard in self._open.values() if self._is_due(shard)]
+                if not due:
+                    if self._closed:
+                        return
+                    self._lock.wait(_TICK_SECONDS)
+                    continue
+            for shard in due:
+                try:
+                    self._flush(shard)
+                    self._failing_since = None
+                except LeaseLost:
+                    self._lose(shard.lease.unit_id)
+                except StorageError as error:
+                    self._note_failure(error)
+                if shard.stopped and not (shard.buffer.entries or shard.writing):
+                    self._leave(shard, shard.stopped)
+
+    def _is_due(self, shard: _OpenShard) -> bool:
+        buffer = shard.buffer
+        if shard.writing is not None:
+            return True  # an earlier try failed
+        if not buffer.entries:
+            return shard.stopped is not None
+        settings = self._settings
+        return (
+            self._closed
+            or not shard.num_left
+            or shard.stopped is not None
+            or len(buffer.entries) >= settings.flush_results
+            or buffer.num_bytes >= settings.flush_bytes
+            or time.monotonic() - buffer.oldest_at >= settings.flush_seconds
+        )
+
+    def _flush(self, shard: _OpenShard) -> None:
+        with self._lock:
+            if shard.writing is None:
+                if not shard.buffer.entries:
+                    return
+                shard.writing, shard.buffer = shard.buffer, _Buffer()
+            writing = shard.writing
+        lease = shard.lease
+        content = encode_segment(sorted(writing.entries))
+        key = segment_key(
+            lease.batch_id, lease.unit_id, epoch=lease.epoch, sequence=shard.sequence
+        )
+        info = self._blobs.put(key, content)
+        done = segments.record(
+            self._db,
+            lease,
+            Segment(
+                unit_id=lease.unit_id,
+                epoch=lease.epoch,
+                sequence=shard.sequence,
+                blob_key=info.key,
+                sha256=info.sha256,
+                num_bytes=info.num_bytes,
+                positions=bitmap(writing.positions, shard.shard.num_lines),
+                num_completed=len(writing.entries) - writing.num_failed,
+                num_failed=writing.num_failed,
+                usage=writing.usage,
+            ),
+            lease_seconds=self._settings.lease_seconds,
+        )
+        with self._lock:
+            shard.writing = None
+            shard.sequence += 1
+            self._buffered_bytes -= writing.num_bytes
+            self._lock.notify_all()
+        if done:
+            self._keeper.drop(lease.unit_id)
+            with self._lock:
+                self._open.pop(lease.unit_id, None)
+            self._doorbell.announce()
+
+    def _note_failure(self, error: StorageError) -> None:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        log.warning("segment_not_written", code=error.code, error=error.message)
+        if not error.retryable or now - self._failing_since > _WRITE_PATIENCE_SECONDS:
+            with self._lock:
+                self._failure = error
+        time.sleep(_TICK_SECONDS * 4)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    # --- shards ---
+
+    def _read(self) -> None:
+        current: _OpenShard | None = None
+        while not self._stopping:
+            with self._lock:
+                if len(self._queue) >= self._target:
+                    self._lock.wait(_TICK_SECONDS)
+                    continue
+                # Suspects wait until everything else that is held has run, and run by themselves.
+                if current is None and (self._groups or self._group is not None):
+                    self._dry = True
+                    self._lock.wait(_TICK_SECONDS)
+                    continue
+            try:
+                rings = self._doorbell.wait(0)
+                if current is None:
+                    current = self._claim()
+                if current is None:
+                    with self._lock:
+                        self._dry = True
+                    self._doorbell.wait(self._settings.poll_seconds, seen=rings)
+                    continue
+                if not self._read_some(current):
+                    current = None
+            except StorageError as error:
+                self._note_failure(error)
+
+    def _claim(self) -> _OpenShard | None:
+        lease = units.claim(
+            self._db,
+            worker_id=self._worker_id,
+            boot_id=self._boot_id,
+            kinds=(UnitKind.SHARD,),
+            model_keys=self._model_keys,
+            lease_seconds=self._settings.lease_seconds,
+        )
+        if lease is None:
+            return None
+        shard = shards.get(self._db, lease.unit_id)
+        batch = self._batches.get(lease.batch_id)
+        if batch is None:
+            if len(self._batches) > 100:  # noqa: PLR2004 - a small cache
+                self._batches.clear()
+            batch = batches.get(self._db, lease.batch_id, tenant_id=None)
+            self._batches[lease.batch_id] = batch
+        suspects = {p for group in shard.suspects for p in group if not has_bit(shard.done, p)}
+        num_done = sum(byte.bit_count() for byte in shard.done)
+        opened = _OpenShard(
+            lease=lease,
+            shard=shard,
+            batch=batch,
+            lines=read_lines(self._blobs, shard, skip=shard.done),
+            num_left=shard.num_lines - num_done,
+            suspects=suspects,
+            solo_crashes=dict(shard.solo_crashes),
+        )
+        with self._lock:
+            self._dry = False
+            self._open[lease.unit_id] = opened
+        self._keeper.hold(
+            lease,
+            progress=lambda: (self._progress(), self._num_results),
+            on_lost=self._lose,
+            on_stopping=self._stop_shard,
+        )
+        return opened
+
+    def _read_some(self, shard: _OpenShard) -> bool:
+        """Queue the next lines of a shard; return whether there may be more."""
+        read: list[_Held] = []
+        suspects: list[_Held] = []
+        refused: list[tuple[_Held, InvalidLine]] = []
+        for position, _, content in shard.lines:
+            self._next_id += 1
+            try:
+                line = parse_line(content, endpoint=shard.batch.endpoint)
+            except InvalidLine as error:
+                # Planning let this line through, so the code changed since; say so in its place.
+                request = Request(id=self._next_id)
+                refused.append((_Held(shard, position, custom_id_of(content), request), error))
+                continue
+            held = _Held(shard, position, line.custom_id, line.to_request(self._next_id))
+            (suspects if position in shard.suspects else read).append(held)
+            if len(read) >= READ_CHUNK_LINES:
+                break
+        with self._lock:
+            for held, error in refused:
+                self._keep(
+                    held,
+                    Result(
+                        id=held.request.id,
+                        error=LineError(
+                            code=error.error_code,
+                            message=error.message,
+                            status_code=400,
+                            param=error.param,
+                        ),
+                    ),
+                )
+            self._queue.extend(read)
+            if suspects:
+                middle = max(1, len(suspects) // 2)
+                self._groups.extend(g for g in (suspects[:middle], suspects[middle:]) if g)
+            return len(read) >= READ_CHUNK_LINES and not (shard.lost or shard.stopped)
+
+    def _stop_shard(self, unit_id: UnitId, state: UnitState) -> None:
+        with self._lock:
+            shard = self._open.get(unit_id)
+            if shard is None:
+                return
+            shard.stopped = state
+            self._drop_requests(shard)
+
+    def _lose(self, unit_id: UnitId) -> None:
+        self._keeper.drop(unit_id)
+        with self._lock:
+            shard = self._open.pop(unit_id, None)
+            if shard is None:
+                return
+            shard.lost = True
+            self._buffered_bytes -= shard.buffer.num_bytes
+            self._buffered_bytes -= shard.writing.num_bytes if shard.writing else 0
+            self._drop_requests(shard)
+
+    def _drop_requests(self, shard: _OpenShard) -> None:
+        for request_id in [i for i, held in self._in_flight.items() if held.shard is shard]:
+            del self._in_flight[request_id]
+        self._lock.notify_all()
+
+    def _leave(self, shard: _OpenShard, state: UnitState | None) -> None:
+        """Settle a shard that is not finished: stopped with its batch, or given back."""
+        self._keeper.drop(shard.lease.unit_id)
+        with self._lock:
+            if self._open.pop(shard.lease.unit_id, None) is None:
+                return
+        settlement = Settlement(
+            state=state or UnitState.PENDING, exit=str(state) if state else "released"
+        )
+        try:
+            units.settle(self._db, shard.lease, settlement)
+        except LeaseLost:
+            pass
+        except StorageError as error:
+            log.warning("unit_not_settled", unit_id=shard.lease.unit_id, code=error.code)
+        self._doorbell.announce()
+

@@ -1,0 +1,168 @@
+"""Writes the output and error file of a batch whose shards have ended, in input order.
+
+Copies the bytes of results that are already rendered; lines without one get an error that says
+why. Publishes nothing unless every line was written exactly once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from jobs.domain.batch import Batch
+from jobs.domain.errors import BatchctlError
+from jobs.domain.ids import mint_file_id
+from jobs.domain.request import custom_id_of
+from jobs.domain.result import LineError, Result, Usage, render_result
+from jobs.domain.shard import Lease, Shard, UnitState
+from storage import batches, segments, shards
+from storage.blobs.base import BlobStore, BlobWriter, output_key
+from storage.database import Database
+from storage.files import File
+from storage.jsonl import decode_segment, read_lines
+
+OUTPUT_SECONDS = 30 * 86_400
+"""How long output files are kept unless the batch says otherwise."""
+_REASONS = {
+    UnitState.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request ran."),
+    UnitState.EXPIRED: ("batch_expired", "The batch's window ended before this request ran."),
+}
+
+
+class CountMismatch(BatchctlError):
+    """The results do not add up to the lines; nothing is published."""
+
+    code = "count_mismatch"
+
+
+@dataclass(slots=True)
+class _Written:
+    completed: int = 0
+    failed: int = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+def finalize(
+    db: Database,
+    blobs: BlobStore,
+    lease: Lease,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the files of the batch that `lease` is about, and close it.
+
+    Args:
+        on_progress: called with the number of lines written, now and then.
+
+    Raises:
+        CountMismatch: a line is missing or doubled.
+        LeaseLost: another worker finalizes this batch.
+        BlobCorrupt, BlobMissing: a segment is not what was written.
+    """
+    batch = batches.get(db, lease.batch_id, tenant_id=None)
+    written = _Written()
+    total = 0
+    output_writer = blobs.open_writer(output_key(batch.id, epoch=lease.epoch, kind="output"))
+    error_writer = blobs.open_writer(output_key(batch.id, epoch=lease.epoch, kind="errors"))
+    with output_writer as output, error_writer as errors:
+        for shard, state, exit_reason in shards.list_for_batch(db, batch.id):
+            _write_shard(
+                db, blobs, batch, shard, state, exit_reason, output, errors, written
+            )
+            total += shard.num_lines
+            if written.completed + written.failed != total:
+                raise CountMismatch(
+                    f"Batch {batch.id}: {written.completed + written.failed} results for the first "
+                    f"{total} lines. Nothing was published; run `batchctl audit {batch.id}`."
+                )
+            if on_progress is not None:
+                on_progress(total)
+        output_file = _publish(db, batch, output, written.completed, "output")
+        error_file = _publish(db, batch, errors, written.failed, "errors")
+    batches.complete(
+        db,
+        lease,
+        output_file=output_file,
+        error_file=error_file,
+        num_completed=written.completed,
+        num_failed=written.failed,
+        usage=written.usage,
+    )
+
+
+def _write_shard(
+    db: Database,
+    blobs: BlobStore,
+    batch: Batch,
+    shard: Shard,
+    state: UnitState,
+    exit_reason: str | None,
+    output: BlobWriter,
+    errors: BlobWriter,
+    written: _Written,
+) -> None:
+    entries: list[tuple[int, int, bytes]] = []
+    for segment in segments.list_for_unit(db, shard.unit_id):
+        content = blobs.get(segment.blob_key)
+        entries += decode_segment(content, sha256=segment.sha256)
+        written.usage += segment.usage
+    if len(entries) < shard.num_lines:
+        entries += _missing(blobs, batch, shard, state, exit_reason)
+    entries.sort(key=lambda entry: entry[0])
+    good: list[bytes] = []
+    bad: list[bytes] = []
+    expected = shard.first_index
+    for index, kind, line in entries:
+        if index != expected:
+            raise CountMismatch(
+                f"Batch {batch.id}: expected the result of request {expected}, found that of "
+                f"{index}. Nothing was published."
+            )
+        expected += 1
+        (bad if kind else good).append(line)
+    for writer, lines in ((output, good), (errors, bad)):
+        if lines:
+            lines.append(b"")
+            writer.write(b"\n".join(lines))
+    written.completed += len(entries) - (len(bad) - 1 if bad else 0)
+    written.failed += len(bad) - 1 if bad else 0
+
+
+def _missing(
+    blobs: BlobStore, batch: Batch, shard: Shard, state: UnitState, exit_reason: str | None
+) -> Iterator[tuple[int, int, bytes]]:
+    code, message = _REASONS.get(state, ("attempts_exhausted", "The request could not be run."))
+    if state is UnitState.FAILED and exit_reason and ": " in exit_reason:
+        code, _, message = exit_reason.partition(": ")
+    error = LineError(code=code, message=message)
+    for position, _, content in read_lines(blobs, shard, skip=shard.done):
+        index = shard.first_index + position
+        line = render_result(
+            Result(id=0, error=error),
+            custom_id=custom_id_of(content),
+            request_id=f"{batch.id[6:]}{index:08x}",
+            endpoint=batch.endpoint,
+            model=batch.model or "",
+            created=0,
+        )
+        yield index, 1, line
+
+
+def _publish(
+    db: Database, batch: Batch, writer: BlobWriter, num_lines: int, kind: str
+) -> File | None:
+    if not num_lines:
+        return None
+    info = writer.commit()
+    now = db.now()
+    kept = timedelta(seconds=batch.output_expires_after_seconds or OUTPUT_SECONDS)
+    return File(
+        id=mint_file_id(),
+        tenant_id=batch.tenant_id,
+        filename=f"{batch.id}_{kind}.jsonl",
+        purpose="batch_output",
+        num_bytes=info.num_bytes,
+        sha256=info.sha256,
+        blob_key=info.key,
+        created_at=now,
+        expires_at=now + kept,
+    )

@@ -1,0 +1,151 @@
+"""Renews leases from a thread beside the work, only while the work makes progress.
+
+A lease that is not renewed in time, or that the database gave away, is reported as lost; a batch
+that is being cancelled or has passed its deadline is reported as stopping, and faster.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jobs.domain.errors import StorageError
+from jobs.domain.ids import BatchId, UnitId
+from jobs.domain.shard import Lease, UnitState
+from jobs.telemetry import log
+from storage import units
+from storage.database import Database
+
+SELF_FENCE_SHARE = 0.8
+"""Share of a lease after which a holder that could not renew stops by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseTimes:
+    """How long leases last and how often their holders look at the database, in seconds."""
+
+    lease_seconds: float = 60.0
+    renew_seconds: float = 10.0
+    watch_seconds: float = 2.0
+    stall_seconds: float = 180.0
+
+
+@dataclass(slots=True)
+class _Held:
+    lease: Lease
+    progress: Callable[[], object]
+    on_lost: Callable[[UnitId], None]
+    on_stopping: Callable[[UnitId, UnitState], None]
+    renewed_at: float
+    moved_at: float
+    last_progress: object = None
+    told: bool = field(default=False)
+
+
+class LeaseKeeper:
+    """One thread that renews all leases of a process."""
+
+    def __init__(self, db: Database, times: LeaseTimes) -> None:
+        """Keep leases in `db`; call `start` before `hold`."""
+        self._db = db
+        self._times = times
+        self._held: dict[UnitId, _Held] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        """Begin renewing."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop renewing; leases still held run out by themselves."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def hold(
+        self,
+        lease: Lease,
+        *,
+        progress: Callable[[], object],
+        on_lost: Callable[[UnitId], None],
+        on_stopping: Callable[[UnitId, UnitState], None],
+    ) -> None:
+        """Renew `lease` as long as `progress()` keeps changing.
+
+        Args:
+            on_lost: called once, from the keeper's thread, when another worker may own the unit.
+            on_stopping: called once with CANCELLED or EXPIRED when the batch is to stop.
+        """
+        now = time.monotonic()
+        with self._lock:
+            self._held[lease.unit_id] = _Held(
+                lease, progress, on_lost, on_stopping, renewed_at=now, moved_at=now
+            )
+
+    def drop(self, unit_id: UnitId) -> None:
+        """Stop renewing a lease."""
+        with self._lock:
+            self._held.pop(unit_id, None)
+
+    def _run(self) -> None:
+        renew_at = time.monotonic() + self._times.renew_seconds
+        while not self._stop.wait(min(self._times.watch_seconds, self._times.renew_seconds)):
+            try:
+                self._watch()
+                if time.monotonic() >= renew_at:
+                    renew_at = time.monotonic() + self._times.renew_seconds
+                    self._renew()
+            except StorageError as error:
+                log.warning("lease_renewal_failed", code=error.code)
+            self._fence()
+
+    def _watch(self) -> None:
+        with self._lock:
+            batch_ids = {held.lease.batch_id for held in self._held.values() if not held.told}
+        if not batch_ids:
+            return
+        stopping: dict[BatchId, UnitState] = units.watch(self._db, sorted(batch_ids))
+        for held in self._snapshot():
+            state = stopping.get(held.lease.batch_id)
+            if state is not None and not held.told:
+                held.told = True
+                held.on_stopping(held.lease.unit_id, state)
+
+    def _renew(self) -> None:
+        now = time.monotonic()
+        alive: list[_Held] = []
+        for held in self._snapshot():
+            progress = held.progress()
+            if progress != held.last_progress:
+                held.last_progress, held.moved_at = progress, now
+            if now - held.moved_at < self._times.stall_seconds:
+                alive.append(held)
+        if not alive:
+            return
+        renewed = units.renew(
+            self._db, [h.lease for h in alive], lease_seconds=self._times.lease_seconds
+        )
+        for held in alive:
+            if held.lease.unit_id in renewed:
+                held.renewed_at = now
+            else:
+                self._lose(held)
+
+    def _fence(self) -> None:
+        limit = SELF_FENCE_SHARE * self._times.lease_seconds
+        for held in self._snapshot():
+            if time.monotonic() - held.renewed_at > limit:
+                self._lose(held)
+
+    def _lose(self, held: _Held) -> None:
+        with self._lock:
+            if self._held.pop(held.lease.unit_id, None) is None:
+                return
+        log.warning("lease_lost", unit_id=held.lease.unit_id, epoch=held.lease.epoch)
+        held.on_lost(held.lease.unit_id)
+
+    def _snapshot(self) -> list[_Held]:
+        with self._lock:
+            return list(self._held.values())

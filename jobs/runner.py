@@ -1,0 +1,100 @@
+"""Feeds one engine from shard after shard until there is nothing left to claim."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+from engine.supervisor import EngineSupervisor
+from jobs.domain.errors import EngineDied
+from jobs.domain.ids import WorkerId
+from jobs.feed import Feed, FeedSettings
+from jobs.leases import LeaseKeeper
+from jobs.telemetry import log
+from jobs.wakeups import Doorbell
+from storage.blobs.base import BlobStore
+from storage.database import Database
+
+_STOP_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerContext:
+    """What a worker works with."""
+
+    db: Database
+    blobs: BlobStore
+    keeper: LeaseKeeper
+    doorbell: Doorbell
+    worker_id: WorkerId
+    boot_id: str
+    settings: FeedSettings
+
+
+def work(
+    context: WorkerContext,
+    supervisor: EngineSupervisor,
+    *,
+    model_keys: Sequence[str],
+    stop: threading.Event,
+) -> int:
+    """Run shards of `model_keys` on one engine until none is left; return how many results came.
+
+    An engine that dies is started again; what it held is run again, suspects last. When `stop` is
+    set, what is finished is flushed and the rest given back.
+
+    Raises:
+        EngineMisconfigured, EngineOutOfMemory, EngineUnavailable: there is no engine to be had;
+            every lease has been given back.
+        StorageError: results could not be written.
+    """
+    engine = supervisor.open()
+    feed = Feed(
+        context.db,
+        context.blobs,
+        keeper=context.keeper,
+        doorbell=context.doorbell,
+        worker_id=context.worker_id,
+        boot_id=context.boot_id,
+        model_keys=model_keys,
+        num_slots=engine.num_slots,
+        progress=supervisor.progress,
+        settings=context.settings,
+    )
+    with feed, _stopped_by(stop, feed):
+        while True:
+            before = feed.num_results
+            try:
+                with closing(engine.generate(feed)) as results:
+                    for result in results:
+                        feed.append(result)
+            except EngineDied as death:
+                if stop.is_set():
+                    break
+                log.warning("engine_died", error=death.message, suspects=len(death.suspects))
+                feed.note_death(death.suspects)
+                supervisor.note_death(productive=feed.num_results > before or bool(death.suspects))
+                engine = supervisor.open()
+            else:
+                break
+    return feed.num_results
+
+
+@contextmanager
+def _stopped_by(stop: threading.Event, feed: Feed) -> Iterator[None]:
+    """Within the block, stop the feed as soon as `stop` is set."""
+    left = threading.Event()
+
+    def watch() -> None:
+        while not left.is_set():
+            if stop.wait(_STOP_POLL_SECONDS):
+                feed.stop()
+                return
+
+    thread = threading.Thread(target=watch, name="runner-stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join(timeout=5)

@@ -1,0 +1,28 @@
+"""Looks after what nobody is working on: expired leases, overdue batches, finished shards."""
+
+import random
+from dataclasses import dataclass
+
+from storage import batches, units
+from storage.database import Database
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What one turn found."""
+
+    reaped: int
+    expired: int
+    finished: int
+
+
+def tick(db: Database, *, rng: random.Random, limit: int = 100) -> Swept:
+    """Reap expired leases, stop overdue batches, hand finished ones to the finalizer.
+
+    Any number of processes may do this at the same time; each turn is bounded by `limit`.
+    """
+    now = db.now()
+    reaped = units.reap(db, now=now, limit=limit, rng=rng)
+    expired = batches.expire_overdue(db, now=now, limit=limit)
+    finished = batches.advance_finished(db, limit=limit, now=now)
+    return Swept(reaped=len(reaped), expired=len(expired), finished=len(finished))
