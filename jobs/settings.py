@@ -12,10 +12,10 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Self
 
 import platformdirs
 from pydantic import (
@@ -28,7 +28,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -38,6 +37,7 @@ from pydantic_settings import (
 )
 from typing_extensions import override
 
+from jobs import fields
 from jobs.catalogue import (
     BUILT_IN,
     EngineChoice,
@@ -141,8 +141,8 @@ class LeaseSettings(_Group):
     @model_validator(mode="before")
     @classmethod
     def _apply_profile(cls, given: Any) -> Any:  # noqa: ANN401  what pydantic passes
-        if isinstance(given, Mapping) and given.get("timing_profile") == "fast":
-            return {**_FAST, **given}
+        if isinstance(given, Mapping):
+            return {**_PROFILES.get(str(given.get("timing_profile")), {}), **given}
         return given
 
     @model_validator(mode="after")
@@ -152,15 +152,18 @@ class LeaseSettings(_Group):
         return self
 
 
-_FAST = {
-    "lease_seconds": 3,
-    "renew_seconds": 0.5,
-    "reap_seconds": 0.5,
-    "stall_seconds": 9,
-    "watch_seconds": 0.2,
-    "idle_poll_seconds": 0.1,
-    "announce_seconds": 1,
-    "drain_seconds": 5,
+_PROFILES: Mapping[str, Mapping[str, float]] = {
+    "default": {},
+    "fast": {
+        "lease_seconds": 3,
+        "renew_seconds": 0.5,
+        "reap_seconds": 0.5,
+        "stall_seconds": 9,
+        "watch_seconds": 0.2,
+        "idle_poll_seconds": 0.1,
+        "announce_seconds": 1,
+        "drain_seconds": 5,
+    },
 }
 
 
@@ -276,7 +279,7 @@ class Settings(BaseSettings):
             else entry
             for name, entry in given.items()
         }
-        return _merge(BUILT_IN, entries)
+        return fields.merge(BUILT_IN, entries)
 
     def check_serving(self) -> None:
         """Check that an API with these settings is not open to the world.
@@ -388,7 +391,7 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
     given: dict[str, Any] = {}
     for name, value in flags.items():
         if value is not None:
-            _put(given, tuple(name.split("__")), value)
+            fields.put(given, tuple(name.split("__")), value)
     layers = (
         _Layer(given, lambda _: "flag"),
         *_read_toml(config),
@@ -396,10 +399,10 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
     )
     covered = layers[-1].values
     for layer in reversed(layers[:-1]):
-        covered = _merge(covered, layer.values)
+        covered = fields.merge(covered, layer.values)
     aliases = _read_aliases(os.environ, covered)
     layers = (*layers, aliases)
-    merged = dict(_merge(aliases.values, covered))
+    merged = dict(fields.merge(aliases.values, covered))
     try:
         settings = Settings(**merged)
     except ValidationError as error:
@@ -444,17 +447,28 @@ class Origin(NamedTuple):
 
 
 def origins(settings: Settings) -> list[Origin]:
-    """Return each setting with where it came from: flag, file:PATH, env:NAME or default."""
-    return [
-        Origin(".".join(path), _shown(value), _origin_of(path, settings._layers))  # noqa: SLF001  its own module
-        for path, value in _leaves(settings, ())
-    ]
+    """Return each setting with where it came from: flag, file:PATH, env:NAME or default.
+
+    Those that `leases.timing_profile` gave name the profile.
+    """
+    found = []
+    for path, value in fields.leaves(settings):
+        origin = _origin_of(path, settings._layers)  # noqa: SLF001  its own module
+        group, name = path[0], path[-1]
+        if (
+            origin == "default"
+            and group == "leases"
+            and name in _PROFILES[settings.leases.timing_profile]
+        ):
+            origin = f"timing_profile:{settings.leases.timing_profile}"
+        found.append(Origin(".".join(path), _shown(value), origin))
+    return found
 
 
 def render_table() -> str:
     """Return the Markdown tables of all settings and of the names that are understood as well."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
-    for path, field in _fields(Settings, ()):
+    for path, field in fields.fields(Settings):
         default = "" if field.default_factory else _shown(field.get_default())
         cell = f"`{default}`" if default else ""
         lines.append(f"| `{'.'.join(path)}` | {cell} | {field.description or ''} |")
@@ -485,8 +499,8 @@ def _read_environment(environment: Mapping[str, str]) -> _Layer:
         if not name.upper().startswith(PREFIX) or name == CONFIG_VARIABLE:
             continue
         path = tuple(name[len(PREFIX) :].lower().split("__"))
-        if _annotation_at(Settings, path) is None:
-            known = [_variable(one) for one, _ in _fields(Settings, ())]
+        if fields.annotation_at(Settings, path) is None:
+            known = [_variable(one) for one, _ in fields.fields(Settings)]
             raise InvalidInput(
                 f"The environment variable {name} is no setting."
                 f"{did_you_mean(name.upper(), [*known, CONFIG_VARIABLE])}",
@@ -511,16 +525,16 @@ def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) ->
     for alias in ALIASES:
         text = environment.get(alias.name)
         # What a stronger layer says is not looked at: it cannot be wrong either.
-        if not text or _get(covered, alias.path) is not _MISSING:
+        if not text or fields.get(covered, alias.path) is not fields.MISSING:
             continue
         try:
             value = alias.parse(text)
         except ValueError as error:
             raise InvalidInput(f"{alias.name} {error}.", param=alias.name) from None
         if value is not None:
-            _put(values, alias.path, value)
+            fields.put(values, alias.path, value)
             names[alias.path] = alias.name
-    return _Layer(values, lambda path: f"env:{names[path]}")
+    return _Layer(values, lambda path: f"env:{names.get(path, 'HF_*')}")
 
 
 def _explain(error: ValidationError, layers: tuple[_Layer, ...]) -> str:
@@ -533,49 +547,15 @@ def _explain(error: ValidationError, layers: tuple[_Layer, ...]) -> str:
         path = path or tuple(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            holder = _annotation_at(Settings, path[:-1])
-            known = _model_in(holder)
             message = "there is no such setting."
-            message += did_you_mean(path[-1], known.model_fields if known else ())
+            message += did_you_mean(path[-1], fields.names_at(Settings, path[:-1]))
         lines.append(f"{'.'.join(path)} ({_origin_of(path, layers)}): {message}")
     return "\n".join(lines)
 
 
-# --- nested values and nested fields, by path ---
-
-_MISSING = object()
-
-
-def _get(values: Any, path: tuple[str, ...]) -> object:  # noqa: ANN401  nested values of any kind
-    for part in path:
-        if isinstance(values, BaseModel) and part in values.model_fields_set:
-            values = getattr(values, part)
-        elif isinstance(values, Mapping) and part in values:
-            values = values[part]
-        else:
-            return _MISSING
-    return values
-
-
-def _put(values: dict[str, Any], path: tuple[str, ...], value: object) -> None:
-    for part in path[:-1]:
-        values = values.setdefault(part, {})
-    values[path[-1]] = value
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return both; where both say something, `over` holds."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below, value) if nested else value  # type: ignore[arg-type]
-    return merged
-
-
 def _origin_of(path: tuple[str, ...], layers: tuple[_Layer, ...]) -> str:
     for layer in layers:
-        if _get(layer.values, path) is not _MISSING:
+        if fields.get(layer.values, path) is not fields.MISSING:
             return layer.origin(path)
     return "default"
 
@@ -595,58 +575,6 @@ def _shown(value: object) -> str:
         value = re.sub(r"(://[^/@:]*:).+@", rf"\1{MASK}@", value)
         return re.sub(r"(?i)(password=)[^&]+", rf"\1{MASK}", value)
     return json.dumps(value)
-
-
-def _leaves(values: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
-    if isinstance(values, BaseModel):
-        for name in type(values).model_fields:
-            yield from _leaves(getattr(values, name), (*path, name))
-    elif isinstance(values, Mapping):
-        for name, value in values.items():
-            yield from _leaves(value, (*path, str(name)))
-    else:
-        yield path, values
-
-
-def _fields(
-    model: type[BaseModel], path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield every field that holds a value; a catalogue entry is called NAME."""
-    for name, field in model.model_fields.items():
-        inner = _model_in(field.annotation)
-        if inner is None:
-            yield (*path, name), field
-        else:
-            middle = ("NAME",) if _is_mapping(field.annotation) else ()
-            yield from _fields(inner, (*path, name, *middle))
-
-
-def _annotation_at(model: type[BaseModel], path: tuple[str, ...]) -> object | None:
-    """Return the type of what stands at `path`, or None when nothing can."""
-    annotation: object = model
-    for part in path:
-        if _is_mapping(annotation):
-            annotation = get_args(annotation)[1]
-            continue
-        inner = _model_in(annotation)
-        if inner is None or part not in inner.model_fields:
-            return None
-        annotation = inner.model_fields[part].annotation
-    return annotation
-
-
-def _is_mapping(annotation: object) -> bool:
-    return get_origin(annotation) is dict
-
-
-def _model_in(annotation: object) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    origin = get_origin(annotation)
-    if origin is None:
-        return None
-    parts = get_args(annotation)[:1] if origin is Annotated else get_args(annotation)
-    return next((inner for part in parts if (inner := _model_in(part))), None)
 
 
 if __name__ == "__main__":
