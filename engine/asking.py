@@ -1,0 +1,167 @@
+"""Holds every engine's answers to their constraints, and asks again where they break them."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import xxhash
+
+from engine import constraints
+from engine.base import Engine, Source
+from engine.config import AskingConfig
+from engine.sampling import is_greedy
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import LineError, Result, Usage
+
+
+class _Asked(msgspec.Struct):
+    """A constrained request that has no final result yet."""
+
+    request: Request
+    attempts: int = 0
+    usage: Usage = Usage()
+
+
+class _Queue:
+    """The source an engine sees: what is to be asked again comes first."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._again: deque[Request] = deque()
+        self._is_closed = False
+        self.asked: dict[int, _Asked] = {}
+
+    def take(self, n: int) -> Sequence[Request] | None:
+        taken: list[Request] = []
+        while self._again and len(taken) < n:
+            request = self._again.popleft()
+            if self._source.is_aborted(request.id):
+                self.asked.pop(request.id, None)
+            else:
+                taken.append(request)
+        if len(taken) < n and not self._is_closed:
+            fresh = self._source.take(n - len(taken))
+            if fresh is None:
+                self._is_closed = True
+            else:
+                for request in fresh:
+                    if request.constraint is not None:
+                        self.asked[request.id] = _Asked(request)
+                taken.extend(fresh)
+        # An answer that is still out may have to be asked for again.
+        if not taken and self._is_closed and not self._has_open_questions():
+            return None
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:
+        aborted = self._source.is_aborted(request_id)
+        if aborted:
+            self.asked.pop(request_id, None)
+        return aborted
+
+    def ask_again(self, request: Request) -> None:
+        self._again.append(request)
+
+    def _has_open_questions(self) -> bool:
+        for request_id in list(self.asked):
+            if self._source.is_aborted(request_id):
+                del self.asked[request_id]
+        return bool(self.asked)
+
+
+class Asking:
+    """An engine whose every answer keeps its constraint, or says why it does not."""
+
+    def __init__(self, engine: Engine, config: AskingConfig) -> None:
+        self._engine = engine
+        self._config = config
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model can do."""
+        return self._engine.capabilities
+
+    @property
+    def num_slots(self) -> int:
+        """How many requests the engine works on at once."""
+        return self._engine.num_slots
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the exact number of prompt tokens of a request."""
+        return self._engine.count_tokens(request)
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the request's sampling parameters with every default filled in."""
+        return self._engine.resolve_sampling(request)
+
+    def progress(self) -> int:
+        """Return a number that grows while the engine works; any thread may ask."""
+        return self._engine.progress()
+
+    def close(self) -> None:
+        """Give the device back."""
+        self._engine.close()
+
+    def generate(self, source: Source) -> Iterator[Result]:
+        """Yield one final result for each request of `source`, as they finish."""
+        queue = _Queue(source)
+        for result in self._engine.generate(queue):
+            asked = queue.asked.get(result.id)
+            final = result if asked is None else self._judge(asked, result, queue)
+            if final is not None:
+                queue.asked.pop(result.id, None)
+                yield final
+
+    def _judge(self, asked: _Asked, result: Result, queue: _Queue) -> Result | None:
+        """Return the final result, or None when the question was asked again."""
+        request = asked.request
+        constraint = request.constraint
+        if constraint is None:
+            return result
+        asked.attempts += 1
+        asked.usage += result.usage
+        kept = result.constraint or "validated"
+        counted = msgspec.structs.replace(
+            result, usage=asked.usage, attempts=asked.attempts, constraint=kept
+        )
+        if result.error is not None:
+            return counted
+        reason = constraints.validate(constraint, result.text)
+        if reason is None:
+            return counted
+        sampling = self._engine.resolve_sampling(request)
+        unchanging = is_greedy(sampling)
+        if unchanging or asked.attempts >= self._config.max_asks:
+            return msgspec.structs.replace(counted, error=_failure(counted, reason, unchanging))
+        queue.ask_again(_with_another_seed(request, sampling.seed, asked.attempts))
+        return None
+
+
+def _failure(result: Result, reason: str, unchanging: bool) -> LineError:  # noqa: FBT001
+    if result.finish_reason == "length":
+        return LineError(
+            code="truncated",
+            message=f"The answer was cut off after {result.usage.completion_tokens} tokens, "
+            f"before it was complete: {reason}. Raise max_tokens.",
+            status_code=500,
+        )
+    asked = (
+        "it was greedy, so it was asked for once"
+        if unchanging
+        else f"it was asked for {result.attempts} times"
+    )
+    return LineError(
+        code="schema_mismatch",
+        message=f"The answer breaks its constraint: {reason}; {asked}.",
+        status_code=500,
+    )
+
+
+def _with_another_seed(request: Request, seed: int | None, attempt: int) -> Request:
+    """Return the request with a seed that follows from `seed`; without one, any will differ."""
+    if seed is None:
+        return request
+    mixed = xxhash.xxh3_64_intdigest(f"{seed}/{attempt}".encode()) >> 1
+    return msgspec.structs.replace(
+        request, sampling=msgspec.structs.replace(request.sampling, seed=mixed)
+    )

@@ -1,0 +1,186 @@
+"""Messages and a model's own chat template to prompt tokens, which content can never forge.
+
+A special token that appears in what somebody wrote is text like any other. The template's own
+special tokens are counted on a rendering with harmless contents; a prompt with any other number
+of them is encoded again with each forged one cut in two, and refused if that does not help.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+
+from jobs.domain.errors import InvalidLine
+from jobs.domain.request import Message, Request
+
+_LOOKS_LIKE_CONTROL = re.compile(r"[<\[\uff5c|].*[>\]\uff5c|]", re.DOTALL)
+_MAX_REMEMBERED_SHAPES = 4096
+
+
+class PromptEncoder:
+    """Turns requests into token ids, for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int) -> None:
+        """Take the tokenizer; `vocab_size` bounds prompts that are given as token ids."""
+        self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._vocab_size = vocab_size
+        control = {
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            # Added tokens that are not special can steer too (<think>, <tool_call>); those that
+            # spell blanks or words cannot.
+            if token.special or _LOOKS_LIKE_CONTROL.fullmatch(token.content)
+        }
+        self._control_ids = frozenset(control.values())
+        longest_first = sorted((c for c in control if c), key=len, reverse=True)
+        self._control = (
+            re.compile("|".join(re.escape(content) for content in longest_first))
+            if longest_first
+            else None
+        )
+        self._num_control: dict[tuple[tuple[str, bool, bool], ...], int] = {}
+        template = tokenizer.chat_template
+        self.has_template = bool(template)
+        self._knows_developer = self.has_template and self._renders_developer(str(template))
+
+    def encode(self, request: Request) -> list[int]:
+        """Return the tokens of a request's prompt.
+
+        Raises:
+            InvalidLine: there is no chat template, it refuses these messages, or a token id is
+                out of range.
+        """
+        if request.messages is not None:
+            return self._encode_chat(request.messages)
+        prompt = request.prompt
+        if prompt is None:
+            raise InvalidLine("The request has no prompt.", error_code="invalid_value")
+        if isinstance(prompt, str):
+            ids = self._backend.encode(prompt).ids
+        else:
+            ids = list(prompt)
+            if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise InvalidLine(
+                    f"A token id of the prompt is not in the vocabulary of {self._vocab_size}.",
+                    param="body.prompt",
+                    error_code="invalid_value",
+                )
+        if not ids:
+            raise InvalidLine(
+                "The prompt is empty.", param="body.prompt", error_code="invalid_value"
+            )
+        return ids
+
+    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        if not self.has_template:
+            raise InvalidLine(
+                "This model has no chat template; use /v1/completions.",
+                param="body.messages",
+                error_code="unsupported_parameter",
+            )
+        ids = self._encode_text(self._render(messages))
+        shape = tuple((m.role, bool(m.content.strip()), m.name is not None) for m in messages)
+        expected = self._num_control.get(shape)
+        if expected is None:
+            harmless = [
+                Message(m.role, "x" if m.content.strip() else m.content, "x" if m.name else None)
+                for m in messages
+            ]
+            expected = self._count_control(self._encode_text(self._render(harmless)))
+            if len(self._num_control) >= _MAX_REMEMBERED_SHAPES:
+                self._num_control.clear()
+            self._num_control[shape] = expected
+        if self._count_control(ids) == expected:
+            return ids
+        ids = self._encode_forged(messages)
+        if self._count_control(ids) != expected:
+            raise InvalidLine(
+                "The chat template cannot tell these messages from its own control tokens.",
+                param="body.messages",
+                error_code="invalid_messages",
+            )
+        return ids
+
+    def _encode_forged(self, messages: Sequence[Message]) -> list[int]:
+        """Encode with every control token that somebody wrote cut after its first character.
+
+        The cut is marked before rendering, so that the template still does to the contents what
+        it does to all, and what it adds itself stays whole.
+        """
+        mark = f"\ue000{secrets.token_hex(8)}\ue001"
+        marked = [
+            Message(m.role, self._mark(m.content, mark), m.name and self._mark(m.name, mark))
+            for m in messages
+        ]
+        pieces = self._render(marked).split(mark)
+        ids = [token for piece in pieces if piece for token in self._encode_text(piece)]
+        whole = "".join(pieces)
+        if self._decode(ids) != self._decode(self._encode_text(whole)):
+            # A tokenizer that treats the start of a text in its own way would slip in a blank:
+            # an invisible space breaks the control token just as well.
+            ids = self._encode_text("\u200b".join(pieces))
+        return ids
+
+    def _mark(self, text: str, mark: str) -> str:
+        if self._control is None:
+            return text
+        return self._control.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _count_control(self, ids: list[int]) -> int:
+        control = self._control_ids
+        return sum(token in control for token in ids)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        turns: list[dict[str, Any]] = []
+        for message in messages:
+            role = message.role
+            if role == "developer" and not self._knows_developer:
+                role = "system"
+            turn: dict[str, Any] = {"role": role, "content": message.content}
+            if message.name is not None:
+                turn["name"] = message.name
+            turns.append(turn)
+        try:
+            # transformers renders in jinja's immutable sandbox; the template is the model's own.
+            rendered = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            reason = str(error) if type(error) is jinja2.TemplateError else "it does not render"
+            raise InvalidLine(
+                f"The model's chat template refuses these messages: {reason[:200]}.",
+                param="body.messages",
+                error_code="invalid_messages",
+            ) from None
+        except Exception as error:
+            raise InvalidLine(
+                f"The model's chat template fails on these messages ({type(error).__name__}).",
+                param="body.messages",
+                error_code="invalid_messages",
+            ) from None
+        return str(rendered)
+
+    def _renders_developer(self, template: str) -> bool:
+        """Return whether the template knows the role: names it, and renders what it says."""
+        if "developer" not in template:
+            return False
+        self._knows_developer = True
+        try:
+            rendered = self._render([Message("developer", "probe"), Message("user", "x")])
+        except InvalidLine:
+            return False
+        return "probe" in rendered

@@ -1,0 +1,613 @@
+"""What an answer must look like: checked before running, kept while generating, proven after.
+
+A constraint is *enforced* when the library that masks tokens keeps all of it, and *validated*
+when it keeps only part (a schema with `uniqueItems`, `not`, ...): then the part it can keep is
+kept, the answer is checked afterwards, and asked for again where it fails.
+
+Whitespace in JSON is at most one space wherever JSON allows any. That admits what `json.dumps`
+writes by default and the compact form, and never the endless blanks that a weak model falls into.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, TypeVar
+
+import jsonschema_rs
+import llguidance
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from llguidance.gbnf_to_lark import any_to_lark
+
+from engine.config import ConstraintBackend
+from jobs.domain.errors import InvalidInput
+from jobs.domain.request import Constraint
+
+Enforcement = Literal["enforced", "validated"]
+
+MAX_SPEC_BYTES = 256 * 1024
+MAX_SCHEMA_DEPTH = 32
+MAX_SCHEMA_NODES = 10_000
+MAX_ENUM_VALUES = 5_000
+MAX_PATTERN_CHARS = 2_048
+
+_ONE_SPACE = " ?"
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": _ONE_SPACE,
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+"""Given as overrides: a schema may not loosen them with an `x-guidance` of its own."""
+_LENIENT = {**_JSON_OPTIONS, "coerce_one_of": True, "lenient": True}
+_ANY_OBJECT = '{"type": "object"}'
+_OUTLINES_IGNORES = frozenset(
+    {
+        "allOf",
+        "contains",
+        "dependentRequired",
+        "dependentSchemas",
+        "else",
+        "exclusiveMaximum",
+        "exclusiveMinimum",
+        "format",
+        "if",
+        "maxContains",
+        "maxProperties",
+        "maximum",
+        "minContains",
+        "minProperties",
+        "minimum",
+        "multipleOf",
+        "not",
+        "oneOf",
+        "pattern",
+        "patternProperties",
+        "propertyNames",
+        "then",
+        "unevaluatedItems",
+        "unevaluatedProperties",
+        "uniqueItems",
+    }
+)
+"""Keywords that outlines_core leaves out, or reads otherwise, without a word."""
+
+Mask = npt.NDArray[np.int32]
+_T = TypeVar("_T")
+
+
+class Matcher(Protocol):
+    """Where one answer stands in its constraint."""
+
+    def fill(self, row: Mask) -> None:
+        """Write one bit per token of the vocabulary: whether it may come next."""
+        ...
+
+    def advance(self, token: int) -> bool:
+        """Take the token that was chosen; False when it does not fit, or the library gave up."""
+        ...
+
+    def is_accepting(self) -> bool:
+        """Return whether the answer may end here."""
+        ...
+
+    def is_finished(self) -> bool:
+        """Return whether the answer has to end here."""
+        ...
+
+
+class ConstraintTooComplex(Exception):  # noqa: N818 -- named for what happened
+    """The library cannot keep this constraint; the message never holds the constraint's text."""
+
+
+class BoundedCache(OrderedDict[bytes, tuple[_T, int]]):
+    """The most recently used values, bounded in number and in what they weigh."""
+
+    def __init__(self, *, max_entries: int, max_bytes: int) -> None:
+        super().__init__()
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+
+    def find(self, key: bytes) -> _T | None:
+        """Return the value under `key`, or None."""
+        found = self.get(key)
+        if found is None:
+            return None
+        self.move_to_end(key)
+        return found[0]
+
+    def keep(self, key: bytes, value: _T, *, weight: int) -> _T:
+        """Keep a value that weighs `weight` bytes, forgetting the least recently used ones."""
+        if key in self:
+            self._num_bytes -= self.pop(key)[1]
+        self[key] = (value, weight)
+        self._num_bytes += weight
+        while len(self) > self._max_entries or (
+            self._num_bytes > self._max_bytes and len(self) > 1
+        ):
+            self._num_bytes -= self.popitem(last=False)[1][1]
+        return value
+
+
+def key_of(constraint: Constraint) -> bytes:
+    """Return what tells this constraint from every other."""
+    return xxhash.xxh3_128_digest(f"{constraint.kind}\0{constraint.spec}".encode())
+
+
+# --- before running: may this constraint be used, and how well can it be kept? ---
+
+
+def check(constraint: Constraint, *, backend: ConstraintBackend = "llguidance") -> Enforcement:
+    """Return how well a constraint can be kept; needs no model and fetches nothing.
+
+    Compiles the constraint, so an unknown one belongs in `engine.sandbox`.
+
+    Raises:
+        InvalidInput: it is no schema, regular expression or grammar, or is larger than allowed;
+            `error_code` is invalid_schema, invalid_regex or invalid_grammar.
+    """
+    _check_size(constraint)
+    if constraint.kind == "json_schema":
+        return _check_schema(constraint, backend)
+    if constraint.kind == "choice":
+        choices_of(constraint)
+        return "enforced"
+    if constraint.kind == "json_object":
+        return "enforced"
+    _try_compile(grammar_of(constraint), constraint.kind)
+    return "enforced"
+
+
+def _check_size(constraint: Constraint) -> None:
+    if len(constraint.spec.encode()) > MAX_SPEC_BYTES:
+        raise _invalid(constraint.kind, f"is larger than {MAX_SPEC_BYTES // 1024} KiB")
+    if constraint.kind == "regex" and len(constraint.spec) > MAX_PATTERN_CHARS:
+        raise _invalid("regex", f"is longer than {MAX_PATTERN_CHARS} characters")
+
+
+def _check_schema(constraint: Constraint, backend: ConstraintBackend) -> Enforcement:
+    schema = parse_schema(constraint.spec)
+    _schema_validator(constraint)
+    strict = _grammar_of_schema(constraint.spec, lenient=False)
+    complaint = llguidance.LLMatcher.validate_grammar(strict, None)
+    if not complaint:
+        _try_compile(strict, "json_schema")
+        if backend == "outlines_core" and not _OUTLINES_IGNORES.isdisjoint(_keywords(schema)):
+            return "validated"
+        return "enforced"
+    if complaint.startswith("Unsatisfiable"):
+        raise _invalid("json_schema", "cannot be satisfied by any value")
+    complaint = llguidance.LLMatcher.validate_grammar(
+        _grammar_of_schema(constraint.spec, lenient=True), None
+    )
+    if complaint.startswith("Unsatisfiable"):
+        raise _invalid("json_schema", "cannot be satisfied by any value")
+    return "validated"
+
+
+def _try_compile(grammar: str, kind: str) -> None:
+    """Build the parser over bytes and ask it for one mask, which is where the work is done."""
+    matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _invalid(kind, f"is refused: {_first_line(matcher.get_error())}")
+
+
+def _first_line(complaint: str) -> str:
+    """Return what is wrong, without the quotation of the text that llguidance adds."""
+    for line in complaint.splitlines():
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    first = complaint.splitlines()[0] if complaint else "unknown reason"
+    return re.sub(r'"[^"]*"', "...", first)[:200]
+
+
+_CODES = {
+    "json_schema": ("invalid_schema", "The JSON schema"),
+    "json_object": ("invalid_schema", "The JSON schema"),
+    "regex": ("invalid_regex", "The regular expression"),
+    "choice": ("invalid_value", "The list of choices"),
+    "grammar": ("invalid_grammar", "The grammar"),
+}
+
+
+def _invalid(kind: str, what: str) -> InvalidInput:
+    code, subject = _CODES[kind]
+    return InvalidInput(f"{subject} {what}.", error_code=code)
+
+
+def parse_schema(spec: str) -> dict[str, Any] | bool:
+    """Return a schema within the static limits.
+
+    Raises:
+        InvalidInput: it is not a schema, is too large, or refers to somewhere else.
+    """
+    try:
+        schema = msgspec.json.decode(spec)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        raise _invalid("json_schema", "is not valid JSON") from None
+    if schema is False:
+        raise _invalid("json_schema", "cannot be satisfied by any value")
+    if schema is not True and not isinstance(schema, dict):
+        raise _invalid("json_schema", "is neither an object nor true")
+    num_nodes = 0
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    while waiting:
+        node, depth = waiting.pop()
+        num_nodes += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise _invalid("json_schema", f"is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+        if num_nodes > MAX_SCHEMA_NODES:
+            raise _invalid("json_schema", f"has more than {MAX_SCHEMA_NODES} parts")
+        if isinstance(node, dict):
+            _check_keywords(node)
+            waiting.extend((value, depth + 1) for value in node.values())
+        elif isinstance(node, list):
+            waiting.extend((value, depth + 1) for value in node)
+    return schema
+
+
+def _check_keywords(node: dict[str, Any]) -> None:
+    for name in ("$ref", "$dynamicRef", "$recursiveRef"):
+        target = node.get(name)
+        if isinstance(target, str) and not target.startswith("#"):
+            raise _invalid(
+                "json_schema",
+                f"has a {name} that points outside of it; nothing is fetched, so put the "
+                "definition under $defs",
+            )
+    values = node.get("enum")
+    if isinstance(values, list) and len(values) > MAX_ENUM_VALUES:
+        raise _invalid("json_schema", f"has an enum of more than {MAX_ENUM_VALUES} values")
+    pattern = node.get("pattern")
+    named = node.get("patternProperties")
+    patterns = [pattern, *(named if isinstance(named, dict) else ())]
+    if any(isinstance(p, str) and len(p) > MAX_PATTERN_CHARS for p in patterns):
+        raise _invalid("json_schema", f"has a pattern of more than {MAX_PATTERN_CHARS} characters")
+
+
+def _keywords(schema: object) -> Iterator[str]:
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield from node
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
+
+
+def choices_of(constraint: Constraint) -> list[str]:
+    """Return the strings that a "choice" constraint allows.
+
+    Raises:
+        InvalidInput: there is none, or there are too many.
+    """
+    try:
+        choices = msgspec.json.decode(constraint.spec, type=list[str])
+    except (msgspec.MsgspecError, UnicodeError):
+        raise _invalid("choice", "is not a list of strings") from None
+    if not 1 <= len(choices) <= MAX_ENUM_VALUES:
+        raise _invalid("choice", f"must have 1 to {MAX_ENUM_VALUES} entries")
+    return choices
+
+
+def grammar_of(constraint: Constraint, *, lenient: bool = False) -> str:
+    """Return the constraint as llguidance spells it; `lenient` leaves out what it cannot keep.
+
+    Raises:
+        InvalidInput: it cannot be spelled at all.
+    """
+    if constraint.kind == "json_schema":
+        return _grammar_of_schema(constraint.spec, lenient=lenient)
+    if constraint.kind == "json_object":
+        return _grammar_of_schema(_ANY_OBJECT, lenient=False)
+    if constraint.kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(constraint.spec)
+    if constraint.kind == "choice":
+        # A Lark string is written as a JSON string is.
+        alternatives = (msgspec.json.encode(choice).decode() for choice in choices_of(constraint))
+        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(alternatives))
+    try:
+        return llguidance.LLMatcher.grammar_from_lark(any_to_lark(constraint.spec))
+    except Exception:  # noqa: BLE001 -- the converter raises bare Exceptions
+        raise _invalid("grammar", "is neither Lark nor EBNF") from None
+
+
+def _grammar_of_schema(spec: str, *, lenient: bool) -> str:
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            "{}" if spec.strip() == "true" else spec,
+            overrides=_LENIENT if lenient else _JSON_OPTIONS,  # type: ignore[arg-type]  # a TypedDict
+        )
+    except ValueError:
+        raise _invalid("json_schema", "is not valid JSON") from None
+
+
+# --- after generating: is the answer what was asked for? ---
+
+
+def validate(constraint: Constraint, text: str) -> str | None:
+    """Return why `text` breaks the constraint, or None when it keeps it; never quotes the text."""
+    if constraint.kind == "choice":
+        return None if text in choices_of(constraint) else "it is none of the choices"
+    if constraint.kind in ("regex", "grammar"):
+        return _validate_by_grammar(constraint, text)
+    try:
+        value = msgspec.json.decode(text)
+    except RecursionError:
+        return "it is nested too deeply"
+    except (msgspec.MsgspecError, UnicodeError):
+        return "it is not valid JSON"
+    if constraint.kind == "json_object":
+        return None if isinstance(value, dict) else "it is not a JSON object"
+    validator = _schema_validator(constraint)
+    if validator.is_valid(value):
+        return None
+    for error in validator.iter_errors(value):
+        return f"it breaks `{error.kind.name}` of its schema"
+    return "it breaks its schema"
+
+
+_VALIDATORS: BoundedCache[jsonschema_rs.Validator] = BoundedCache(
+    max_entries=4096, max_bytes=32 << 20
+)
+_ACCEPTORS: BoundedCache[llguidance.LLMatcher] = BoundedCache(max_entries=512, max_bytes=8 << 20)
+_BYTES: list[llguidance.LLTokenizer] = []
+
+
+def _schema_validator(constraint: Constraint) -> jsonschema_rs.Validator:
+    key = key_of(constraint)
+    found = _VALIDATORS.find(key)
+    if found is not None:
+        return found
+    try:
+        validator = jsonschema_rs.validator_for(
+            parse_schema(constraint.spec),
+            validate_formats=True,
+            offline=True,
+            # Linear in the text, whatever the pattern: no look-around, no back-references.
+            pattern_options=jsonschema_rs.RegexOptions(),
+        )
+    except jsonschema_rs.ValidationError as error:
+        where = [part for part in error.instance_path if part in _SCHEMA_WORDS]
+        at = f" (at `{where[-1]}`)" if where else ""
+        raise _invalid("json_schema", f"is not a valid schema{at}") from None
+    except ValueError:
+        raise _invalid("json_schema", "is not a valid schema") from None
+    return _VALIDATORS.keep(key, validator, weight=8 * len(constraint.spec))
+
+
+_SCHEMA_WORDS = frozenset(
+    {
+        "$anchor",
+        "$defs",
+        "$ref",
+        "$schema",
+        "additionalProperties",
+        "allOf",
+        "anyOf",
+        "const",
+        "contains",
+        "definitions",
+        "enum",
+        "exclusiveMaximum",
+        "exclusiveMinimum",
+        "format",
+        "items",
+        "maxItems",
+        "maxLength",
+        "maxProperties",
+        "maximum",
+        "minItems",
+        "minLength",
+        "minProperties",
+        "minimum",
+        "multipleOf",
+        "not",
+        "oneOf",
+        "pattern",
+        "patternProperties",
+        "prefixItems",
+        "properties",
+        "propertyNames",
+        "required",
+        "type",
+        "uniqueItems",
+    }
+)
+
+
+def _byte_tokenizer() -> llguidance.LLTokenizer:
+    if not _BYTES:
+        _BYTES.append(llguidance.LLTokenizer("byte"))
+    return _BYTES[0]
+
+
+def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
+    key = key_of(constraint)
+    acceptor = _ACCEPTORS.find(key)
+    if acceptor is None:
+        acceptor = llguidance.LLMatcher(_byte_tokenizer(), grammar_of(constraint), log_level=0)
+        _ACCEPTORS.keep(key, acceptor, weight=8 * len(constraint.spec) + 1024)
+    else:
+        acceptor.reset()
+    given = list(text.encode("utf-8", "surrogatepass"))
+    num_taken = acceptor.try_consume_tokens(given)
+    if acceptor.is_error():
+        _ACCEPTORS.pop(key, None)
+        return "it could not be checked"
+    if num_taken == len(given) and acceptor.is_accepting():
+        return None
+    noun = "regular expression" if constraint.kind == "regex" else "grammar"
+    return f"it does not match its {noun}"
+
+
+# --- while generating: which tokens may come next? ---
+
+
+class _LlguidanceMatcher:
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill(self, row: Mask) -> None:
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+
+    def advance(self, token: int) -> bool:
+        return self._matcher.consume_token(token)
+
+    def is_accepting(self) -> bool:
+        return self._matcher.is_accepting()
+
+    def is_finished(self) -> bool:
+        return self._matcher.is_stopped()
+
+
+class _OutlinesMatcher:
+    def __init__(self, guide: Any, eos_tokens: tuple[int, ...]) -> None:  # noqa: ANN401 -- untyped
+        self._guide = guide
+        self._eos = eos_tokens
+
+    def fill(self, row: Mask) -> None:
+        self._guide.write_mask_into(row.ctypes.data, row.size, row.itemsize)
+        accepting = self._guide.is_finished()
+        for token in self._eos:
+            bit = np.int32(np.uint32(1 << (token & 31)).astype(np.int32))
+            row[token >> 5] = row[token >> 5] | bit if accepting else row[token >> 5] & ~bit
+
+    def advance(self, token: int) -> bool:
+        if token in self._eos:
+            return bool(self._guide.is_finished())
+        try:
+            self._guide.advance(token, return_tokens=False)
+        except ValueError:
+            return False
+        return True
+
+    def is_accepting(self) -> bool:
+        return bool(self._guide.is_finished())
+
+    def is_finished(self) -> bool:
+        if not self._guide.is_finished():
+            return False
+        return set(self._guide.get_tokens()) <= set(self._eos)
+
+
+class TokenizerConstraints:
+    """Makes matchers over one tokenizer's vocabulary; compiled constraints are kept for reuse."""
+
+    def __init__(
+        self,
+        tokenizer: llguidance.LLTokenizer,
+        *,
+        backend: ConstraintBackend = "llguidance",
+    ) -> None:
+        """Take llguidance's view of the tokenizer, made for the width of the model's logits."""
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._prototypes: BoundedCache[tuple[llguidance.LLMatcher, Enforcement]] = BoundedCache(
+            max_entries=1024, max_bytes=64 << 20
+        )
+        self._indexes: BoundedCache[tuple[Any, Enforcement]] = BoundedCache(
+            max_entries=64, max_bytes=64 << 20
+        )
+        self._vocabulary: Any = None
+
+    @property
+    def num_words(self) -> int:
+        """How many 32-bit words hold one bit per token."""
+        return (self._tokenizer.vocab_size + 31) // 32
+
+    def matcher(self, constraint: Constraint) -> tuple[Matcher, Enforcement]:
+        """Return a fresh matcher, and whether it keeps all of the constraint.
+
+        Raises:
+            ConstraintTooComplex: the library cannot keep it.
+        """
+        if self._backend == "outlines_core" and constraint.kind in (
+            "json_schema",
+            "regex",
+            "choice",
+        ):
+            return self._outlines_matcher(constraint)
+        key = key_of(constraint)
+        found = self._prototypes.find(key)
+        if found is None:
+            found = self._prototypes.keep(
+                key, self._compile(constraint), weight=16 * len(constraint.spec) + 4096
+            )
+        prototype, enforcement = found
+        return _LlguidanceMatcher(prototype.deep_copy()), enforcement
+
+    def _compile(self, constraint: Constraint) -> tuple[llguidance.LLMatcher, Enforcement]:
+        enforcement: Enforcement = "enforced"
+        try:
+            matcher = self._new(grammar_of(constraint))
+            if matcher.is_error() and constraint.kind == "json_schema":
+                enforcement = "validated"
+                matcher = self._new(grammar_of(constraint, lenient=True))
+        except InvalidInput as error:
+            raise ConstraintTooComplex(error.message) from None
+        if matcher.is_error():
+            raise ConstraintTooComplex(_first_line(matcher.get_error()))
+        return matcher, enforcement
+
+    def _new(self, grammar: str) -> llguidance.LLMatcher:
+        return llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+
+    def _outlines_matcher(self, constraint: Constraint) -> tuple[Matcher, Enforcement]:
+        import outlines_core  # noqa: PLC0415 -- an extra, and only where it was chosen
+
+        key = key_of(constraint)
+        found = self._indexes.find(key)
+        if found is None:
+            try:
+                regex, enforcement = _regex_of(constraint)
+                index = outlines_core.Index(regex, self._outlines_vocabulary())
+            except (ValueError, TypeError, InvalidInput):
+                raise ConstraintTooComplex("outlines_core refuses it") from None
+            found = self._indexes.keep(
+                key, (index, enforcement), weight=64 * len(constraint.spec) + 4096
+            )
+        index, enforcement = found
+        return _OutlinesMatcher(outlines_core.Guide(index), tuple(self._eos())), enforcement
+
+    def _eos(self) -> list[int]:
+        return list(self._tokenizer.eos_tokens)
+
+    def _outlines_vocabulary(self) -> Any:  # noqa: ANN401 -- outlines_core has no types
+        import outlines_core  # noqa: PLC0415
+
+        if self._vocabulary is None:
+            tokenizer, eos = self._tokenizer, set(self._eos())
+            tokens: dict[bytes, list[int]] = {}
+            for token in range(tokenizer.vocab_size):
+                if token in eos or tokenizer.is_special_token(token):
+                    continue
+                spelled = tokenizer.decode_bytes([token])
+                if spelled:
+                    tokens.setdefault(spelled, []).append(token)
+            self._vocabulary = outlines_core.Vocabulary(tokenizer.eos_token, tokens)
+        return self._vocabulary
+
+
+def _regex_of(constraint: Constraint) -> tuple[str, Enforcement]:
+    if constraint.kind == "regex":
+        return constraint.spec, "enforced"
+    if constraint.kind == "choice":
+        escaped: Callable[[str], str] = re.escape
+        return "(" + "|".join(
+            escaped(choice) for choice in choices_of(constraint)
+        ) + ")", "enforced"
+    from outlines_core.json_schema import build_regex_from_schema  # noqa: PLC0415
+
+    schema = parse_schema(constraint.spec)
+    ignored = not _OUTLINES_IGNORES.isdisjoint(_keywords(schema))
+    regex = build_regex_from_schema(constraint.spec, whitespace_pattern=_ONE_SPACE)
+    return regex, "validated" if ignored else "enforced"

@@ -1,0 +1,1 @@
+"""Hugging Face transformers: continuous batching over bf16 or NF4 weights."""

@@ -1,0 +1,335 @@
+"""The continuous-batching loop behind the Engine protocol.
+
+transformers brings the paged cache, the scheduler and prefix sharing; the loop is ours. It runs
+in the thread of whoever iterates `generate`, one step at a time, so a request ends at exactly the
+token that ends it, errors arrive where they belong, and nothing is polled.
+
+    take -> encode -> [ schedule -> forward -> choose -> update ] -> Result
+                        one step, all running sequences
+"""
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.base import Source
+from engine.chat import PromptEncoder
+from engine.config import HfConfig
+from engine.constraints import ConstraintTooComplex, TokenizerConstraints
+from engine.hf import rows, steps, tokens, weights
+from engine.registry import describe_model
+from engine.sampling import read_model_defaults, resolve_sampling
+from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import FinishReason, LineError, Result, Usage
+
+_IDLE_SECONDS = 0.002
+_ABORT_SECONDS = 0.25
+_ADMIT_AT_ONCE = 8
+
+
+class _Sequence:
+    """One request on its way: how it chooses, what it has said, what ends it."""
+
+    __slots__ = (
+        "constraint",
+        "id",
+        "ignores_eos",
+        "is_stopped_by",
+        "key",
+        "max_tokens",
+        "num_prompt",
+        "row",
+        "said",
+    )
+
+    def __init__(
+        self,
+        *,
+        request: Request,
+        num_prompt: int,
+        max_tokens: int,
+        row: rows.Row,
+        constraint: str | None,
+        stops: tokens.StopStrings | None,
+        ignores_eos: bool,
+    ) -> None:
+        self.id = request.id
+        self.key = str(request.id)
+        self.num_prompt = num_prompt
+        self.max_tokens = max_tokens
+        self.row = row
+        self.constraint = constraint
+        self.is_stopped_by = stops
+        self.ignores_eos = ignores_eos
+        self.said: list[int] = []
+
+
+class HfEngine:
+    """A transformers model that works on `num_slots` sequences at once."""
+
+    def __init__(self, config: HfConfig, *, model: str | None = None) -> None:
+        """Load the model.
+
+        Args:
+            model: the name clients use; unset, the configuration's.
+
+        Raises:
+            EngineMisconfigured: the model cannot be loaded as configured.
+            EngineOutOfMemory: it does not fit.
+        """
+        self._config = config
+        self._capabilities = describe_model(config, model or config.model)
+        loaded = weights.load(config)
+        self._loaded = loaded
+        self._encoder = PromptEncoder(loaded.tokenizer, vocab_size=loaded.vocab_size)
+        self._constraints = TokenizerConstraints(
+            tokens.constraint_tokenizer(
+                loaded.tokenizer, vocab_size=loaded.vocab_size, eos_tokens=loaded.eos_tokens
+            ),
+            backend=config.asking.backend,
+        )
+        self._model_defaults = read_model_defaults(loaded.generation_config)
+        self._eos = frozenset(loaded.eos_tokens)
+        self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
+        self._mask = np.full((config.slots, self._constraints.num_words), -1, dtype=np.int32)
+        self._context_tokens = min(loaded.context_tokens, self._stepper.max_sequence_tokens)
+        self._num_done = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model can do."""
+        return self._capabilities
+
+    @property
+    def num_slots(self) -> int:
+        """How many sequences are generated at once."""
+        return self._config.slots
+
+    def progress(self) -> int:
+        """Return the number of tokens and prefill steps so far; any thread may ask."""
+        return self._num_done
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the exact number of prompt tokens of a request.
+
+        Raises:
+            InvalidLine: the request cannot be turned into a prompt.
+        """
+        return len(self._encoder.encode(request))
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the request's sampling parameters with every default filled in."""
+        return resolve_sampling(request, self._config.defaults, self._model_defaults)
+
+    def close(self) -> None:
+        """Free the model and the cache."""
+        self._stepper = None
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def generate(self, source: Source) -> Iterator[Result]:
+        """Yield a result for each request of `source`, as they finish."""
+        stepper = self._stepper
+        if stepper is None:
+            raise EngineMisconfigured("The engine is closed.")
+        live: dict[str, _Sequence] = {}
+        try:
+            yield from self._run(source, stepper, live)
+        except torch.OutOfMemoryError as error:
+            raise EngineOutOfMemory(
+                f"The device ran out of memory with {len(live)} sequences; lower slots, "
+                "batch_tokens or num_blocks."
+            ) from error
+        except (RuntimeError, ValueError, IndexError, KeyError, MemoryError) as error:
+            raise EngineDied(
+                f"A step failed ({type(error).__name__}) with {len(live)} sequences in flight.",
+                suspects=frozenset(sequence.id for sequence in live.values()),
+            ) from error
+        finally:
+            stepper.reset()
+
+    def _run(
+        self, source: Source, stepper: steps.Stepper, live: dict[str, _Sequence]
+    ) -> Iterator[Result]:
+        slots = self._config.slots
+        is_open = True
+        next_abort_at = time.monotonic() + _ABORT_SECONDS
+        done: deque[Result] = deque()
+        while is_open or live:
+            room = 3 * slots - len(live)
+            if is_open and room > 0:
+                # Few at a time: encoding holds up the sequences that are already running.
+                taken = source.take(min(room, max(slots - len(live), _ADMIT_AT_ONCE)))
+                if taken is None:
+                    is_open = False
+                else:
+                    for request in taken:
+                        started = self._start(request, stepper)
+                        if isinstance(started, Result):
+                            yield started
+                        else:
+                            live[started.key] = started
+            now = time.monotonic()
+            if now >= next_abort_at:
+                next_abort_at = now + _ABORT_SECONDS
+                for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
+                    stepper.cancel(sequence.key)
+                    del live[sequence.key]
+            if not live:
+                if is_open:
+                    time.sleep(_IDLE_SECONDS)
+                continue
+            batch = stepper.prepare()
+            if batch is None:
+                time.sleep(_IDLE_SECONDS)
+                continue
+            choosers = [live[key] for key in batch.choosers]
+            chosen = stepper.forward([s.row for s in choosers], self._mask)
+            self._num_done += max(1, len(choosers))
+            for sequence, token in zip(choosers, stepper.finish(chosen), strict=True):
+                result = self._advance(sequence, token, stepper)
+                if result is not None:
+                    del live[sequence.key]
+                    done.append(result)
+            while done:
+                yield done.popleft()
+
+    def _start(self, request: Request, stepper: steps.Stepper) -> _Sequence | Result:
+        where = "messages" if request.messages is not None else "prompt"
+        try:
+            prompt = self._encoder.encode(request)
+        except InvalidLine as error:
+            return Result(
+                id=request.id,
+                error=LineError(
+                    code=error.error_code,
+                    message=error.message,
+                    status_code=400,
+                    param=where,
+                ),
+            )
+        room = self._context_tokens - len(prompt)
+        if room < 1:
+            return Result(
+                id=request.id,
+                error=LineError(
+                    code="context_length_exceeded",
+                    message=f"The prompt has {len(prompt)} tokens, which leaves no room for an "
+                    f"answer: this model's context holds {self._context_tokens} tokens.",
+                    status_code=400,
+                    param=where,
+                ),
+            )
+        sampling = self.resolve_sampling(request)
+        row = rows.Row(
+            temperature=sampling.temperature or 0.0,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            top_k=sampling.top_k or 0,
+        )
+        if row.temperature > 0 and row.top_k != 1:
+            row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
+        kept: str | None = None
+        if request.constraint is not None:
+            kept = "validated"
+            try:
+                row.matcher, kept = self._constraints.matcher(request.constraint)
+            except ConstraintTooComplex as error:
+                if self._config.asking.on_unsupported_schema == "refuse":
+                    return _unsupported(request, str(error))
+            else:
+                if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
+                    return _unsupported(request, "it has keywords that cannot be enforced")
+        sequence = _Sequence(
+            request=request,
+            num_prompt=len(prompt),
+            max_tokens=min(room, sampling.max_tokens or room),
+            row=row,
+            constraint=kept,
+            stops=tokens.StopStrings(self._loaded.tokenizer, sampling.stop)
+            if sampling.stop
+            else None,
+            # A constraint says where the answer ends; its end is an end-of-sequence token.
+            ignores_eos=sampling.ignore_eos and request.constraint is None,
+        )
+        stepper.add(sequence.key, prompt)
+        return sequence
+
+    def _advance(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result | None:
+        """Take a sequence's next token; return its result if that token was the last."""
+        if token == rows.BAD_LOGITS:
+            stepper.end(sequence.key)
+            return self._result(
+                sequence,
+                "stop",
+                error=LineError(
+                    code="numerical_error",
+                    message="The model's logits are not numbers; the prompt may trigger an "
+                    "overflow in this precision.",
+                    status_code=500,
+                ),
+            )
+        sequence.said.append(token)
+        if token in self._eos and not sequence.ignores_eos:
+            stepper.end(sequence.key)
+            return self._result(sequence, "stop", hide_last=True)
+        matcher = sequence.row.matcher
+        if matcher is not None:
+            if not matcher.advance(token):
+                # The library gave up on this state; the answer is validated in the end anyway.
+                sequence.row.matcher = None
+                sequence.constraint = "validated"
+            elif matcher.is_finished() and matcher.is_accepting():
+                # Nothing but the end can follow: no step is spent on it.
+                stepper.end(sequence.key)
+                return self._result(sequence, "stop")
+        stops = sequence.is_stopped_by
+        if stops is not None and stops.found(sequence.said):
+            stepper.end(sequence.key)
+            return self._result(sequence, "stop", text=stops.text)
+        if len(sequence.said) >= sequence.max_tokens:
+            stepper.end(sequence.key)
+            return self._result(sequence, "length")
+        return None
+
+    def _result(
+        self,
+        sequence: _Sequence,
+        reason: FinishReason,
+        *,
+        hide_last: bool = False,
+        text: str | None = None,
+        error: LineError | None = None,
+    ) -> Result:
+        stepper: Any = self._stepper
+        said = sequence.said
+        if text is None:
+            text = tokens.decode(self._loaded.tokenizer, said[:-1] if hide_last else said)
+        return Result(
+            id=sequence.id,
+            text=text,
+            finish_reason=reason,
+            usage=Usage(
+                prompt_tokens=sequence.num_prompt,
+                completion_tokens=len(said),
+                cached_tokens=stepper.cached_tokens(sequence.key),
+            ),
+            error=error,
+            constraint=sequence.constraint,  # type: ignore[arg-type]  # one of the literals
+        )
+
+
+def _unsupported(request: Request, why: str) -> Result:
+    return Result(
+        id=request.id,
+        error=LineError(
+            code="schema_unsupported",
+            message=f"The constraint cannot be enforced while generating: {why}.",
+            status_code=400,
+        ),
+    )

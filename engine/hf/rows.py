@@ -1,0 +1,167 @@
+"""Chooses the next token of every row of logits: constraint, temperature, top-k, top-p, seed.
+
+A row's choice depends on that row alone: its logits, its parameters and its own random numbers.
+So a seed gives the same answer whoever else is in the batch.
+"""
+
+import random
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+
+from engine.constraints import Mask, Matcher
+
+_SHORTLIST = 1024
+"""Rows with top-k or top-p look at so many tokens first: a full sort is 20 times dearer."""
+BAD_LOGITS = -1
+"""The choice in a row that has no number to choose by."""
+
+
+class Row(msgspec.Struct):
+    """How one sequence chooses its tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rng: random.Random | None = None
+    matcher: Matcher | None = None
+
+
+def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tensor:
+    """Return the chosen token of each row, as int64 on the device of `logits`.
+
+    A row without a finite logit gets `BAD_LOGITS`.
+
+    Args:
+        logits: [len(rows), vocabulary]; may be overwritten.
+        rows: who chooses, in the order of `logits`.
+        mask: scratch space of at least len(rows) rows of 32-bit words, one bit per token.
+    """
+    constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
+    if constrained:
+        logits = _constrain(logits, rows, constrained, mask)
+    best, chosen = logits.max(dim=-1)
+    sampled = [i for i, row in enumerate(rows) if row.temperature > 0 and row.top_k != 1]
+    if sampled:
+        everyone = len(sampled) == len(rows)
+        at = torch.tensor(sampled, device=logits.device)
+        picked = _sample(
+            logits if everyone else logits[at],
+            best if everyone else best[at],
+            [rows[i] for i in sampled],
+        )
+        chosen = picked if everyone else chosen.index_copy(0, at, picked)
+    # The largest of a row that holds a NaN is NaN; of a row without any choice it is -inf.
+    return chosen.masked_fill_(~torch.isfinite(best), BAD_LOGITS)
+
+
+def _constrain(
+    logits: torch.Tensor, rows: Sequence[Row], constrained: list[int], mask: Mask
+) -> torch.Tensor:
+    for place, i in enumerate(constrained):
+        matcher = rows[i].matcher
+        if matcher is not None:
+            matcher.fill(mask[place])
+    words = mask[: len(constrained)]
+    if logits.device.type == "cpu":
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+        forbidden = torch.from_numpy(bits[:, : logits.shape[1]]) == 0
+    else:
+        packed = torch.from_numpy(words).to(logits.device, non_blocking=True)
+        shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+        spread = (packed.unsqueeze(-1) >> shifts) & 1
+        forbidden = spread.flatten(1)[:, : logits.shape[1]] == 0
+    if forbidden.shape[1] < logits.shape[1]:
+        # Rows of the embedding that no token stands for.
+        forbidden = torch.nn.functional.pad(
+            forbidden, (0, logits.shape[1] - forbidden.shape[1]), value=True
+        )
+    if len(constrained) == len(rows):
+        return logits.masked_fill_(forbidden, -torch.inf)
+    at = torch.tensor(constrained, device=logits.device)
+    return logits.index_copy_(0, at, logits[at].masked_fill_(forbidden, -torch.inf))
+
+
+def _sample(logits: torch.Tensor, best: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    device = logits.device
+    temperatures = torch.tensor([row.temperature for row in rows], device=device)
+    drawn = torch.tensor(
+        [random.random() if row.rng is None else row.rng.random() for row in rows],  # noqa: S311
+        device=device,
+        dtype=torch.float64,
+    )
+    # exp((logit - best) / T): not normalized; the draw is scaled instead.
+    weights = ((logits - best.unsqueeze(-1)) / temperatures.unsqueeze(-1)).exp_()
+    filtered = [i for i, row in enumerate(rows) if row.top_k > 0 or row.top_p < 1]
+    if not filtered:
+        return _invert(weights, drawn)
+    if len(filtered) == len(rows):
+        return _sample_filtered(weights, drawn, rows)
+    plain = [i for i in range(len(rows)) if i not in set(filtered)]
+    chosen = torch.empty(len(rows), dtype=torch.int64, device=device)
+    chosen[plain] = _invert(weights[plain], drawn[plain])
+    chosen[filtered] = _sample_filtered(
+        weights[filtered], drawn[filtered], [rows[i] for i in filtered]
+    )
+    return chosen
+
+
+def _invert(weights: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Return for each row the first place at which its weights add up to its share `drawn`."""
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    targets = (drawn * sums[:, -1]).unsqueeze(-1)
+    places = torch.searchsorted(sums, targets, right=True).squeeze(-1)
+    # Rounding may leave the target past the last weight; step back onto one that is not 0.
+    return torch.minimum(places, (sums < sums[:, -1:]).sum(dim=-1))
+
+
+def _sample_filtered(weights: torch.Tensor, drawn: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    vocab_size = weights.shape[1]
+    shortlist = min(_SHORTLIST, vocab_size)
+    totals = weights.sum(dim=-1, dtype=torch.float64)
+    top, places = weights.topk(shortlist, dim=-1)
+    sums = top.cumsum(dim=-1, dtype=torch.float64)
+    chosen = torch.empty(len(rows), dtype=torch.int64, device=weights.device)
+    short: list[int] = []
+    limits: list[int] = []
+    shares = (sums[:, -1] / totals).tolist()
+    for i, row in enumerate(rows):
+        limit = row.top_k if 0 < row.top_k < vocab_size else vocab_size
+        if limit <= shortlist or (row.top_p < 1 and limit == vocab_size and shares[i] >= row.top_p):
+            short.append(i)
+            limits.append(min(limit, shortlist))
+        else:
+            ordered, at = weights[i : i + 1].sort(dim=-1, descending=True, stable=True)
+            place = _cut(ordered, drawn[i : i + 1], totals[i : i + 1], [row], [limit])
+            chosen[i] = at[0, place[0]]
+    if short:
+        taken = _cut(top[short], drawn[short], totals[short], [rows[i] for i in short], limits)
+        chosen[short] = places[short].gather(1, taken.unsqueeze(-1)).squeeze(-1)
+    return chosen
+
+
+def _cut(
+    ordered: torch.Tensor,
+    drawn: torch.Tensor,
+    totals: torch.Tensor,
+    rows: list[Row],
+    limits: list[int],
+) -> torch.Tensor:
+    """Return the place drawn in each row of falling weights, within its top-k and then its top-p.
+
+    As everywhere, top-p counts shares of what top-k left.
+    """
+    device = ordered.device
+    sums = ordered.cumsum(dim=-1, dtype=torch.float64)
+    last = torch.tensor(limits, device=device) - 1
+    # Without a top-k the share is of the whole vocabulary, of which `ordered` may be a part.
+    is_whole = torch.tensor([row.top_k <= 0 for row in rows], device=device)
+    kept = torch.where(is_whole, totals, sums.gather(1, last.unsqueeze(-1)).squeeze(-1))
+    shares = torch.tensor([row.top_p for row in rows], device=device, dtype=torch.float64)
+    nucleus = torch.searchsorted(sums, (kept * shares).unsqueeze(-1)).squeeze(-1)
+    last = torch.minimum(last, nucleus)
+    reach = sums.gather(1, last.unsqueeze(-1))
+    places = torch.searchsorted(sums, drawn.unsqueeze(-1) * reach, right=True).squeeze(-1)
+    return torch.minimum(places, last)

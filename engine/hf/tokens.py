@@ -1,0 +1,53 @@
+"""From token ids back to text: whole answers, and stop strings as they appear."""
+
+from collections.abc import Sequence
+
+import llguidance
+import llguidance.hf
+from transformers import PreTrainedTokenizerFast
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, said: Sequence[int]) -> str:
+    """Return the text of an answer, without special tokens."""
+    text: str = tokenizer.backend_tokenizer.decode(list(said), skip_special_tokens=True)
+    return text
+
+
+def constraint_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, eos_tokens: tuple[int, ...]
+) -> llguidance.LLTokenizer:
+    """Return llguidance's view of the tokenizer, as wide as the model's logits."""
+    return llguidance.hf.from_tokenizer(
+        tokenizer, n_vocab=vocab_size, eos_token=list(eos_tokens) or None
+    )
+
+
+class StopStrings:
+    """Watches one answer for the strings that end it, wherever token borders fall."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._reach = max(map(len, stops)) - 1
+        self._from = 0
+        self._upto = 0
+        self.text = ""
+
+    def found(self, said: Sequence[int]) -> bool:
+        """Return whether one has appeared now; then `text` is the answer before it.
+
+        Call it after every token. Decodes only the last few tokens: those of the piece of text
+        that was last known to be whole, and what came since.
+        """
+        known = decode(self._tokenizer, said[self._from : self._upto])
+        now = decode(self._tokenizer, said[self._from :])
+        if len(now) <= len(known) or now.endswith("\ufffd"):
+            return False  # part of a character; wait for the rest
+        self._from, self._upto = self._upto, len(said)
+        start = max(0, len(self.text) - self._reach)
+        self.text += now[len(known) :]
+        places = [place for stop in self._stops if (place := self.text.find(stop, start)) >= 0]
+        if not places:
+            return False
+        self.text = self.text[: min(places)]
+        return True

@@ -1,0 +1,244 @@
+"""Loads a model and its tokenizer, quantized where asked, and says what to do when it cannot."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_flash_attn_2_available
+
+from engine.config import HfConfig
+from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A model on its device, with everything that describes it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+    generation_config: dict[str, Any]
+    eos_tokens: tuple[int, ...]
+    context_tokens: int
+    vocab_size: int
+
+
+def load(config: HfConfig) -> Loaded:
+    """Return the model of `config`, ready to run.
+
+    Local folders are never looked up on the hub. No code of a model is ever run, and weights
+    come from safetensors only.
+
+    Raises:
+        EngineMisconfigured: something is missing or does not fit together; the message says what
+            to do.
+        EngineOutOfMemory: the model does not fit on the device.
+    """
+    _silence()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    is_local = looks_local(config.model)
+    if is_local and not Path(config.model).expanduser().is_dir():
+        raise EngineMisconfigured(
+            f"There is no folder {config.model}; give the folder that holds config.json, or a "
+            "hub id such as owner/name."
+        )
+    source = str(Path(config.model).expanduser()) if is_local else config.model
+    common: dict[str, Any] = {
+        "trust_remote_code": False,
+        "local_files_only": is_local,
+        "revision": config.revision or "main",
+        "token": config.token,
+        "cache_dir": config.cache_folder,
+    }
+    if is_local:
+        _refuse_foreign_code(Path(source))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=_DTYPES[config.compute_dtype],
+            attn_implementation=_attention(config, device),
+            use_safetensors=True,
+            quantization_config=_quantization(config),
+            device_map=None if device.type == "cpu" else {"": device},
+            **common,
+        )
+    except torch.OutOfMemoryError:
+        raise EngineOutOfMemory(
+            f"The weights of {config.model} do not fit on {device}; try quantization nf4."
+        ) from None
+    except Exception as error:
+        raise _explain(error, config) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise EngineMisconfigured(
+            f"{config.model} has no tokenizer.json; save it with a fast tokenizer."
+        )
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    generation_config = _generation_config(model.generation_config)
+    text_config = model.config.get_text_config()
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        generation_config=generation_config,
+        eos_tokens=_eos_tokens(generation_config, tokenizer),
+        context_tokens=config.context_tokens
+        or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
+        vocab_size=int(model.get_output_embeddings().weight.shape[0])
+        if model.get_output_embeddings() is not None
+        else int(text_config.vocab_size),
+    )
+
+
+def looks_local(model: str) -> bool:
+    """Return whether `model` names a folder rather than a hub id."""
+    path = Path(model).expanduser()
+    return path.is_absolute() or model.startswith(".") or model.count("/") > 1 or path.is_dir()
+
+
+def pick_device(asked: str) -> torch.device:
+    """Return the device to run on; "auto" takes the best one there is.
+
+    Raises:
+        EngineMisconfigured: it is not there.
+    """
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise EngineMisconfigured(
+            f"There is no device {asked}; use auto, cpu, cuda, cuda:N or mps."
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineMisconfigured(
+            "The device is cuda, but torch sees no GPU; check the driver and CUDA_VISIBLE_DEVICES, "
+            "or use device auto."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise EngineMisconfigured("The device is mps, but torch has none here; use device auto.")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", 0)
+    return device
+
+
+def _silence() -> None:
+    """Keep the libraries' chatter out of our logs; what matters comes back as exceptions."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("transformers", "bitsandbytes", "bitsandbytes.autograd._functions", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Refuse a model that can only run with code of its own."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineMisconfigured(
+            f"{folder} holds no config.json, so it is not a model's folder."
+        ) from None
+    except (OSError, ValueError):
+        raise EngineMisconfigured(f"{folder}/config.json cannot be read as JSON.") from None
+    if "auto_map" in described and described.get("model_type") not in CONFIG_MAPPING:
+        raise EngineMisconfigured(
+            f"{folder} brings Python code of its own, which is never run; use a model that "
+            "transformers knows."
+        )
+
+
+def _attention(config: HfConfig, device: torch.device) -> str:
+    if not config.flash_attention:
+        return "sdpa"
+    if device.type != "cuda" or not is_flash_attn_2_available():
+        raise EngineMisconfigured(
+            "flash_attention is on, but there is no GPU or no flash-attn package; install "
+            "flash-attn for this torch, or turn flash_attention off."
+        )
+    return "flash_attention_2"
+
+
+def _quantization(config: HfConfig) -> BitsAndBytesConfig | None:
+    if config.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES[config.compute_dtype],
+    )
+
+
+def _explain(error: Exception, config: HfConfig) -> EngineMisconfigured | EngineOutOfMemory:
+    name = config.model
+    chain = [error, error.__cause__, error.__context__]
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return EngineMisconfigured(
+            f"{name} asks for consent on the hub; accept its terms there and set a token."
+        )
+    if any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain):
+        return EngineMisconfigured(
+            f"The hub has no model {name} (revision {config.revision or 'main'}), or the token "
+            "may not see it."
+        )
+    if any(isinstance(e, (LocalEntryNotFoundError, HfHubHTTPError)) for e in chain):
+        return EngineMisconfigured(
+            f"{name} is not in the local cache and the hub cannot be reached; download it on a "
+            f"machine with a network (`hf download {name}`) and give its folder."
+        )
+    if isinstance(error, MemoryError):
+        return EngineOutOfMemory(f"The weights of {name} do not fit in memory.")
+    if isinstance(error, SafetensorError):
+        return EngineMisconfigured(f"The safetensors of {name} are damaged; download them again.")
+    if isinstance(error, ImportError):
+        return EngineMisconfigured(f"Loading {name} needs a package that is missing: {error}")
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return EngineMisconfigured(f"{name} cannot be loaded: {first}")
+
+
+def _generation_config(read: GenerationConfig | None) -> dict[str, Any]:
+    return {} if read is None else dict(read.to_dict())
+
+
+def _eos_tokens(
+    generation_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> tuple[int, ...]:
+    found = generation_config.get("eos_token_id")
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)

@@ -1,0 +1,174 @@
+"""Opens engines, importing only the one that was asked for, and describes models without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from engine.asking import Asking
+from engine.base import Engine
+from engine.config import EngineConfig, HfConfig, SimulatedConfig
+from jobs.domain.errors import EngineMisconfigured
+from jobs.domain.request import (
+    CHAT,
+    COMPLETIONS,
+    CONSTRAINT_KINDS,
+    PARAMETERS,
+    Capabilities,
+)
+
+_DESCRIBING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_DEFAULT_CONTEXT_TOKENS = 2048
+
+
+def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
+    """Return the engine that `config` describes, with its answers held to their constraints.
+
+    Args:
+        model: the name clients use; unset, what the configuration calls it.
+
+    Raises:
+        EngineMisconfigured: it cannot be opened as configured.
+        EngineOutOfMemory: it does not fit on the device.
+    """
+    inner: Engine
+    if isinstance(config, SimulatedConfig):
+        from engine.simulated import SimulatedEngine  # noqa: PLC0415
+
+        inner = SimulatedEngine(config, model=model or "simulated")
+    else:
+        try:
+            from engine.hf.engine import HfEngine  # noqa: PLC0415
+        except ImportError as error:
+            raise EngineMisconfigured(
+                f"The hf engine needs packages that are missing ({error.name}); install "
+                "`batchctl[hf]`."
+            ) from error
+        inner = HfEngine(config, model=model)
+    return Asking(inner, config.asking)
+
+
+def describe_model(config: EngineConfig, model: str) -> Capabilities:
+    """Return what a model can do, read from its files; loads no weights and needs no torch.
+
+    Args:
+        model: the name clients use.
+
+    Raises:
+        EngineMisconfigured: the files are not there, or are no model's.
+    """
+    if isinstance(config, SimulatedConfig):
+        from engine.simulated import describe  # noqa: PLC0415
+
+        return describe(config, model)
+    folder = find_folder(config)
+    files = {name: _read(folder / name) for name in _DESCRIBING_FILES}
+    if files["config.json"] is None:
+        raise EngineMisconfigured(f"{folder} holds no config.json, so it is not a model's folder.")
+    if files["tokenizer.json"] is None:
+        raise EngineMisconfigured(
+            f"{folder} holds no tokenizer.json; save the model with a fast tokenizer."
+        )
+    described = _object(files["config.json"], folder / "config.json")
+    text = described.get("text_config") or described
+    tokenizer_config = _object(files["tokenizer_config.json"] or b"{}", folder)
+    has_template = (
+        files["chat_template.jinja"] is not None
+        or files["chat_template.json"] is not None
+        or bool(tokenizer_config.get("chat_template"))
+    )
+    digest = xxhash.xxh3_128()
+    for name, content in files.items():
+        digest.update(f"{name}\0{-1 if content is None else len(content)}\0".encode())
+        digest.update(content or b"")
+    digest.update(
+        config.model_dump_json(
+            include={"quantization", "compute_dtype", "context_tokens", "defaults", "asking"}
+        ).encode()
+    )
+    return Capabilities(
+        model=model,
+        engine="hf",
+        endpoints=(CHAT, COMPLETIONS) if has_template else (COMPLETIONS,),
+        context_tokens=config.context_tokens
+        or int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS),
+        constraints=CONSTRAINT_KINDS,
+        parameters=PARAMETERS,
+        fingerprint=f"hf-{digest.hexdigest()}",
+    )
+
+
+def find_folder(config: HfConfig) -> Path:
+    """Return the folder with a model's describing files, fetching them from the hub if need be.
+
+    Raises:
+        EngineMisconfigured: there is no such folder or hub model, or the hub cannot be reached.
+    """
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
+        raise EngineMisconfigured(
+            f"There is no folder {config.model}; give the folder that holds config.json, or a "
+            "hub id such as owner/name."
+        )
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415
+        from huggingface_hub.errors import (  # noqa: PLC0415
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+    except ImportError as error:
+        raise EngineMisconfigured(
+            f"{config.model} is a hub id, which needs huggingface_hub; install `batchctl[hf]` or "
+            "give a local folder."
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                config.model,
+                revision=config.revision,
+                cache_dir=config.cache_folder,
+                token=config.token,
+                allow_patterns=list(_DESCRIBING_FILES),
+            )
+        )
+    except RepositoryNotFoundError:
+        raise EngineMisconfigured(
+            f"The hub has no model {config.model}, or the token may not see it."
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EngineMisconfigured(
+            f"{config.model} is not in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}); download it where there is a network "
+            f"(`hf download {config.model}`) and give its folder."
+        ) from error
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise EngineMisconfigured(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _object(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise EngineMisconfigured(f"{path} does not hold a JSON object.")
+    return value
