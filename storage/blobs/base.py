@@ -1,0 +1,177 @@
+"""What a blob store promises, and every key that is ever written to one.
+
+files/<file id>                                              an uploaded input
+outputs/<batch id>/<epoch>-<kind>.jsonl                      a produced file
+segments/<batch id>/<unit id>/<epoch>-<sequence>-<sha256>    results of some lines of a shard
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from jobs.domain.errors import BlobStoreUnavailable
+from jobs.domain.ids import BatchId, FileId
+from jobs.domain.shard import Lease
+from storage.config import BlobSettings
+
+OutputKind = Literal["output", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobInfo:
+    """A blob that is there to stay, and what was written to it."""
+
+    key: str
+    num_bytes: int
+    sha256: str
+
+
+class BlobWriter(Protocol):
+    """Writes one blob; leaving without `commit` leaves nothing behind."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append."""
+        ...
+
+    def commit(self) -> BlobInfo:
+        """Make the blob visible under its key, whole, in the place of any other."""
+        ...
+
+
+class BlobReader(Protocol):
+    """Reads a blob or a part of it, forward only."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to `size` bytes, or the rest; nothing only at the end."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Keeps blobs; what was committed is there for every reader from then on.
+
+    Raises BlobStoreUnavailable where it cannot work now, and BlobMissing for a key without a blob.
+    """
+
+    def open_writer(self, key: str) -> BlobWriter:
+        """Return a writer for a blob of any size; its memory does not grow with the blob."""
+        ...
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> BlobInfo:
+        """Write a small blob.
+
+        Args:
+            if_absent: leave a blob that is there; it is a success when it has the same bytes.
+
+        Raises:
+            Conflict: `if_absent`, and it has other bytes.
+        """
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Return all of a small blob."""
+        ...
+
+    def open_reader(self, key: str, *, start: int = 0, length: int | None = None) -> BlobReader:
+        """Return a reader of the bytes from `start`; a range past the end is shorter, or empty."""
+        ...
+
+    def get_size(self, key: str) -> int:
+        """Return the number of bytes."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is a blob under `key`."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a blob; one that is not there is removed already."""
+        ...
+
+    def list_keys(self, prefix: str = "") -> Iterator[str]:
+        """Yield the keys that begin with `prefix`, in order."""
+        ...
+
+
+def input_key(file_id: FileId) -> str:
+    """Return where the bytes of an uploaded file are."""
+    return f"files/{file_id}"
+
+
+def output_key(batch_id: BatchId, epoch: int, kind: OutputKind) -> str:
+    """Return where the finalizer that holds `epoch` writes one of its two files."""
+    return f"outputs/{batch_id}/{epoch}-{kind}.jsonl"
+
+
+def segment_key(lease: Lease, sequence: int, sha256: str) -> str:
+    """Return where a lease writes its segment number `sequence`."""
+    return (
+        f"{segments_prefix(lease.batch_id)}{lease.unit_id}/{lease.epoch}-{sequence}-{sha256[:16]}"
+    )
+
+
+def segments_prefix(batch_id: BatchId) -> str:
+    """Return what the keys of all segments of a batch begin with."""
+    return f"segments/{batch_id}/"
+
+
+def hash_bytes(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal, as `BlobInfo` and `Segment` have it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_key(key: str) -> str:
+    """Return `key` when it is one: relative, without empty, `.` or `..` parts or control characters.
+
+    Raises:
+        ValueError: it is not.
+    """
+    parts = key.split("/")
+    if (
+        not key
+        or any(part in {"", ".", ".."} for part in parts)
+        or any(character < " " or character == "\x7f" or character == "\\" for character in key)
+    ):
+        raise ValueError(f"{key!r} is not a blob key")
+    return key
+
+
+def open_blobs(settings: BlobSettings, data_folder: Path) -> BlobStore:
+    """Return the store that the settings name; without any, `blobs` inside the data folder.
+
+    Raises:
+        BlobStoreUnavailable: it cannot be used as the settings say.
+    """
+    if settings.kind == "folder":
+        from storage.blobs.local import FolderBlobs
+
+        return FolderBlobs(settings.folder or data_folder / "blobs")
+    try:
+        from storage.blobs.s3 import S3Blobs
+    except ImportError as error:
+        raise BlobStoreUnavailable(
+            "Blobs in S3 need more packages: pip install 'batchctl[server]'."
+        ) from error
+    return S3Blobs(settings)

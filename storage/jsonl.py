@@ -1,0 +1,187 @@
+"""Lines of blobs, read lazily in large chunks, and the container that keeps results.
+
+A segment, all numbers little-endian:
+
+    magic "BSG1" | number of entries u32 | CRC-32 of everything behind the header u32
+    index u64 each | length u32 each | kind u8 each | the lines, one behind the other
+
+so that writing the output copies bytes and parses none.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from jobs.domain.errors import BlobCorrupt
+from jobs.domain.shard import Shard, has_bit
+from storage.blobs.base import BlobStore
+
+MAX_LINE_BYTES = 8 << 20
+_BOM = b"\xef\xbb\xbf"
+_MAGIC = b"BSG1"
+_HEADER = struct.Struct("<4sII")
+
+KIND_OUTPUT = 0
+KIND_ERROR = 1
+
+Entry = tuple[int, int, bytes]
+"""A result's index in the input, its kind (output or error) and its line without the newline."""
+
+
+class ScannedLine(NamedTuple):
+    """A line that is not blank.
+
+    Attributes:
+        line_number: the physical line, from 1 where the scan started.
+        byte_start: where in the blob it begins, behind a byte order mark.
+        num_bytes: with its newline.
+        data: without its newline; None when it is longer than the scan allows.
+    """
+
+    line_number: int
+    byte_start: int
+    num_bytes: int
+    data: bytes | None
+
+
+def scan(
+    blobs: BlobStore,
+    key: str,
+    *,
+    start: int = 0,
+    length: int | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
+    chunk_bytes: int = 1 << 20,
+) -> Iterator[ScannedLine]:
+    r"""Yield the lines of a blob, or of a range of it that begins at a line.
+
+    Lines end at "\n"; one "\r" before it, a byte order mark at the blob's start and blank lines
+    (white space only) are dropped. The last line needs no newline. Memory stays under one line
+    and two chunks, however long a line is.
+    """
+    with blobs.open_reader(key, start=start, length=length) as reader:
+        chunk = reader.read(chunk_bytes)
+        offset = start
+        if start == 0:
+            while len(chunk) < len(_BOM) and (more := reader.read(chunk_bytes)):
+                chunk += more
+            if chunk.startswith(_BOM):
+                chunk = chunk[len(_BOM) :]
+                offset = len(_BOM)
+                chunk = chunk or reader.read(chunk_bytes)
+        number = 1
+        held: list[bytes] = []  # the beginning of a line that the chunk before did not end
+        num_held = 0  # its bytes, those of an over-long line that were let go included
+        while chunk:
+            lines = chunk.split(b"\n")
+            rest = lines.pop()
+            if lines and num_held:
+                num_bytes = num_held + len(lines[0]) + 1
+                if num_bytes - 1 > max_line_bytes:
+                    yield ScannedLine(number, offset, num_bytes, None)
+                else:
+                    held.append(lines[0])
+                    line = b"".join(held)
+                    if not line.isspace():
+                        yield ScannedLine(number, offset, num_bytes, line.removesuffix(b"\r"))
+                number += 1
+                offset += num_bytes
+                held, num_held = [], 0
+                del lines[0]
+            for number, line in enumerate(lines, number):
+                num_bytes = len(line) + 1
+                if num_bytes > max_line_bytes + 1:
+                    yield ScannedLine(number, offset, num_bytes, None)
+                elif line and not line.isspace():
+                    yield ScannedLine(number, offset, num_bytes, line.removesuffix(b"\r"))
+                offset += num_bytes
+            if lines:
+                number += 1
+            if rest:
+                num_held += len(rest)
+                if num_held > max_line_bytes:
+                    held = []
+                else:
+                    held.append(rest)
+            chunk = reader.read(chunk_bytes)
+        if num_held > max_line_bytes:
+            yield ScannedLine(number, offset, num_held, None)
+        elif num_held and not (line := b"".join(held)).isspace():
+            yield ScannedLine(number, offset, num_held, line.removesuffix(b"\r"))
+
+
+def read_lines(
+    blobs: BlobStore,
+    shard: Shard,
+    *,
+    skip: bytes = b"",
+    max_line_bytes: int = MAX_LINE_BYTES,
+    chunk_bytes: int = 1 << 20,
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (position, physical line number, line) of a shard's lines that are not in `skip`.
+
+    Args:
+        skip: a bitmap as `Shard.done` is one.
+
+    Raises:
+        BlobCorrupt: the range does not have the lines it had when it was cut.
+    """
+    position = -1
+    lines = scan(
+        blobs,
+        shard.blob_key,
+        start=shard.byte_start,
+        length=shard.num_bytes,
+        max_line_bytes=max_line_bytes,
+        chunk_bytes=chunk_bytes,
+    )
+    for position, (line_number, _, _, line) in enumerate(lines):
+        if position >= shard.num_lines or line is None:
+            raise BlobCorrupt(f"Blob {shard.blob_key} changed under unit {shard.unit_id}.")
+        if not has_bit(skip, position):
+            yield position, shard.first_line + line_number - 1, line
+    if position + 1 != shard.num_lines:
+        raise BlobCorrupt(f"Blob {shard.blob_key} changed under unit {shard.unit_id}.")
+
+
+def encode_segment(entries: Sequence[Entry]) -> bytes:
+    """Return the container with these results."""
+    indexes = np.array([entry[0] for entry in entries], dtype="<u8").tobytes()
+    kinds = bytes([entry[1] for entry in entries])
+    lines = [entry[2] for entry in entries]
+    lengths = np.array([len(line) for line in lines], dtype="<u4").tobytes()
+    body = b"".join(chain((indexes, lengths, kinds), lines))
+    return _HEADER.pack(_MAGIC, len(lines), zlib.crc32(body)) + body
+
+
+def decode_segment(data: bytes) -> list[Entry]:
+    """Return the results in a container.
+
+    Raises:
+        BlobCorrupt: it is cut off, changed, or something else.
+    """
+    if len(data) < _HEADER.size:
+        raise BlobCorrupt(f"A segment of {len(data)} bytes is cut off.")
+    magic, count, checksum = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise BlobCorrupt("These bytes are not a segment of a version known here.")
+    if zlib.crc32(memoryview(data)[_HEADER.size :]) != checksum:
+        raise BlobCorrupt("A segment's bytes are not those that were written.")
+    lengths_at = _HEADER.size + 8 * count
+    kinds_at = lengths_at + 4 * count
+    at = kinds_at + count
+    if len(data) < at:
+        raise BlobCorrupt("A segment is shorter than its header says.")
+    indexes: list[int] = np.frombuffer(data, dtype="<u8", count=count, offset=_HEADER.size).tolist()
+    lengths: list[int] = np.frombuffer(data, dtype="<u4", count=count, offset=lengths_at).tolist()
+    if at + sum(lengths) != len(data):
+        raise BlobCorrupt("A segment's lines do not have the lengths that it says.")
+    entries: list[Entry] = []
+    for index, kind, length in zip(indexes, data[kinds_at:at], lengths, strict=True):
+        entries.append((index, kind, data[at : at + length]))
+        at += length
+    return entries
