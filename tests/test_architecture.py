@@ -1,0 +1,129 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+from jobs.domain import errors
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("jobs", "engine", "storage", "migrations")
+
+DOMAIN_LIBRARIES = {"msgspec", "numpy", "xxhash", "uuid_utils"}
+# Of the standard library, what reaches outside the process or waits.
+DOES_IO = {
+    *("asyncio", "http", "io", "logging", "multiprocessing", "os", "pathlib", "select", "shutil"),
+    *("signal", "socket", "sqlite3", "ssl", "subprocess", "sys", "tempfile", "threading", "time"),
+    *("urllib",),
+}
+# Who may touch the environment beside jobs/settings.py, and why.
+TOUCHES_ENVIRONMENT = {
+    "engine/process.py": "hands this process's environment on to the engine's process",
+    "engine/hf/weights.py": "tells the tokenizers library before it is imported",
+}
+# What the core is installed without: the extras.
+EXTRAS = (
+    *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors"),
+    *("outlines", "outlines_core", "boto3", "botocore", "psycopg", "psycopg_pool"),
+)
+
+
+def _sources(*packages: str) -> Iterator[tuple[str, ast.Module]]:
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+
+
+def test_domain_imports_only_what_does_no_io() -> None:
+    allowed = (set(sys.stdlib_module_names) - DOES_IO) | DOMAIN_LIBRARIES
+    wrong = [
+        (path, name)
+        for path, tree in _sources("jobs/domain")
+        for name in _imports(tree)
+        if name.split(".")[0] not in allowed and not name.startswith("jobs.domain")
+    ]
+    assert wrong == []
+
+
+def test_domain_opens_and_prints_nothing() -> None:
+    wrong = [
+        (path, node.lineno)
+        for path, tree in _sources("jobs/domain")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in {"open", "print", "input"}
+    ]
+    assert wrong == []
+
+
+def test_imports_point_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_environment_is_read_in_settings_only() -> None:
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    found = {
+        path
+        for path, tree in _sources(*PACKAGES)
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in names)
+        or (isinstance(node, ast.alias) and node.name in names)
+    }
+    assert found - TOUCHES_ENVIRONMENT.keys() == {"jobs/settings.py"}
+
+
+def test_migrations_import_nothing_of_ours() -> None:
+    wrong = [
+        (path, name)
+        for path, tree in _sources("migrations/versions")
+        for name in _imports(tree)
+        if name.split(".")[0] in PACKAGES
+    ]
+    assert wrong == []
+
+
+def test_error_codes_are_unique() -> None:
+    codes = [
+        kind.code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.BatchctlError)
+    ]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["jobs.settings", "jobs.api.app", "jobs.cli.main", "jobs.embedded", "engine.process"],
+)
+def test_core_imports_without_the_extras(module: str) -> None:
+    program = f"""
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocked())
+importlib.import_module({module!r})
+"""
+    ran = subprocess.run(  # noqa: S603  our own program
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
