@@ -52,7 +52,7 @@ def _no_such_batch(batch_id: BatchId) -> NotFound:
     return NotFound(f"No such Batch object: {batch_id}", param="batch_id")
 
 
-def _load(tx: Transaction, rows: Sequence[Mapping[str, Any]]) -> list[Batch]:
+def _load(tx: Transaction, rows: Sequence[sa.RowMapping]) -> list[Batch]:
     """Return the batches of `rows` with what their shards have done, or how they ended."""
     open_ids = [row["id"] for row in rows if row["final_completed"] is None]
     sums: dict[str, Mapping[str, Any]] = {}
@@ -68,12 +68,13 @@ def _load(tx: Transaction, rows: Sequence[Mapping[str, Any]]) -> list[Batch]:
             .where(shards.c.batch_id.in_(open_ids))
             .group_by(shards.c.batch_id)
         )
-        sums = {row["batch_id"]: row for row in tx.execute(query).mappings()}
+        sums = {row["batch_id"]: dict(row) for row in tx.execute(query).mappings()}
     found = []
+    tokens: Mapping[str, Any]
     for row in rows:
         if row["final_completed"] is not None:
             completed, failed = row["final_completed"], row["final_failed"]
-            tokens, stem = row, "final_"
+            tokens, stem = dict(row), "final_"
         else:
             tokens, stem = sums.get(row["id"], dict.fromkeys(_SUMS, 0)), ""
             completed, failed = tokens["num_completed"], tokens["num_failed"]
@@ -233,7 +234,7 @@ def record_plan(
     now = now or tx.now()
     stopped = stopped_state(batch)
     if stopped is not None or batch.planned_at is not None:
-        end_unit(tx, lease, stopped or UnitState.DONE, exit=str(stopped or "already_planned"))
+        end_unit(tx, lease, stopped or UnitState.DONE, reason=str(stopped or "already_planned"))
         advance_if_ended(tx, batch, now=now)
         return stopped is None
     batch = replace(advance(batch, BatchEvent.PLANNED, now=now), planned_at=now)
@@ -259,7 +260,7 @@ def record_plan(
                 for unit, cut in zip(new_units, cuts, strict=True)
             ],
         )
-    end_unit(tx, lease, UnitState.DONE, exit="done")
+    end_unit(tx, lease, UnitState.DONE, reason="done")
     advance_if_ended(tx, batch, now=now)
     return True
 
@@ -291,7 +292,7 @@ def refuse(
         return batch.status is BatchStatus.FAILED
     now = now or tx.now()
     if batch.status is not BatchStatus.VALIDATING:
-        end_unit(tx, lease, stopped_state(batch) or UnitState.DONE, exit="stopped")
+        end_unit(tx, lease, stopped_state(batch) or UnitState.DONE, reason="stopped")
         advance_if_ended(tx, batch, now=now)
         return False
     batch = replace(
@@ -299,7 +300,7 @@ def refuse(
     )
     save_batch(tx, batch)
     insert_event(tx, batch, now=now)
-    end_unit(tx, lease, UnitState.DONE, exit="refused")
+    end_unit(tx, lease, UnitState.DONE, reason="refused")
     return True
 
 
@@ -423,7 +424,7 @@ def complete(
             final_cached_tokens=usage.cached_tokens,
         )
         insert_event(tx, batch, now=now)
-        end_unit(tx, lease, UnitState.DONE, exit="done")
+        end_unit(tx, lease, UnitState.DONE, reason="done")
     return _reload(tx, batch.id)
 
 

@@ -147,7 +147,7 @@ def writes(
     """Make `function` one transaction of a database, repeated while that may help."""
 
     @functools.wraps(function)
-    def in_transaction(db: Database, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def in_transaction(db: Database, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return db.run(lambda tx: function(tx, *args, **kwargs))
 
     return in_transaction
@@ -159,7 +159,7 @@ def reads(
     """Make `function` one transaction of a database that only reads."""
 
     @functools.wraps(function)
-    def in_transaction(db: Database, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def in_transaction(db: Database, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         with db.read() as tx:
             return function(tx, *args, **kwargs)
 

@@ -1,9 +1,8 @@
 """Uploaded inputs and produced outputs; their bytes are blobs."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any, Literal
+from typing import Literal
 
 import sqlalchemy as sa
 
@@ -35,7 +34,7 @@ class File:
 _NAMES = tuple(field.name for field in fields(File))
 
 
-def _from_row(row: Mapping[str, Any]) -> File:
+def _from_row(row: sa.RowMapping) -> File:
     return File(**{name: row[name] for name in _NAMES})
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from jobs.domain.errors import BlobCorrupt
 from jobs.domain.shard import Shard, has_bit
-from storage.blobs.base import BlobStore
+from storage.blobs.base import BlobReader, BlobStore
 
 MAX_LINE_BYTES = 8 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -60,58 +60,46 @@ def scan(
     r"""Yield the lines of a blob, or of a range of it that begins at a line.
 
     Lines end at "\n"; one "\r" before it, a byte order mark at the blob's start and blank lines
-    (white space only) are dropped. The last line needs no newline. Memory stays under one line
-    and two chunks, however long a line is.
+    (white space only) are dropped. The last line needs no newline. Of an over-long line no more
+    than `max_line_bytes` and a chunk are held at any time.
     """
     with blobs.open_reader(key, start=start, length=length) as reader:
-        chunk = reader.read(chunk_bytes)
-        offset = start
-        if start == 0:
-            while len(chunk) < len(_BOM) and (more := reader.read(chunk_bytes)):
-                chunk += more
-            if chunk.startswith(_BOM):
-                chunk = chunk[len(_BOM) :]
-                offset = len(_BOM)
-                chunk = chunk or reader.read(chunk_bytes)
-        number = 1
-        held: list[bytes] = []  # the beginning of a line that the chunk before did not end
-        num_held = 0  # its bytes, those of an over-long line that were let go included
-        while chunk:
+        number, offset = 1, start
+        carry = b""  # the beginning of a line that the last chunk did not end
+        num_lost = 0  # bytes of the line at hand that were let go, because it is over-long
+        for chunk in _read_chunks(reader, chunk_bytes):
             lines = chunk.split(b"\n")
-            rest = lines.pop()
-            if lines and num_held:
-                num_bytes = num_held + len(lines[0]) + 1
-                if num_bytes - 1 > max_line_bytes:
-                    yield ScannedLine(number, offset, num_bytes, None)
-                else:
-                    held.append(lines[0])
-                    line = b"".join(held)
-                    if not line.isspace():
-                        yield ScannedLine(number, offset, num_bytes, line.removesuffix(b"\r"))
-                number += 1
-                offset += num_bytes
-                held, num_held = [], 0
-                del lines[0]
-            for number, line in enumerate(lines, number):
-                num_bytes = len(line) + 1
+            if offset == 0 and number == 1 and chunk.startswith(_BOM):
+                lines[0] = lines[0][len(_BOM) :]
+                offset = len(_BOM)
+            lines[0] = carry + lines[0]
+            carry = lines.pop()
+            for line in lines:
+                num_bytes = num_lost + len(line) + 1
                 if num_bytes > max_line_bytes + 1:
                     yield ScannedLine(number, offset, num_bytes, None)
+                    num_lost = 0
                 elif line and not line.isspace():
                     yield ScannedLine(number, offset, num_bytes, line.removesuffix(b"\r"))
-                offset += num_bytes
-            if lines:
                 number += 1
-            if rest:
-                num_held += len(rest)
-                if num_held > max_line_bytes:
-                    held = []
-                else:
-                    held.append(rest)
-            chunk = reader.read(chunk_bytes)
-        if num_held > max_line_bytes:
-            yield ScannedLine(number, offset, num_held, None)
-        elif num_held and not (line := b"".join(held)).isspace():
-            yield ScannedLine(number, offset, num_held, line.removesuffix(b"\r"))
+                offset += num_bytes
+            if num_lost or len(carry) > max_line_bytes:
+                num_lost += len(carry)
+                carry = b""
+        if num_lost:
+            yield ScannedLine(number, offset, num_lost, None)
+        elif carry and not carry.isspace():
+            yield ScannedLine(number, offset, len(carry), carry.removesuffix(b"\r"))
+
+
+def _read_chunks(reader: BlobReader, size: int) -> Iterator[bytes]:
+    """Yield what `reader` has; the first chunk is long enough to hold a byte order mark."""
+    chunk = reader.read(size)
+    while 0 < len(chunk) < len(_BOM) and (more := reader.read(size)):
+        chunk += more
+    while chunk:
+        yield chunk
+        chunk = reader.read(size)
 
 
 def read_lines(

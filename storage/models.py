@@ -25,7 +25,7 @@ class Model:
 _NAMES = tuple(field.name for field in fields(Model))
 
 
-def _from_row(row: Mapping[str, Any]) -> Model:
+def _from_row(row: sa.RowMapping) -> Model:
     return Model(**{name: row[name] for name in _NAMES})
 
 

@@ -1,9 +1,8 @@
 """Segments: the commit of one is the moment its lines are done."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -26,7 +25,7 @@ _PLAIN = tuple(field.name for field in fields(Segment) if field.name != "usage")
 _USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 
 
-def _from_row(row: Mapping[str, Any]) -> Segment:
+def _from_row(row: sa.RowMapping) -> Segment:
     return Segment(
         **{name: row[name] for name in _PLAIN}, usage=Usage(**{name: row[name] for name in _USAGE})
     )
@@ -105,7 +104,7 @@ def record(
             **{name: shards.c[name] + tokens for name, tokens in usage.items()},
         )
     )
-    finished = num_done == shard.num_lines
+    finished: bool = num_done == shard.num_lines
     changes: dict[str, object] = {
         "lease_expires_at": now + timedelta(seconds=lease_seconds),
         "num_stalls": 0,

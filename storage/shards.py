@@ -1,8 +1,7 @@
 """Shards: which lines a unit runs, which are done, and which are suspected of killing engines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -28,7 +27,7 @@ class Fault:
     workers: tuple[str, ...]
 
 
-def _from_row(row: Mapping[str, Any], solo_crashes: Sequence[tuple[int, int]]) -> Shard:
+def _from_row(row: sa.RowMapping, solo_crashes: Sequence[tuple[int, int]]) -> Shard:
     return Shard(
         **{name: row[name] for name in _PLAIN},
         suspects=tuple(tuple(group) for group in row["suspects"]),

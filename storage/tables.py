@@ -4,6 +4,7 @@ No index contains `lease_expires_at`, so that Postgres renews a lease without to
 """
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
@@ -23,7 +24,7 @@ class Instant(sa.types.TypeDecorator[datetime]):
     cache_ok = True
 
     @override
-    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[datetime | int]:
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
         if dialect.name == "postgresql":
             return dialect.type_descriptor(sa.TIMESTAMP(timezone=True))
         return dialect.type_descriptor(sa.BigInteger())

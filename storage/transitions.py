@@ -4,10 +4,8 @@ Locks are taken in one order, so that no two transactions wait for each other: a
 shard, its batch, then pending units. A claim locks a pending unit alone.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -40,7 +38,7 @@ _NOT_COLUMNS = frozenset({"request_counts", "usage", "errors", "status", "ending
 _PLAIN = tuple(field.name for field in fields(Batch) if field.name not in _NOT_COLUMNS)
 
 
-def batch_from_row(row: Mapping[str, Any], counts: RequestCounts, usage: Usage) -> Batch:
+def batch_from_row(row: sa.RowMapping, counts: RequestCounts, usage: Usage) -> Batch:
     """Return the batch that `row` of the table and its counts make."""
     plain = {name: row[name] for name in _PLAIN}
     return Batch(
@@ -205,7 +203,7 @@ def lock_unit(tx: Transaction, lease: Lease) -> bool:
     raise LeaseLost(f"The lease of unit {lease.unit_id} (epoch {lease.epoch}) is no longer held.")
 
 
-def end_unit(tx: Transaction, lease: Lease, state: UnitState, *, exit: str) -> None:
+def end_unit(tx: Transaction, lease: Lease, state: UnitState, *, reason: str) -> None:
     """Write the end of a unit whose lease is locked."""
     tx.execute(
         sa.update(units)
@@ -214,5 +212,5 @@ def end_unit(tx: Transaction, lease: Lease, state: UnitState, *, exit: str) -> N
             units.c.epoch == lease.epoch,
             units.c.state == UnitState.LEASED,
         )
-        .values(state=str(state), last_exit=exit)
+        .values(state=str(state), last_exit=reason)
     )

@@ -235,7 +235,9 @@ def settle(
     batch = lock_batch(tx, lease.batch_id)
     if state is UnitState.PENDING and lease.kind in WORK_KINDS and batch is not None:
         state = stopped_state(batch) or state
-    _write_end(tx, lease.unit_id, state, exit=settlement.exit, now=now, delay_seconds=delay_seconds)
+    _write_end(
+        tx, lease.unit_id, state, reason=settlement.exit, now=now, delay_seconds=delay_seconds
+    )
     if batch is not None and lease.kind in WORK_KINDS and state in TERMINAL_UNIT_STATES:
         _after_work(tx, batch, lease.kind, state, now=now)
     return state
@@ -246,7 +248,7 @@ def _write_end(
     unit_id: UnitId,
     state: UnitState,
     *,
-    exit: str,
+    reason: str,
     now: datetime,
     delay_seconds: float,
     **columns: object,
@@ -262,7 +264,7 @@ def _write_end(
     tx.execute(
         sa.update(units)
         .where(units.c.id == unit_id, units.c.state == UnitState.LEASED)
-        .values(state=str(state), last_exit=exit, **columns)
+        .values(state=str(state), last_exit=reason, **columns)
     )
 
 
@@ -310,7 +312,7 @@ def reap(
         now=now,
         limit=limit,
         max_stalls=max_claims_without_progress,
-        rng=rng or random.Random(),
+        rng=rng or random.Random(),  # noqa: S311 - spreads load, guards nothing
     )
 
 
@@ -358,19 +360,19 @@ def _give_up(
         for row in lost[batch_id]:
             kind = UnitKind(row.kind)
             num_stalls = row.num_stalls + 1
-            state, exit = UnitState.PENDING, _LEASE_LOST_EXIT
+            state, reason = UnitState.PENDING, _LEASE_LOST_EXIT
             if kind in WORK_KINDS and (stopped := stopped_state(batch)) is not None:
                 state = stopped
             elif (
                 max_stalls is not None and num_stalls > max_stalls and kind is not UnitKind.FINALIZE
             ):
-                state, exit = UnitState.FAILED, "stuck"
+                state, reason = UnitState.FAILED, "stuck"
             ceiling = min(_MAX_BACKOFF_SECONDS, 2.0 ** min(num_stalls, 10))
             _write_end(
                 tx,
                 row.id,
                 state,
-                exit=exit,
+                reason=reason,
                 now=now,
                 delay_seconds=rng.uniform(0, ceiling) if rng else 0.0,
                 epoch=units.c.epoch + 1,
@@ -438,5 +440,14 @@ def poke_due(
         .values(last_poked_at=now)
         .returning(units.c.kind, units.c.model_key)
     )
-    found = {(UnitKind(row.kind), row.model_key) for row in rows}
+    found: set[tuple[UnitKind, str | None]] = {(UnitKind(row.kind), row.model_key) for row in rows}
     return sorted(found, key=lambda pair: (pair[0], pair[1] or ""))
+
+
+@reads
+def get_exit(tx: Transaction, unit_id: UnitId) -> str | None:
+    """Return how the unit's last attempt ended, as its settlement said."""
+    reason: str | None = tx.execute(
+        sa.select(units.c.last_exit).where(units.c.id == unit_id)
+    ).scalar_one()
+    return reason

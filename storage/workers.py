@@ -1,9 +1,7 @@
 """Workers, for people who look; a lease, not a heartbeat, says whether one is alive."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -30,7 +28,7 @@ class Worker:
 _NAMES = tuple(field.name for field in fields(Worker))
 
 
-def _from_row(row: Mapping[str, Any]) -> Worker:
+def _from_row(row: sa.RowMapping) -> Worker:
     return Worker(**{name: row[name] for name in _NAMES})
 
 

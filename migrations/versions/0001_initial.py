@@ -32,19 +32,23 @@ def _freeze(table: str) -> list[str]:
     ended, columns = _FROZEN[table]
     if op.get_bind().dialect.name == "postgresql":
         changed = " OR ".join(f"NEW.{column} IS DISTINCT FROM OLD.{column}" for column in columns)
-        return [
+        function = (
             f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
             f"RAISE EXCEPTION 'a row of {table} has ended and stays as it is' "
-            "USING ERRCODE = 'integrity_constraint_violation'; END $$",
+            "USING ERRCODE = 'integrity_constraint_violation'; END $$"
+        )
+        trigger = (
             f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} FOR EACH ROW "
-            f"WHEN ({ended} AND ({changed})) EXECUTE FUNCTION {name}()",
-        ]
+            f"WHEN ({ended} AND ({changed})) EXECUTE FUNCTION {name}()"
+        )
+        return [function, trigger]
     changed = " OR ".join(f"NEW.{column} IS NOT OLD.{column}" for column in columns)
-    return [
+    trigger = (
         f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} FOR EACH ROW "
         f"WHEN {ended} AND ({changed}) BEGIN "
         f"SELECT RAISE(ABORT, 'a row of {table} has ended and stays as it is'); END"
-    ]
+    )
+    return [trigger]
 
 
 def upgrade() -> None:

@@ -8,14 +8,11 @@ segments/<batch id>/<unit id>/<epoch>-<sequence>-<sha256>    results of some lin
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
-from jobs.domain.errors import BlobStoreUnavailable
 from jobs.domain.ids import BatchId, FileId
 from jobs.domain.shard import Lease
-from storage.config import BlobSettings
 
 OutputKind = Literal["output", "error"]
 
@@ -73,7 +70,18 @@ class BlobStore(Protocol):
     """Keeps blobs; what was committed is there for every reader from then on.
 
     Raises BlobStoreUnavailable where it cannot work now, and BlobMissing for a key without a blob.
+    Threads share it; leaving it as a context manager ends its connections.
     """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
 
     def open_writer(self, key: str) -> BlobWriter:
         """Return a writer for a blob of any size; its memory does not grow with the blob."""
@@ -143,7 +151,7 @@ def hash_bytes(data: bytes) -> str:
 
 
 def check_key(key: str) -> str:
-    """Return `key` when it is one: relative, without empty, `.` or `..` parts or control characters.
+    """Return `key` when it is one: parts that are names, with slashes between.
 
     Raises:
         ValueError: it is not.
@@ -152,26 +160,7 @@ def check_key(key: str) -> str:
     if (
         not key
         or any(part in {"", ".", ".."} for part in parts)
-        or any(character < " " or character == "\x7f" or character == "\\" for character in key)
+        or any(character < " " or character in "\x7f\\" for character in key)
     ):
         raise ValueError(f"{key!r} is not a blob key")
     return key
-
-
-def open_blobs(settings: BlobSettings, data_folder: Path) -> BlobStore:
-    """Return the store that the settings name; without any, `blobs` inside the data folder.
-
-    Raises:
-        BlobStoreUnavailable: it cannot be used as the settings say.
-    """
-    if settings.kind == "folder":
-        from storage.blobs.local import FolderBlobs
-
-        return FolderBlobs(settings.folder or data_folder / "blobs")
-    try:
-        from storage.blobs.s3 import S3Blobs
-    except ImportError as error:
-        raise BlobStoreUnavailable(
-            "Blobs in S3 need more packages: pip install 'batchctl[server]'."
-        ) from error
-    return S3Blobs(settings)

@@ -41,6 +41,18 @@ class FolderBlobs:
             self._temporary = self._root / _TEMPORARY
             self._temporary.mkdir(exist_ok=True)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None:
+        """Nothing is held open between calls."""
+
     def open_writer(self, key: str) -> "FolderWriter":
         """Return a writer of a file next to the others, renamed into place by its commit."""
         return FolderWriter(self._path(key), key=key, temporary=self._new_temporary())
@@ -54,25 +66,24 @@ class FolderBlobs:
         temporary = self._new_temporary()
         with _translated(key):
             try:
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-                with open(descriptor, "wb", buffering=0) as file:
+                with temporary.open("xb", buffering=0) as file:
                     _write_all(file, data)
-                    os.fsync(descriptor)
+                    os.fsync(file.fileno())
                 _make_parents(path, self._root)
                 if if_absent:
                     # Unlike a rename, a link fails where another writer was first.
                     try:
-                        os.link(temporary, path)
+                        path.hardlink_to(temporary)
                     except FileExistsError:
                         return self._require_same(info)
                     finally:
-                        os.unlink(temporary)
+                        temporary.unlink()
                 else:
-                    os.replace(temporary, path)
+                    temporary.replace(path)
                 _sync_folder(path.parent)
             except BaseException:
                 with suppress(OSError):
-                    os.unlink(temporary)
+                    temporary.unlink()
                 raise
         return info
 
@@ -154,8 +165,7 @@ class FolderWriter:
         self._hash = hashlib.sha256()
         self._num_bytes = 0
         with _translated(key):
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        self._file: BinaryIO = open(descriptor, "wb", buffering=1 << 20)
+            self._file: BinaryIO = temporary.open("xb", buffering=1 << 20)
         self._committed = False
 
     def __enter__(self) -> Self:
