@@ -504,7 +504,7 @@ def _read_environment(environment: Mapping[str, str]) -> _Layer:
             raise InvalidInput(
                 f"The environment variable {name} is no setting."
                 f"{did_you_mean(name.upper(), [*known, CONFIG_VARIABLE])}",
-                param=name,
+                param="settings",
             )
         names[path] = name
     try:
@@ -530,7 +530,7 @@ def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) ->
         try:
             value = alias.parse(text)
         except ValueError as error:
-            raise InvalidInput(f"{alias.name} {error}.", param=alias.name) from None
+            raise InvalidInput(f"{alias.name} {error}.", param="settings") from None
         if value is not None:
             fields.put(values, alias.path, value)
             names[alias.path] = alias.name

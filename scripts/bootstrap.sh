@@ -79,12 +79,22 @@ take_lock() {
     echo $$ >"$lock/pid"
 }
 
+version() { "$1" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null; }
+if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ] && [ "$(version "$PYTHON")" != "$(version .venv/bin/python)" ]; then
+    say ".venv stays with the Python it was made with; for $PYTHON, make clean first"
+fi
+
 ready && exit 0
 take_lock
 ready && exit 0
 
+python=
+if ! { [ -x .venv/bin/python ] && fits .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
+    python=$(find_python)
+fi
+
 free_mb=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1024))
-if .venv/bin/python -c 'import torch' 2>/dev/null; then
+if .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
     say "updating .venv"
 else
     say "installing into .venv; this happens once"
@@ -93,8 +103,7 @@ else
     [ "$free_mb" -ge 7000 ] || say "only $free_mb MB are free here; the large PyTorch would need 7000 MB"
 fi
 
-if ! { [ -x .venv/bin/python ] && fits .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
-    python=$(find_python)
+if [ -n "$python" ]; then
     "$python" -m venv --clear .venv || fail "$python cannot make a virtual environment; see above"
 fi
 
