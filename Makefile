@@ -34,7 +34,7 @@ check: ## style, types and the direction of imports
 bench: ## each script in tests/benchmarks; they write JSON and assert nothing
 	@sh scripts/bootstrap.sh test
 	@set -e; for script in tests/benchmarks/*.py; do \
-	  echo "== $$script"; PYTHONPATH=. .venv/bin/python "$$script"; done
+	  [ -e "$$script" ] || continue; echo "== $$script"; PYTHONPATH=. .venv/bin/python "$$script"; done
 
 clean: ## remove what was built here, the environment included
 	rm -rf .venv .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
