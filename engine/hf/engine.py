@@ -12,7 +12,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ import torch
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
-from engine.constraints import ConstraintTooComplex, TokenizerConstraints
+from engine.constraints import ConstraintTooComplex, Enforcement, TokenizerConstraints
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
@@ -40,12 +39,12 @@ class _Sequence:
         "constraint",
         "id",
         "ignores_eos",
-        "is_stopped_by",
         "key",
         "max_tokens",
         "num_prompt",
         "row",
         "said",
+        "stops",
     )
 
     def __init__(
@@ -55,7 +54,7 @@ class _Sequence:
         num_prompt: int,
         max_tokens: int,
         row: rows.Row,
-        constraint: str | None,
+        constraint: Enforcement | None,
         stops: tokens.StopStrings | None,
         ignores_eos: bool,
     ) -> None:
@@ -65,7 +64,7 @@ class _Sequence:
         self.max_tokens = max_tokens
         self.row = row
         self.constraint = constraint
-        self.is_stopped_by = stops
+        self.stops = stops
         self.ignores_eos = ignores_eos
         self.said: list[int] = []
 
@@ -185,14 +184,15 @@ class HfEngine:
                 if is_open:
                     time.sleep(_IDLE_SECONDS)
                 continue
-            batch = stepper.prepare()
-            if batch is None:
+            keys = stepper.prepare()
+            if keys is None:
                 time.sleep(_IDLE_SECONDS)
                 continue
-            choosers = [live[key] for key in batch.choosers]
+            choosers = [live[key] for key in keys]
             chosen = stepper.forward([s.row for s in choosers], self._mask)
+            stepper.finish(chosen)
             self._num_done += max(1, len(choosers))
-            for sequence, token in zip(choosers, stepper.finish(chosen), strict=True):
+            for sequence, token in zip(choosers, chosen, strict=True):
                 result = self._advance(sequence, token, stepper)
                 if result is not None:
                     del live[sequence.key]
@@ -234,7 +234,7 @@ class HfEngine:
         )
         if row.temperature > 0 and row.top_k != 1:
             row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
-        kept: str | None = None
+        kept: Enforcement | None = None
         if request.constraint is not None:
             kept = "validated"
             try:
@@ -262,22 +262,11 @@ class HfEngine:
 
     def _advance(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result | None:
         """Take a sequence's next token; return its result if that token was the last."""
-        if token == rows.BAD_LOGITS:
-            stepper.end(sequence.key)
-            return self._result(
-                sequence,
-                "stop",
-                error=LineError(
-                    code="numerical_error",
-                    message="The model's logits are not numbers; the prompt may trigger an "
-                    "overflow in this precision.",
-                    status_code=500,
-                ),
-            )
+        if token < 0:
+            return self._fail(sequence, token, stepper)
         sequence.said.append(token)
         if token in self._eos and not sequence.ignores_eos:
-            stepper.end(sequence.key)
-            return self._result(sequence, "stop", hide_last=True)
+            return self._end(sequence, stepper, "stop", said=sequence.said[:-1])
         matcher = sequence.row.matcher
         if matcher is not None:
             if not matcher.advance(token):
@@ -286,41 +275,55 @@ class HfEngine:
                 sequence.constraint = "validated"
             elif matcher.is_finished() and matcher.is_accepting():
                 # Nothing but the end can follow: no step is spent on it.
-                stepper.end(sequence.key)
-                return self._result(sequence, "stop")
-        stops = sequence.is_stopped_by
+                return self._end(sequence, stepper, "stop")
+        stops = sequence.stops
         if stops is not None and stops.found(sequence.said):
-            stepper.end(sequence.key)
-            return self._result(sequence, "stop", text=stops.text)
+            return self._end(sequence, stepper, "stop", text=stops.text)
         if len(sequence.said) >= sequence.max_tokens:
-            stepper.end(sequence.key)
-            return self._result(sequence, "length")
+            return self._end(sequence, stepper, "length")
         return None
 
-    def _result(
+    def _fail(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result:
+        if token == rows.NO_CHOICE and sequence.row.matcher is not None:
+            # The constraint leads nowhere from here; its validation says what is missing.
+            return self._end(sequence, stepper, "stop")
+        return self._end(
+            sequence,
+            stepper,
+            "stop",
+            error=LineError(
+                code="numerical_error",
+                message="The model's logits are not numbers; the prompt may overflow this "
+                "precision.",
+                status_code=500,
+            ),
+        )
+
+    def _end(
         self,
         sequence: _Sequence,
+        stepper: steps.Stepper,
         reason: FinishReason,
         *,
-        hide_last: bool = False,
+        said: list[int] | None = None,
         text: str | None = None,
         error: LineError | None = None,
     ) -> Result:
-        stepper: Any = self._stepper
-        said = sequence.said
+        """Free a sequence's cache and return its result; `said` leaves out what is no text."""
+        cached_tokens = stepper.end(sequence.key, is_tainted=error is not None)
         if text is None:
-            text = tokens.decode(self._loaded.tokenizer, said[:-1] if hide_last else said)
+            text = tokens.decode(self._loaded.tokenizer, sequence.said if said is None else said)
         return Result(
             id=sequence.id,
             text=text,
             finish_reason=reason,
             usage=Usage(
                 prompt_tokens=sequence.num_prompt,
-                completion_tokens=len(said),
-                cached_tokens=stepper.cached_tokens(sequence.key),
+                completion_tokens=len(sequence.said),
+                cached_tokens=cached_tokens,
             ),
             error=error,
-            constraint=sequence.constraint,  # type: ignore[arg-type]  # one of the literals
+            constraint=sequence.constraint,
         )
 
 

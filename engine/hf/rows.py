@@ -16,7 +16,9 @@ from engine.constraints import Mask, Matcher
 _SHORTLIST = 1024
 """Rows with top-k or top-p look at so many tokens first: a full sort is 20 times dearer."""
 BAD_LOGITS = -1
-"""The choice in a row that has no number to choose by."""
+"""The choice in a row whose logits are not numbers."""
+NO_CHOICE = -2
+"""The choice in a row that rules out every token."""
 
 
 class Row(msgspec.Struct):
@@ -32,7 +34,7 @@ class Row(msgspec.Struct):
 def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tensor:
     """Return the chosen token of each row, as int64 on the device of `logits`.
 
-    A row without a finite logit gets `BAD_LOGITS`.
+    A row without anything to choose by gets `BAD_LOGITS` or `NO_CHOICE`.
 
     Args:
         logits: [len(rows), vocabulary]; may be overwritten.
@@ -54,7 +56,9 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tenso
         )
         chosen = picked if everyone else chosen.index_copy(0, at, picked)
     # The largest of a row that holds a NaN is NaN; of a row without any choice it is -inf.
-    return chosen.masked_fill_(~torch.isfinite(best), BAD_LOGITS)
+    return chosen.masked_fill_(~torch.isfinite(best), BAD_LOGITS).masked_fill_(
+        torch.isneginf(best), NO_CHOICE
+    )
 
 
 def _constrain(

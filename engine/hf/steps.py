@@ -6,29 +6,41 @@ Stands on private parts of transformers, which is why its version is pinned exac
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import stream_context
 
 from engine.config import HfConfig
 from engine.constraints import Mask
-from engine.hf import rows
+from engine.hf import paged, rows
 from engine.hf.weights import Loaded
 from jobs.domain.errors import EngineOutOfMemory
 
 _CACHE_SHARE_OF_CPU_MEMORY = 0.25
 
 
-class Batch(msgspec.Struct, frozen=True):
-    """What the next step computes: the sequences that get a token, in the order of their rows."""
+class _Scheduler(FIFOScheduler):
+    """Notes how much of each prompt was found in the cache."""
 
-    choosers: list[str]
+    def reset(self) -> None:
+        super().reset()
+        self.cached_tokens: dict[str, int] = {}
+
+    def _infer_request_tokens(
+        self, state: RequestState, request_ids_to_remove_from_waiting: set[str]
+    ) -> list[int]:
+        was_pending = state.status == RequestStatus.PENDING
+        tokens = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
+        # A sequence that lost its blocks comes back with its answer as part of the prompt.
+        if was_pending and state.position_offset and not state._true_initial_tokens:
+            self.cached_tokens[state.request_id] = state.position_offset
+        return tokens
 
 
 class Stepper:
@@ -41,86 +53,125 @@ class Stepper:
             EngineOutOfMemory: there is no room for one.
         """
         self._model: Any = loaded.model
+        num_blocks = config.num_blocks or count_blocks(loaded, config)
         try:
-            manager = self._model.init_continuous_batching(
-                generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-                continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=config.page_tokens,
-                    num_blocks=config.num_blocks or count_blocks(loaded, config),
-                    max_batch_tokens=max(config.batch_tokens, config.slots),
-                    max_requests_per_batch=config.slots,
-                    use_async_batching=False,
-                    use_cuda_graph=False,
-                    max_memory_percent=0.9,
-                    auto_switch_to_flash=False,
-                ),
-            )
-            self._processor: ContinuousBatchProcessor = manager._create_batch_processor()
-        except (MemoryError, torch.OutOfMemoryError) as error:
+            try:
+                self._processor = self._open(loaded, config, num_blocks)
+            except MemoryError:
+                # transformers reckons with copies that this attention does not make; where it
+                # says no, let it choose.
+                self._processor = self._open(loaded, config, None)
+        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise EngineOutOfMemory(
                 "There is no memory left for the cache; lower slots, batch_tokens or num_blocks."
             ) from error
-        # Requests reach the scheduler from this thread; the processor's queues are not used.
-        self._processor.input_queue = None
-        self._processor.cancel_queue = None
-        self.max_sequence_tokens = infer_max_single_request_tokens(self._processor.cache)
-        self._cached: dict[str, int] = {}
-        self._batch: list[Any] = []
+        cache = self._processor.cache
+        self._paged: paged.PagedInputs | None = None
+        if loaded.model.config._attn_implementation == paged.IMPLEMENTATION:
+            self._paged = paged.PagedInputs(cache, device=loaded.device)
+            self._processor.inputs_and_outputs = self._paged
+        self.max_sequence_tokens = infer_max_single_request_tokens(cache)
+
+    def _open(self, loaded: Loaded, config: HfConfig, num_blocks: int | None) -> Any:  # noqa: ANN401
+        manager = self._model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=config.page_tokens,
+                num_blocks=num_blocks,
+                max_batch_tokens=max(config.batch_tokens, config.slots),
+                max_requests_per_batch=config.slots,
+                max_memory_percent=0.9,
+                scheduler_type="batchctl",
+                use_async_batching=False,
+                use_cuda_graph=False,
+                auto_switch_to_flash=False,
+            ),
+        )
+        kinds = group_layers_by_attn_type(self._model.config.get_text_config())
+        if not config.flash_attention and paged.suits(loaded.model, list(kinds)):
+            self._model.set_attn_implementation(paged.IMPLEMENTATION)
+        return manager._create_batch_processor()
+
+    @property
+    def _scheduler(self) -> _Scheduler:
+        scheduler: _Scheduler = self._processor.scheduler
+        return scheduler
 
     def add(self, key: str, prompt: list[int]) -> None:
         """Queue a sequence."""
-        state = RequestState(request_id=key, initial_tokens=prompt, max_new_tokens=None)
-        self._processor.scheduler.add_waiting_request(state)
+        self._scheduler.add_waiting_request(
+            RequestState(request_id=key, initial_tokens=prompt, max_new_tokens=None)
+        )
 
     def cancel(self, key: str) -> None:
         """Drop a sequence, running or queued, before the next step."""
-        self._processor.scheduler.set_request_cancellation(key)
-        self._cached.pop(key, None)
+        self._scheduler.set_request_cancellation(key)
+        self._scheduler.cached_tokens.pop(key, None)
 
-    def end(self, key: str) -> None:
-        """Free the cache of a sequence that has said everything."""
-        state = self._processor.scheduler.active_requests.get(key)
+    def end(self, key: str, *, is_tainted: bool = False) -> int:
+        """Free the cache of a sequence; return how much of its prompt was found there.
+
+        Args:
+            is_tainted: its cache holds what is not a number, so it must not be used again.
+        """
+        scheduler = self._scheduler
+        if is_tainted and self._paged is not None:
+            self._paged.purge(key)
+        state = scheduler.active_requests.get(key)
         if state is not None:
             state.status = RequestStatus.FINISHED
-        self._processor.scheduler.finish_request(key)
-        self._processor.scheduler.block_new_requests = False
-
-    def cached_tokens(self, key: str) -> int:
-        """Return how many tokens of an ended sequence's prompt were found in the cache."""
-        return self._cached.pop(key, 0)
+        scheduler.finish_request(key)
+        if is_tainted:
+            self._processor.cache.evict_cached_blocks()
+        scheduler.block_new_requests = False
+        return scheduler.cached_tokens.pop(key, 0)
 
     def reset(self) -> None:
         """Forget every sequence."""
         self._processor.reset()
-        self._cached.clear()
 
     @torch.inference_mode()
-    def prepare(self) -> Batch | None:
-        """Choose who takes part in the next step, or return None if nobody can."""
+    def prepare(self) -> list[str] | None:
+        """Choose who takes part in the next step.
+
+        Returns:
+            the sequences that will get a token, in the order of their rows; None if there is
+            nothing that can be computed.
+        """
         if not self._processor.prepare_next_batch():
             return None
         self._batch = self._processor.inputs_and_outputs.requests_in_batch
-        return Batch([f.state.request_id for f in self._batch if f.has_new_token])
+        return [f.state.request_id for f in self._batch if f.has_new_token]
 
     @torch.inference_mode()
     def forward(self, choosers: Sequence[rows.Row], mask: Mask) -> list[int]:
         """Run the model and return the token that each row chose."""
-        ios = self._processor.inputs_and_outputs
-        runner = self._processor.model_runner
-        data: Any = ios.get_model_kwargs(use_padding=False)
-        if runner.supports_logits_to_keep(self._model):
-            data["logits_to_keep"] = data["logits_indices"]
-        with stream_context(ios.compute_stream):
+        inputs = self._processor.inputs_and_outputs
+        keeps_logits = self._processor.model_runner.supports_logits_to_keep(self._model)
+        with stream_context(inputs.compute_stream):
+            if self._paged is None:
+                data = inputs.get_model_kwargs(use_padding=False)
+                last = data["logits_indices"][: len(choosers)]
+            else:
+                data = {
+                    "input_ids": inputs.tokens,
+                    "position_ids": inputs.positions,
+                    "plan": inputs.plan,
+                    "use_cache": False,
+                }
+                last = inputs.last_places
+            if keeps_logits:
+                data["logits_to_keep"] = last
             logits = self._model(**data).logits[0]
-            if "logits_to_keep" not in data:
-                logits = logits[data["logits_indices"]]
+            if not keeps_logits:
+                logits = logits[last]
             if not choosers:
                 return []
-            chosen = rows.choose(logits[: len(choosers)].float(), choosers, mask)
-            return chosen.tolist()
+            chosen: list[int] = rows.choose(logits.float(), choosers, mask).tolist()
+            return chosen
 
-    def finish(self, chosen: list[int]) -> list[int]:
-        """Hand every sequence its token; return them."""
+    def finish(self, chosen: list[int]) -> None:
+        """Hand every sequence its token."""
         cache = self._processor.cache
         following = iter(chosen)
         for future in self._batch:
@@ -130,8 +181,8 @@ class Stepper:
                 state.status = RequestStatus.DECODING
                 state.generated_tokens.append(token)
                 state.tokens_to_process = [token]
-            cache.mark_complete_blocks(state, future.complete_blocks)
-        return chosen
+            if future.complete_blocks:
+                cache.mark_complete_blocks(state, future.complete_blocks)
 
 
 def count_blocks(loaded: Loaded, config: HfConfig) -> int:
@@ -167,3 +218,7 @@ def count_blocks(loaded: Loaded, config: HfConfig) -> int:
         )
     per_sequence = -(-loaded.context_tokens // config.page_tokens) + 1
     return int(min(fitting, config.slots * per_sequence))
+
+
+SCHEDULER_MAPPING["batchctl"] = _Scheduler
+paged.register()
