@@ -97,11 +97,7 @@ def report_death(
     """
     if not lock_unit(tx, lease):
         raise LeaseLost(f"Unit {lease.unit_id} has ended; nothing is suspected of it any more.")
-    tx.execute(
-        sa.update(shards)
-        .where(shards.c.unit_id == lease.unit_id)
-        .values(suspects=[list(group) for group in suspects])
-    )
+    _write_suspects(tx, lease, suspects)
     tx.execute(sa.update(units).where(units.c.id == lease.unit_id).values(last_exit=exit_reason))
     tx.execute(
         sa.update(workers)
@@ -134,14 +130,17 @@ def report_death(
 
 
 @writes
-def clear_suspects(tx: Transaction, lease: Lease, *, suspects: Sequence[Sequence[int]]) -> None:
+def set_suspects(tx: Transaction, lease: Lease, *, suspects: Sequence[Sequence[int]]) -> None:
     """Write the groups of positions that are still suspected, after one of them was cleared.
 
     Raises:
         LeaseLost: the shard is no longer ours.
     """
-    if not lock_unit(tx, lease):
-        return
+    if lock_unit(tx, lease):
+        _write_suspects(tx, lease, suspects)
+
+
+def _write_suspects(tx: Transaction, lease: Lease, suspects: Sequence[Sequence[int]]) -> None:
     tx.execute(
         sa.update(shards)
         .where(shards.c.unit_id == lease.unit_id)

@@ -1,0 +1,389 @@
+import random
+import threading
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from jobs.domain.batch import BatchEnding, BatchStatus
+from jobs.domain.errors import Conflict, LeaseLost
+from jobs.domain.ids import BatchId, WorkerId
+from jobs.domain.retry import Settlement
+from jobs.domain.shard import FORMAT_VERSION, Lease, UnitKind, UnitState
+from storage import batches, shards, units
+from storage.tables import units as units_table
+from tests.conformance.storage.bench import ALL, Bench
+
+RELEASED = Settlement(state=UnitState.PENDING, exit="released")
+
+
+def state_of(bench: Bench, lease: Lease) -> UnitState:
+    with bench.db.read() as tx:
+        return UnitState(
+            tx.execute(
+                sa.select(units_table.c.state).where(units_table.c.id == lease.unit_id)
+            ).scalar_one()
+        )
+
+
+def test_claim_returns_nothing_when_nothing_waits(bench: Bench) -> None:
+    assert bench.claim() is None
+
+
+def test_claim_gives_a_lease_and_no_second_one(bench: Bench) -> None:
+    batch = bench.add_batch()
+    lease = bench.must_claim()
+    assert lease.batch_id == batch.id
+    assert lease.kind is UnitKind.PLAN
+    assert (lease.epoch, lease.attempt, lease.crash_count) == (1, 1, 0)
+    assert lease.expires_at == bench.clock.now + timedelta(seconds=60)
+    assert bench.claim(worker="worker_b") is None
+
+
+def test_claim_takes_the_higher_priority_then_the_earlier_deadline_then_the_older(
+    bench: Bench,
+) -> None:
+    late = bench.add_batch(hours=48)
+    older = bench.add_batch(hours=24)
+    younger = bench.add_batch(hours=24)
+    urgent = bench.add_batch(hours=72, priority=5)
+    order = [bench.must_claim().batch_id for _ in range(4)]
+    assert order == [urgent.id, older.id, younger.id, late.id]
+
+
+def test_claim_hands_out_shards_in_the_order_of_their_lines(bench: Bench) -> None:
+    bench.add_planned(*[1] * 20)
+    assert [bench.must_claim(UnitKind.SHARD).ordinal for _ in range(20)] == list(range(20))
+
+
+def test_claim_heeds_kinds_models_and_excluded_batches(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    assert bench.claim(UnitKind.PLAN) is None
+    assert bench.claim(UnitKind.SHARD, model_keys=["other"]) is None
+    assert bench.claim(UnitKind.SHARD, model_keys=[]) is None
+    claimed = units.claim(
+        bench.db,
+        worker_id=WorkerId("w"),
+        boot_id="b",
+        kinds=ALL,
+        lease_seconds=60,
+        exclude_batches=[batch_id],
+    )
+    assert claimed is None
+    assert bench.claim(UnitKind.SHARD, model_keys=["other", "demo"]) is not None
+
+
+def test_models_do_not_limit_plans(bench: Bench) -> None:
+    bench.add_batch()
+    assert bench.claim(UnitKind.PLAN, model_keys=["demo"]) is not None
+
+
+def test_a_unit_of_a_newer_format_is_left_to_newer_workers(bench: Bench) -> None:
+    bench.add_batch()
+    with bench.db.transaction() as tx:
+        tx.execute(sa.update(units_table).values(format_version=FORMAT_VERSION + 1))
+    assert bench.claim() is None
+
+
+def test_two_claimers_never_get_the_same_unit(bench: Bench) -> None:
+    bench.add_planned(*[1] * 40)
+    found: list[Lease] = []
+    failures: list[BaseException] = []
+    start = threading.Barrier(2, timeout=30)
+
+    def claim_all(worker: str) -> None:
+        try:
+            start.wait()
+            while (lease := bench.claim(UnitKind.SHARD, worker=worker)) is not None:
+                found.append(lease)
+        except BaseException as error:  # noqa: BLE001 - shown by the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=claim_all, args=(f"worker_{n}",)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert len(found) == 40
+    assert len({lease.unit_id for lease in found}) == 40
+
+
+def test_renew_extends_what_is_held_and_leaves_out_what_is_lost(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    first, second = bench.must_claim(), bench.must_claim()
+    bench.clock.advance(61)
+    units.reap(bench.db, rng=random.Random(0))
+    assert units.renew(bench.db, [first, second], lease_seconds=60) == {}
+    bench.clock.advance(600)
+    third = bench.must_claim()
+    renewed = units.renew(bench.db, [first, third], lease_seconds=90)
+    assert set(renewed) == {third.unit_id}
+    assert renewed[third.unit_id].expires_at == bench.clock.now + timedelta(seconds=90)
+    assert not renewed[third.unit_id].cancel_requested
+    assert units.renew(bench.db, [], lease_seconds=60) == {}
+
+
+def test_a_lease_past_its_expiry_that_nobody_reaped_is_renewed(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    bench.clock.advance(1000)
+    assert lease.unit_id in units.renew(bench.db, [lease], lease_seconds=60)
+    assert units.reap(bench.db) == []
+
+
+def test_renewal_says_that_the_batch_is_cancelled(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    lease = bench.must_claim()
+    assert units.watch(bench.db, [batch_id]) == {}
+    batches.request_cancel(bench.db, batch_id)
+    assert units.renew(bench.db, [lease], lease_seconds=60)[lease.unit_id].cancel_requested
+    assert units.watch(bench.db, [batch_id]) == {batch_id: UnitState.CANCELLED}
+
+
+def test_renewal_says_that_the_deadline_has_passed(bench: Bench) -> None:
+    batch_id = bench.add_planned(3, hours=1)
+    lease = bench.must_claim()
+    bench.clock.advance(3600)
+    renewal = units.renew(bench.db, [lease], lease_seconds=60)[lease.unit_id]
+    assert renewal.expired
+    assert not renewal.cancel_requested
+    assert units.watch(bench.db, [batch_id]) == {batch_id: UnitState.EXPIRED}
+
+
+def test_renewal_of_a_finalizer_never_says_stop(bench: Bench) -> None:
+    batch_id = bench.add_planned(3, 2)
+    batches.request_cancel(bench.db, batch_id)
+    lease = bench.must_claim(UnitKind.FINALIZE)
+    renewal = units.renew(bench.db, [lease], lease_seconds=60)[lease.unit_id]
+    assert not renewal.cancel_requested
+    assert not renewal.expired
+
+
+def test_released_unit_may_be_claimed_after_its_wait(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    waits = Settlement(state=UnitState.PENDING, delay_seconds=5, exit="released")
+    assert units.settle(bench.db, lease, waits) is UnitState.PENDING
+    assert bench.claim() is None
+    bench.clock.advance(5)
+    again = bench.must_claim(worker="worker_b")
+    assert (again.unit_id, again.epoch, again.attempt) == (lease.unit_id, 2, 2)
+    assert again.crash_count == 0
+    assert units.get_exit(bench.db, lease.unit_id) == "released"
+
+
+def test_settling_again_changes_nothing(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    assert units.settle(bench.db, lease, RELEASED) is UnitState.PENDING
+    assert units.settle(bench.db, lease, RELEASED) is UnitState.PENDING
+
+
+def test_a_stale_lease_settles_nothing(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    units.settle(bench.db, lease, RELEASED)
+    bench.must_claim(worker="worker_b")
+    with pytest.raises(LeaseLost):
+        units.settle(bench.db, lease, Settlement(state=UnitState.FAILED))
+
+
+def test_a_shard_with_missing_lines_is_not_done(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    with pytest.raises(Conflict, match="3 lines without a result"):
+        units.settle(bench.db, lease, Settlement(state=UnitState.DONE))
+    assert state_of(bench, lease) is UnitState.LEASED
+
+
+def test_a_failed_shard_lets_its_batch_be_finalized(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    lease = bench.must_claim()
+    units.settle(bench.db, lease, Settlement(state=UnitState.FAILED, exit="attempts_exhausted"))
+    assert batches.get(bench.db, batch_id).status is BatchStatus.FINALIZING
+    assert bench.must_claim().kind is UnitKind.FINALIZE
+
+
+def test_a_failed_plan_fails_its_batch(bench: Bench) -> None:
+    batch = bench.add_batch()
+    units.settle(bench.db, bench.must_claim(), Settlement(state=UnitState.FAILED))
+    failed = batches.get(bench.db, batch.id)
+    assert failed.status is BatchStatus.FAILED
+    assert [problem.code for problem in failed.errors] == ["planning_failed"]
+    assert failed.failed_at == bench.clock.now
+    assert bench.claim() is None
+
+
+def test_a_finalizer_is_never_given_up(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    bench.run_all_shards()
+    lease = bench.must_claim()
+    failed = Settlement(state=UnitState.FAILED)
+    assert units.settle(bench.db, lease, failed) is UnitState.PENDING
+    bench.clock.advance(60)
+    assert bench.must_claim().kind is UnitKind.FINALIZE
+
+
+def test_releasing_work_of_a_cancelled_batch_ends_it(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    lease = bench.must_claim()
+    batches.request_cancel(bench.db, batch_id)
+    assert units.settle(bench.db, lease, RELEASED) is UnitState.CANCELLED
+    assert bench.must_claim().kind is UnitKind.FINALIZE
+
+
+def test_a_holder_that_saw_the_deadline_first_expires_the_batch(bench: Bench) -> None:
+    batch_id = bench.add_planned(3, hours=1)
+    lease = bench.must_claim()
+    bench.clock.advance(3601)
+    units.settle(bench.db, lease, Settlement(state=UnitState.EXPIRED))
+    batch = batches.get(bench.db, batch_id)
+    assert (batch.status, batch.ending) == (BatchStatus.FINALIZING, BatchEnding.EXPIRED)
+
+
+def test_reap_leaves_leases_that_run(bench: Bench) -> None:
+    bench.add_planned(3)
+    bench.must_claim()
+    bench.clock.advance(60)
+    assert units.reap(bench.db) == []
+
+
+def test_expired_lease_returns_the_shard_after_a_wait_and_closes_the_door(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    bench.clock.advance(61)
+    (reaped,) = units.reap(bench.db, rng=random.Random(1))
+    assert (reaped.unit_id, reaped.state) == (lease.unit_id, UnitState.PENDING)
+    with pytest.raises(LeaseLost):
+        bench.record(lease, [0])
+    bench.clock.advance(2)
+    again = bench.must_claim()
+    assert (again.epoch, again.crash_count, again.attempt) == (3, 1, 2)
+
+
+def test_reap_takes_a_bounded_number(bench: Bench) -> None:
+    bench.add_planned(1, 1, 1)
+    for _ in range(3):
+        bench.must_claim()
+    bench.clock.advance(61)
+    assert len(units.reap(bench.db, limit=2)) == 2
+    assert len(units.reap(bench.db, limit=2)) == 1
+
+
+def test_reap_ends_work_of_a_cancelled_batch(bench: Bench) -> None:
+    batch_id = bench.add_planned(3, 2)
+    bench.must_claim()
+    batches.request_cancel(bench.db, batch_id)
+    bench.clock.advance(61)
+    assert [reaped.state for reaped in units.reap(bench.db)] == [UnitState.CANCELLED]
+    assert bench.must_claim().kind is UnitKind.FINALIZE
+
+
+def test_a_shard_lost_too_often_without_progress_fails(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    for _ in range(2):
+        bench.must_claim()
+        bench.clock.advance(1000)
+        (reaped,) = units.reap(bench.db, max_claims_without_progress=2)
+        assert reaped.state is UnitState.PENDING
+        bench.clock.advance(1000)
+    bench.must_claim()
+    bench.clock.advance(1000)
+    (reaped,) = units.reap(bench.db, max_claims_without_progress=2)
+    assert reaped.state is UnitState.FAILED
+    assert batches.get(bench.db, batch_id).status is BatchStatus.FINALIZING
+
+
+def test_progress_forgives_lost_leases(bench: Bench) -> None:
+    bench.add_planned(3)
+    for position in range(2):
+        lease = bench.must_claim()
+        bench.record(lease, [position])
+        bench.clock.advance(1000)
+        (reaped,) = units.reap(bench.db, max_claims_without_progress=1)
+        assert reaped.state is UnitState.PENDING
+        bench.clock.advance(1000)
+    assert bench.must_claim().crash_count == 2
+
+
+def test_a_plan_lost_too_often_fails_its_batch(bench: Bench) -> None:
+    batch = bench.add_batch()
+    bench.must_claim()
+    bench.clock.advance(1000)
+    units.reap(bench.db, max_claims_without_progress=0)
+    assert batches.get(bench.db, batch.id).status is BatchStatus.FAILED
+
+
+def test_a_restart_takes_back_the_leases_of_the_process_before_at_once(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    old = bench.claim(boot_id="before")
+    mine = bench.claim(boot_id="now")
+    assert old is not None
+    assert mine is not None
+    (reaped,) = units.reap_other_boots(bench.db, boot_id="now")
+    assert reaped.unit_id == old.unit_id
+    assert state_of(bench, mine) is UnitState.LEASED
+    assert bench.must_claim().unit_id == old.unit_id
+
+
+@pytest.mark.parametrize("state", ["pending", "leased", "done"])
+def test_a_unit_that_ended_stays_as_it_is(bench: Bench, state: str) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    units.settle(bench.db, lease, Settlement(state=UnitState.FAILED))
+    with pytest.raises(Conflict, match="ended"), bench.db.transaction() as tx:
+        tx.execute(
+            sa.update(units_table).where(units_table.c.id == lease.unit_id).values(state=state)
+        )
+    assert state_of(bench, lease) is UnitState.FAILED
+
+
+def test_pending_units_are_counted_by_kind_and_model(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    bench.add_batch()
+    waiting = [(w.kind, w.model_key, w.num_units) for w in units.list_pending(bench.db)]
+    assert waiting == [(UnitKind.PLAN, None, 1), (UnitKind.SHARD, "demo", 2)]
+
+
+def test_forgotten_work_is_announced_again_after_a_while_only(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    bench.add_batch()
+    everyone = [(UnitKind.PLAN, None), (UnitKind.SHARD, "demo")]
+    assert units.poke_due(bench.db) == everyone
+    assert units.poke_due(bench.db) == []
+    bench.clock.advance(30)
+    assert units.poke_due(bench.db) == everyone
+
+
+def test_a_death_leaves_its_suspects_and_counts_a_line_that_was_alone(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    shards.report_death(bench.db, lease, suspects=[[0, 1], [2]], exit_reason="SIGSEGV")
+    assert shards.get(bench.db, lease.unit_id).suspects == ((0, 1), (2,))
+    shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    shard = shards.get(bench.db, lease.unit_id)
+    assert shard.suspects == ((1,),)
+    assert shard.solo_crashes == ((1, 2),)
+    (fault,) = shards.list_faults(bench.db, lease.unit_id)
+    assert fault.workers == ("worker_a",)
+    assert shards.list_for_batch(bench.db, lease.batch_id) == [(shard, UnitState.LEASED)]
+    shards.set_suspects(bench.db, lease, suspects=[])
+    assert shards.get(bench.db, lease.unit_id).suspects == ()
+
+
+def test_a_stale_lease_suspects_nobody(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    bench.clock.advance(61)
+    units.reap(bench.db)
+    with pytest.raises(LeaseLost):
+        shards.report_death(bench.db, lease, suspects=[[0]])
+    with pytest.raises(LeaseLost):
+        shards.set_suspects(bench.db, lease, suspects=[[0]])
+
+
+def test_watching_a_batch_that_does_not_exist_finds_nothing(bench: Bench) -> None:
+    assert units.watch(bench.db, [BatchId("batch_x")]) == {}
+    assert units.watch(bench.db, []) == {}
