@@ -10,7 +10,7 @@ writes by default and the compact form, and never the endless blanks that a weak
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, Protocol, TypeVar
 
 import jsonschema_rs
@@ -143,51 +143,60 @@ def key_of(constraint: Constraint) -> bytes:
 
 
 def check(constraint: Constraint, *, backend: ConstraintBackend = "llguidance") -> Enforcement:
-    """Return how well a constraint can be kept; needs no model and fetches nothing.
+    """Return how well a constraint can be kept; see `examine`."""
+    return examine(constraint, backend=backend)[0]
 
-    Compiles the constraint, so an unknown one belongs in `engine.sandbox`.
+
+def examine(
+    constraint: Constraint, *, backend: ConstraintBackend = "llguidance"
+) -> tuple[Enforcement, str]:
+    """Return how well a constraint can be kept, and what of it cannot; fetches nothing.
+
+    Needs no model. Compiles the constraint, so an unknown one belongs in `engine.sandbox`.
 
     Raises:
         InvalidInput: it is no schema, regular expression or grammar, or is larger than allowed;
-            `error_code` is invalid_schema, invalid_regex or invalid_grammar.
+            `error_code` is invalid_schema, invalid_regex, invalid_grammar or invalid_value.
     """
     _check_size(constraint)
     if constraint.kind == "json_schema":
-        return _check_schema(constraint, backend)
-    if constraint.kind == "choice":
-        choices_of(constraint)
-        return "enforced"
-    if constraint.kind == "json_object":
-        return "enforced"
-    _try_compile(grammar_of(constraint), constraint.kind)
-    return "enforced"
+        return _examine_schema(constraint, backend)
+    if constraint.kind != "json_object":
+        _try_compile(grammar_of(constraint), constraint.kind)
+    return "enforced", ""
 
 
 def _check_size(constraint: Constraint) -> None:
-    if len(constraint.spec.encode()) > MAX_SPEC_BYTES:
+    if len(constraint.spec.encode("utf-8", "surrogatepass")) > MAX_SPEC_BYTES:
         raise _invalid(constraint.kind, f"is larger than {MAX_SPEC_BYTES // 1024} KiB")
     if constraint.kind == "regex" and len(constraint.spec) > MAX_PATTERN_CHARS:
         raise _invalid("regex", f"is longer than {MAX_PATTERN_CHARS} characters")
 
 
-def _check_schema(constraint: Constraint, backend: ConstraintBackend) -> Enforcement:
+def _examine_schema(constraint: Constraint, backend: ConstraintBackend) -> tuple[Enforcement, str]:
     schema = parse_schema(constraint.spec)
     _schema_validator(constraint)
     strict = _grammar_of_schema(constraint.spec, lenient=False)
     complaint = llguidance.LLMatcher.validate_grammar(strict, None)
     if not complaint:
         _try_compile(strict, "json_schema")
-        if backend == "outlines_core" and not _OUTLINES_IGNORES.isdisjoint(_keywords(schema)):
-            return "validated"
-        return "enforced"
+        ignored = _OUTLINES_IGNORES.intersection(_keywords(schema))
+        if backend == "outlines_core" and ignored:
+            return "validated", _partly(ignored)
+        return "enforced", ""
     if complaint.startswith("Unsatisfiable"):
         raise _invalid("json_schema", "cannot be satisfied by any value")
-    complaint = llguidance.LLMatcher.validate_grammar(
-        _grammar_of_schema(constraint.spec, lenient=True), None
-    )
-    if complaint.startswith("Unsatisfiable"):
+    lenient = _grammar_of_schema(constraint.spec, lenient=True)
+    if llguidance.LLMatcher.validate_grammar(lenient, None).startswith("Unsatisfiable"):
         raise _invalid("json_schema", "cannot be satisfied by any value")
-    return "validated"
+    if complaint.startswith("Unknown format"):
+        return "validated", _partly({"format"})
+    return "validated", _partly(_SCHEMA_WORDS.intersection(re.findall(r"[$A-Za-z]+", complaint)))
+
+
+def _partly(keywords: Collection[str]) -> str:
+    names = ", ".join(f"`{name}`" for name in sorted(keywords)) or "a keyword"
+    return f"The JSON schema uses {names}, which cannot be enforced while generating."
 
 
 def _try_compile(grammar: str, kind: str) -> None:
@@ -386,6 +395,15 @@ def _schema_validator(constraint: Constraint) -> jsonschema_rs.Validator:
 
 _SCHEMA_WORDS = frozenset(
     {
+        "unevaluatedProperties",
+        "unevaluatedItems",
+        "then",
+        "minContains",
+        "maxContains",
+        "if",
+        "else",
+        "dependentSchemas",
+        "dependentRequired",
         "$anchor",
         "$defs",
         "$ref",

@@ -1,0 +1,287 @@
+"""Compiles constraints in a helper process, under limits that it cannot argue with.
+
+A schema, regular expression or grammar comes from a stranger, and compiling one can take all the
+time and memory there is. The helper has a bounded address space and a bounded time for each item;
+one that takes more costs the helper, which is started again, and that item is too complex.
+
+    parent  --- [kind, spec, backend], length-prefixed msgpack --->  helper
+            <-- [enforcement, error code, message] ---------------
+
+Run as `python -m engine.sandbox`. Needs no model and no torch.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import msgspec
+
+from engine.config import ConstraintBackend
+from engine.constraints import BoundedCache, Enforcement, examine, key_of
+from jobs.domain.errors import InvalidInput
+from jobs.domain.request import Constraint
+
+_LENGTH = struct.Struct("<I")
+_MAX_MEMORY_BYTES = 2 << 30
+_START_SECONDS = 60.0
+_IN_FLIGHT = 64
+"""Items written ahead of their answers; small enough for both pipes to never fill at once."""
+_IN_FLIGHT_BYTES = 32 * 1024
+_PR_SET_PDEATHSIG = 1
+
+
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
+    """What planning needs to know of a constraint.
+
+    Attributes:
+        outcome: "enforced" while generating, "validated" only after it, or "invalid".
+        error_code: for an invalid one: invalid_schema, invalid_regex, invalid_grammar,
+            invalid_value or schema_too_complex.
+        message: what is wrong, or what cannot be enforced; never the constraint's own text.
+    """
+
+    outcome: Enforcement | Literal["invalid"]
+    error_code: str | None = None
+    message: str = ""
+
+    @property
+    def enforceable(self) -> bool:
+        """Whether all of it is kept while generating."""
+        return self.outcome == "enforced"
+
+
+_TOO_COMPLEX = Verdict(
+    "invalid",
+    "schema_too_complex",
+    "The constraint takes too much time or memory to compile; make it smaller, or bound fewer "
+    "repetitions.",
+)
+_READY = Verdict("enforced", None, "ready")
+_encode = msgspec.msgpack.Encoder().encode
+_decode_constraint = msgspec.msgpack.Decoder(tuple[Constraint, ConstraintBackend]).decode
+_decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
+
+
+class Sandbox:
+    """Checks constraints one after the other in a process of its own; safe to share by threads."""
+
+    def __init__(
+        self,
+        *,
+        backend: ConstraintBackend = "llguidance",
+        cpu_seconds: int = 5,
+        wall_seconds: float = 5.0,
+        memory_bytes: int = _MAX_MEMORY_BYTES,
+        max_remembered: int = 65_536,
+    ) -> None:
+        """Start nothing yet; the helper starts with the first check.
+
+        Args:
+            cpu_seconds: processor time for one item.
+            wall_seconds: time on the clock for one item.
+            memory_bytes: of address space, the helper's own included.
+        """
+        self._backend = backend
+        self._cpu_seconds = cpu_seconds
+        self._wall_seconds = wall_seconds
+        self._memory_bytes = memory_bytes
+        self._known: BoundedCache[Verdict] = BoundedCache(
+            max_entries=max_remembered, max_bytes=max_remembered * 512
+        )
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._received = bytearray()
+
+    def check(self, constraint: Constraint) -> Verdict:
+        """Return the verdict on one constraint."""
+        return self.check_many([constraint])[0]
+
+    def check_many(self, constraints: Sequence[Constraint]) -> list[Verdict]:
+        """Return a verdict for each constraint, in their order; equal ones are compiled once."""
+        keys = [key_of(constraint) for constraint in constraints]
+        with self._lock:
+            verdicts = {key: self._known.find(key) for key in keys}
+            missing: dict[bytes, Constraint] = {
+                key: constraint
+                for key, constraint in zip(keys, constraints, strict=True)
+                if verdicts[key] is None
+            }
+            for key, verdict in zip(missing, self._compile(list(missing.values())), strict=True):
+                verdicts[key] = self._known.keep(key, verdict, weight=128 + len(verdict.message))
+        return [verdict for key in keys if (verdict := verdicts[key]) is not None]
+
+    def close(self) -> None:
+        """End the helper; a later check starts another."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _compile(self, constraints: list[Constraint]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        died_at = -1
+        while len(verdicts) < len(constraints):
+            helper = self._start()
+            try:
+                self._feed(helper, constraints, verdicts)
+            except TimeoutError:
+                # The item whose turn it was is the one that takes too long.
+                self._stop()
+                verdicts.append(_TOO_COMPLEX)
+            except (OSError, EOFError):
+                # A helper may also die of something else (its starting thread ended, somebody
+                # killed it), so an item is tried twice before it is blamed.
+                self._stop()
+                if died_at == len(verdicts):
+                    verdicts.append(_TOO_COMPLEX)
+                else:
+                    died_at = len(verdicts)
+        return verdicts
+
+    def _feed(
+        self, helper: subprocess.Popen[bytes], constraints: list[Constraint], into: list[Verdict]
+    ) -> None:
+        """Keep a window of items in the pipe and collect their verdicts."""
+        if helper.stdin is None:
+            raise EOFError
+        sent = len(into)
+        sizes: list[int] = []
+        while len(into) < len(constraints):
+            while sent < len(constraints) and len(sizes) < _IN_FLIGHT:
+                frame = _encode((constraints[sent], self._backend))
+                if sizes and sum(sizes) + len(frame) > _IN_FLIGHT_BYTES:
+                    break
+                helper.stdin.write(_LENGTH.pack(len(frame)) + frame)
+                sizes.append(len(frame))
+                sent += 1
+            helper.stdin.flush()
+            into.append(self._receive(helper, self._wall_seconds))
+            del sizes[0]
+
+    def _receive(self, helper: subprocess.Popen[bytes], seconds: float) -> Verdict:
+        if helper.stdout is None:
+            raise EOFError
+        descriptor = helper.stdout.fileno()
+        ends_at = time.monotonic() + seconds
+        received = self._received
+        while True:
+            if len(received) >= _LENGTH.size:
+                (size,) = _LENGTH.unpack_from(received)
+                if len(received) >= _LENGTH.size + size:
+                    frame = bytes(received[_LENGTH.size : _LENGTH.size + size])
+                    del received[: _LENGTH.size + size]
+                    return _decode_verdict(frame)
+            left = ends_at - time.monotonic()
+            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                raise TimeoutError
+            chunk = os.read(descriptor, 65_536)
+            if not chunk:
+                raise EOFError
+            received += chunk
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._helper is not None and self._helper.poll() is None:
+            return self._helper
+        self._stop()
+        helper = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
+            [sys.executable, "-m", "engine.sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).resolve().parents[1],
+            env={
+                **{k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG")},
+                "BATCHCTL_SANDBOX": f"{os.getpid()} {self._memory_bytes} {self._cpu_seconds}",
+            },
+            start_new_session=True,
+        )
+        self._helper = helper
+        self._received.clear()
+        try:
+            self._receive(helper, _START_SECONDS)
+        except (OSError, EOFError, TimeoutError):
+            self._stop()
+            raise
+        return helper
+
+    def _stop(self) -> None:
+        helper, self._helper = self._helper, None
+        if helper is None:
+            return
+        helper.kill()
+        helper.wait()
+        for pipe in (helper.stdin, helper.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def serve() -> None:
+    """Answer the parent until it closes the pipe; only `Sandbox` starts this."""
+    parent, memory_bytes, cpu_seconds = os.environ["BATCHCTL_SANDBOX"].split()
+    _die_with(int(parent))
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    # Imports and the byte tokenizer are paid for before the limits count.
+    _judge(Constraint("regex", "a"), "llguidance")
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _write(replies, _READY)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    while (item := _read(requests)) is not None:
+        # Whole seconds of the process, so an item gets up to one more than its share.
+        allowed = int(time.process_time()) + int(cpu_seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (allowed, hard))
+        _write(replies, _judge(*item))
+
+
+def _judge(constraint: Constraint, backend: ConstraintBackend) -> Verdict:
+    try:
+        outcome, message = examine(constraint, backend=backend)
+        return Verdict(outcome, None, message)
+    except InvalidInput as error:
+        return Verdict("invalid", error.error_code, error.message)
+    except (MemoryError, RecursionError):
+        return _TOO_COMPLEX
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent ends, whatever either is doing then."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)  # it ended before the line above
+
+
+def _read(stream: BinaryIO) -> tuple[Constraint, ConstraintBackend] | None:
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (size,) = _LENGTH.unpack(head)
+    body = stream.read(size)
+    return _decode_constraint(body) if len(body) == size else None
+
+
+def _write(stream: BinaryIO, verdict: Verdict) -> None:
+    frame = _encode(verdict)
+    stream.write(_LENGTH.pack(len(frame)) + frame)
+    stream.flush()
+
+
+if __name__ == "__main__":
+    serve()
