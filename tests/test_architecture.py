@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ DOES_IO = {
 # Who may touch the environment beside jobs/settings.py, and why.
 TOUCHES_ENVIRONMENT = {
     "engine/process.py": "hands this process's environment on to the engine's process",
+    "engine/sandbox.py": "hands the few variables on that the sandbox's process needs",
     "engine/hf/weights.py": "tells the tokenizers library before it is imported",
 }
 # What the core is installed without: the extras.
@@ -86,6 +88,19 @@ def test_environment_is_read_in_settings_only() -> None:
         or (isinstance(node, ast.alias) and node.name in names)
     }
     assert found - TOUCHES_ENVIRONMENT.keys() == {"jobs/settings.py"}
+
+
+def test_our_variables_are_named_in_settings_only() -> None:
+    """Another name that starts so would be refused as a misspelled setting."""
+    found = {
+        (path, node.value)
+        for path, tree in _sources(*PACKAGES)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch("BATCHCTL_[A-Z_]*", node.value)
+    }
+    assert {path for path, _ in found} == {"jobs/settings.py"}, found
 
 
 def test_migrations_import_nothing_of_ours() -> None:
