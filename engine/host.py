@@ -94,6 +94,7 @@ class _SocketSource:
         with self._lock:
             self._ended = False
             self._aborted.clear()
+            self._credit = 0  # what was asked for in an earlier session went with it
             self._ask()
 
     def submit(self, requests: list[Request]) -> None:
@@ -124,10 +125,12 @@ class _SocketSource:
                     taken.append(request)
             if not taken and not self._requests and self._ended:
                 return None
-            if taken:
-                self._connection.send(wire.Started([request.id for request in taken]))
             self._ask()
-            return taken
+        if taken:
+            # The worker must know the suspects before the engine touches them.
+            self._connection.send(wire.Started([request.id for request in taken]))
+            self._connection.flush()
+        return taken
 
     def is_aborted(self, request_id: int) -> bool:
         return request_id in self._aborted

@@ -135,10 +135,9 @@ class ProcessEngine:
             EngineDied: the process ended; `suspects` were in its hands.
             EngineTimedOut: it made no progress for too long, and was ended.
         """
-        self._credit = 2 * self._num_slots
         ended = False
-        self._send(wire.Submit([]))
         self._credit = 0
+        self._send(wire.Submit([]))
         self.last_progress = time.monotonic()
         finished = False
         try:

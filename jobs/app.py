@@ -34,7 +34,8 @@ class App:
             NotFound: there is no such model.
             EngineMisconfigured: it is there, and cannot be used; the message says why.
         """
-        return describe_model(self.engine_config(name), name)
+        _, model = resolve_model(self.settings, name, check_installed=False)
+        return describe_model(model.to_engine_config(), name)
 
     def engine_config(self, name: str) -> EngineConfig:
         """Return how to start an engine for the model of this name.

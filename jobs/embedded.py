@@ -22,7 +22,14 @@ from engine.sandbox import Sandbox
 from engine.supervisor import EngineSupervisor
 from jobs import finalizer, intake, runner, sweeper
 from jobs.app import App
-from jobs.domain.errors import AlreadyLocked, BatchctlError, EngineError, LeaseLost, NotFound
+from jobs.domain.errors import (
+    AlreadyLocked,
+    BatchctlError,
+    EngineError,
+    InternalError,
+    LeaseLost,
+    NotFound,
+)
 from jobs.domain.ids import UnitId, WorkerId, mint, mint_worker_id
 from jobs.domain.retry import RetryPolicy, Settlement, decide
 from jobs.domain.shard import Lease, UnitKind, UnitState
@@ -168,6 +175,11 @@ class Embedded:
                     self._fail(error)
                 self._stop.wait(_FAILURE_PAUSE_SECONDS)
                 continue
+            except Exception as error:  # a fault of ours: say so, and keep the other loops going
+                log.exception("loop_crashed", loop=turn.__name__)
+                self._fail(InternalError(f"{type(error).__name__} in {turn.__name__}; see the log."))
+                self._stop.wait(_FAILURE_PAUSE_SECONDS)
+                continue
             if not busy:
                 rings = self.app.doorbell.wait(idle, seen=rings)
 
@@ -259,10 +271,9 @@ class Embedded:
     # --- run shards ---
 
     def _work(self) -> bool:
-        waiting = units.list_pending(self.app.db)
-        if not waiting:
+        model = self._next_model()
+        if model is None:
             return False
-        model = self._model if self._model in waiting else next(iter(waiting))
         try:
             supervisor = self._engine_for(model)
             runner.work(
@@ -289,6 +300,20 @@ class Embedded:
                 return False
             self._end_one_shard(model, error)
         return True
+
+    def _next_model(self) -> str | None:
+        """Return a model that has work now: the present one if it has, else who waits longest."""
+        now = self.app.db.now()
+        waiting = [
+            (one.oldest_at, one.model_key)
+            for one in units.list_pending(self.app.db)
+            if one.kind is UnitKind.SHARD and one.model_key is not None and one.oldest_at <= now
+        ]
+        if not waiting:
+            return None
+        if any(model == self._model for _, model in waiting):
+            return self._model
+        return min(waiting)[1]
 
     def _engine_for(self, model: str) -> EngineSupervisor:
         if self._supervisor is None or self._model != model:

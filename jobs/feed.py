@@ -29,9 +29,9 @@ from jobs.leases import LeaseKeeper
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, segments, shards, units
-from storage.blobs.base import BlobStore, segment_key
+from storage.blobs.base import BlobStore, hash_bytes, segment_key
 from storage.database import Database
-from storage.jsonl import encode_segment, read_lines
+from storage.jsonl import UNLIMITED, encode_segment, read_lines
 
 READ_CHUNK_LINES = 64
 SOLO_CRASHES = 3
@@ -224,8 +224,9 @@ class Feed:
                 self._queue.extendleft(reversed(spared))
             self._accuse(accused)
             touched = {h.shard.lease.unit_id: h.shard for h in accused}
+        solo = accused[0].position if len(accused) == 1 else None
         for shard in touched.values():
-            self._report_suspects(shard)
+            self._report_suspects(shard, solo)
 
     @property
     def num_results(self) -> int:
@@ -273,18 +274,17 @@ class Feed:
         self._group = group
         self._queue.extend(group)
 
-    def _report_suspects(self, shard: _OpenShard) -> None:
+    def _report_suspects(self, shard: _OpenShard, solo: int | None) -> None:
         with self._lock:
             groups = [
                 tuple(h.position for h in group if h.shard is shard) for group in self._groups
             ]
-            crashes = tuple(sorted(shard.solo_crashes.items()))
         try:
             shards.report_death(
                 self._db,
                 shard.lease,
-                suspects=tuple(group for group in groups if group),
-                solo_crashes=crashes,
+                suspects=[group for group in groups if group],
+                solo_crash=solo,
             )
         except LeaseLost:
             self._lose(shard.lease.unit_id)
@@ -363,9 +363,7 @@ class Feed:
             writing = shard.writing
         lease = shard.lease
         content = encode_segment(sorted(writing.entries))
-        key = segment_key(
-            lease.batch_id, lease.unit_id, epoch=lease.epoch, sequence=shard.sequence
-        )
+        key = segment_key(lease, shard.sequence, hash_bytes(content))
         info = self._blobs.put(key, content)
         done = segments.record(
             self._db,
@@ -461,7 +459,9 @@ class Feed:
             lease=lease,
             shard=shard,
             batch=batch,
-            lines=read_lines(self._blobs, shard, skip=shard.done),
+            lines=read_lines(
+                self._blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED
+            ),
             num_left=shard.num_lines - num_done,
             suspects=suspects,
             solo_crashes=dict(shard.solo_crashes),

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from jobs.domain.batch import Batch
-from jobs.domain.errors import BatchctlError
+from jobs.domain.errors import BatchctlError, BlobCorrupt
 from jobs.domain.ids import mint_file_id
 from jobs.domain.request import custom_id_of
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.shard import Lease, Shard, UnitState
-from storage import batches, segments, shards
-from storage.blobs.base import BlobStore, BlobWriter, output_key
+from storage import batches, segments, shards, units
+from storage.blobs.base import BlobStore, BlobWriter, hash_bytes, output_key
 from storage.database import Database
 from storage.files import File
-from storage.jsonl import decode_segment, read_lines
+from storage.jsonl import UNLIMITED, decode_segment, read_lines
 
 OUTPUT_SECONDS = 30 * 86_400
 """How long output files are kept unless the batch says otherwise."""
@@ -61,13 +61,11 @@ def finalize(
     batch = batches.get(db, lease.batch_id, tenant_id=None)
     written = _Written()
     total = 0
-    output_writer = blobs.open_writer(output_key(batch.id, epoch=lease.epoch, kind="output"))
-    error_writer = blobs.open_writer(output_key(batch.id, epoch=lease.epoch, kind="errors"))
+    output_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "output"))
+    error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "errors"))
     with output_writer as output, error_writer as errors:
-        for shard, state, exit_reason in shards.list_for_batch(db, batch.id):
-            _write_shard(
-                db, blobs, batch, shard, state, exit_reason, output, errors, written
-            )
+        for shard, state in shards.list_for_batch(db, batch.id):
+            _write_shard(db, blobs, batch, shard, state, output, errors, written)
             total += shard.num_lines
             if written.completed + written.failed != total:
                 raise CountMismatch(
@@ -95,7 +93,6 @@ def _write_shard(
     batch: Batch,
     shard: Shard,
     state: UnitState,
-    exit_reason: str | None,
     output: BlobWriter,
     errors: BlobWriter,
     written: _Written,
@@ -103,10 +100,13 @@ def _write_shard(
     entries: list[tuple[int, int, bytes]] = []
     for segment in segments.list_for_unit(db, shard.unit_id):
         content = blobs.get(segment.blob_key)
-        entries += decode_segment(content, sha256=segment.sha256)
+        if hash_bytes(content) != segment.sha256:
+            raise BlobCorrupt(f"Segment {segment.blob_key} is not what was written.")
+        entries += decode_segment(content)
         written.usage += segment.usage
     if len(entries) < shard.num_lines:
-        entries += _missing(blobs, batch, shard, state, exit_reason)
+        reason = units.get_exit(db, shard.unit_id) if state is UnitState.FAILED else None
+        entries += _missing(blobs, batch, shard, state, reason)
     entries.sort(key=lambda entry: entry[0])
     good: list[bytes] = []
     bad: list[bytes] = []
@@ -131,10 +131,12 @@ def _missing(
     blobs: BlobStore, batch: Batch, shard: Shard, state: UnitState, exit_reason: str | None
 ) -> Iterator[tuple[int, int, bytes]]:
     code, message = _REASONS.get(state, ("attempts_exhausted", "The request could not be run."))
-    if state is UnitState.FAILED and exit_reason and ": " in exit_reason:
+    if exit_reason and ": " in exit_reason:
         code, _, message = exit_reason.partition(": ")
     error = LineError(code=code, message=message)
-    for position, _, content in read_lines(blobs, shard, skip=shard.done):
+    for position, _, content in read_lines(
+        blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED
+    ):
         index = shard.first_index + position
         line = render_result(
             Result(id=0, error=error),

@@ -5,14 +5,15 @@ without a fault is cut into shards.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 import xxhash
 
+from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import Batch, LineProblem
 from jobs.domain.errors import BlobMissing, EngineMisconfigured, InvalidLine, NotFound
 from jobs.domain.request import ENDPOINTS, Capabilities, Constraint, Line, parse_line
@@ -23,9 +24,9 @@ from storage.blobs.base import BlobStore
 from storage.database import Database
 from storage.jsonl import scan
 
-_DIGEST_BYTES = 16
 _SPILL_BUCKETS = 16
 _PROGRESS_LINES = 1000
+_MAX_VERDICTS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,33 +40,6 @@ class PlanLimits:
     shard_bytes: int = 16 << 20
     check_chunk: int = 256
     spill_bytes: int = 64 << 20
-
-
-class ConstraintChecker(Protocol):
-    """Tries constraints before any engine sees them; see engine.sandbox."""
-
-    def check_many(self, constraints: Sequence[Constraint]) -> Sequence["ConstraintVerdict"]:
-        """Return what is to be said of each constraint."""
-        ...
-
-
-class ConstraintVerdict(Protocol):
-    """What planning needs to know of a constraint."""
-
-    @property
-    def enforceable(self) -> bool:
-        """Whether an engine can keep it while generating."""
-        ...
-
-    @property
-    def error_code(self) -> str | None:
-        """Why it cannot be used at all, or None."""
-        ...
-
-    @property
-    def message(self) -> str:
-        """The reason in words."""
-        ...
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -107,7 +81,7 @@ class _Schemas:
     """Has every distinct constraint tried once, in chunks."""
 
     def __init__(
-        self, checker: ConstraintChecker, problems: _Problems, *, chunk: int, refuse: bool
+        self, checker: Sandbox, problems: _Problems, *, chunk: int, refuse: bool
     ) -> None:
         self._checker = checker
         self._problems = problems
@@ -137,21 +111,24 @@ class _Schemas:
         verdicts = self._checker.check_many([constraint for constraint, _ in waiting.values()])
         for (key, (constraint, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
             error = self._judge(constraint, verdict)
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()  # the checker remembers the recent ones itself
             self._verdicts[key] = error
             if error is not None:
                 for line in lines:
                     self._problems.add_error(error, line)
 
-    def _judge(self, constraint: Constraint, verdict: ConstraintVerdict) -> InvalidLine | None:
+    def _judge(self, constraint: Constraint, verdict: Verdict) -> InvalidLine | None:
         where = "response_format" if constraint.kind.startswith("json") else "structured_outputs"
         if verdict.error_code is not None:
             return InvalidLine(
                 verdict.message, param=f"body.{where}", error_code=verdict.error_code
             )
-        if self._refuse and not verdict.enforceable:
+        if self._refuse and verdict.outcome == "validated":
             return InvalidLine(
-                f"{verdict.message} Allow such schemas to be only validated "
-                "(on_unsupported_schema = validate), or leave the keyword out.",
+                "The schema uses a keyword that cannot be enforced while generating; leave it out, "
+                "or allow answers to be validated and asked for again "
+                "(on_unsupported_schema = validate).",
                 param=f"body.{where}",
                 error_code="schema_unsupported",
             )
@@ -168,7 +145,7 @@ class _CustomIds:
         self._buckets: list[IO[bytes]] = []
 
     def add(self, custom_id: str) -> None:
-        self._digests += xxhash.xxh3_128_digest(custom_id)
+        self._digests += xxhash.xxh3_128_digest(custom_id.encode())
         if len(self._digests) >= self._spill_bytes:
             self._spill()
 
@@ -297,7 +274,7 @@ def plan(
     lease: Lease,
     *,
     describe: Callable[[str], Capabilities],
-    checker: ConstraintChecker,
+    checker: Sandbox,
     limits: PlanLimits,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -355,7 +332,7 @@ def _read_file(
     batch: Batch,
     *,
     describe: Callable[[str], Capabilities],
-    checker: ConstraintChecker,
+    checker: Sandbox,
     limits: PlanLimits,
     problems: _Problems,
     on_progress: Callable[[int], None] | None,
@@ -479,7 +456,7 @@ def _report_repeated(
     """Read the file again and list every line that repeats an earlier custom_id."""
     first_lines: dict[bytes, int] = {}
     for number, custom_id in _custom_ids(blobs, key, endpoint, limits):
-        digest = xxhash.xxh3_128_digest(custom_id)
+        digest = xxhash.xxh3_128_digest(custom_id.encode())
         if digest not in repeated:
             continue
         first = first_lines.setdefault(digest, number)

@@ -237,7 +237,9 @@ def record_plan(
         end_unit(tx, lease, stopped or UnitState.DONE, reason=str(stopped or "already_planned"))
         advance_if_ended(tx, batch, now=now)
         return stopped is None
-    batch = replace(advance(batch, BatchEvent.PLANNED, now=now), planned_at=now)
+    batch = replace(
+        advance(batch, BatchEvent.PLANNED, now=now), planned_at=now, model=model_key or batch.model
+    )
     save_batch(tx, batch, total=total, source_blob_key=source_blob_key, model_key=model_key)
     new_units = [
         new_unit(batch, UnitKind.SHARD, now=now, ordinal=ordinal, model_key=model_key)

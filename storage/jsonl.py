@@ -28,6 +28,8 @@ _HEADER = struct.Struct("<4sII")
 KIND_OUTPUT = 0
 KIND_ERROR = 1
 
+UNLIMITED = 1 << 62
+"""A `max_line_bytes` for lines whose length planning has already judged."""
 Entry = tuple[int, int, bytes]
 """A result's index in the input, its kind (output or error) and its line without the newline."""
 

@@ -6,6 +6,7 @@ BatchctlError
 ├── LeaseLost            nobody; another worker owns the unit, so stop quietly
 ├── EngineError          retryable: EngineUnavailable, EngineDied, EngineTimedOut
 │                        not: EngineOutOfMemory, EngineMisconfigured
+├── InternalError        the developers: a fault of this program
 └── StorageError         retryable: DatabaseUnavailable, BlobStoreUnavailable
                          not: BlobMissing, BlobCorrupt
 """
@@ -128,6 +129,12 @@ class EngineMisconfigured(EngineError):
     """The model cannot be loaded as the settings say."""
 
     code: ClassVar[str] = "engine_misconfigured"
+
+
+class InternalError(BatchctlError):
+    """A fault of this program; the log has the traceback."""
+
+    code: ClassVar[str] = "internal_error"
 
 
 class StorageError(BatchctlError):
