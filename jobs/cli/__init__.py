@@ -1,0 +1,1 @@
+"""The command line `batchctl`: one module per noun."""
