@@ -166,7 +166,7 @@ class PromptEncoder:
                 param="body.messages",
                 error_code="invalid_messages",
             ) from None
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- a template may fail in any way
             raise InvalidLine(
                 f"The model's chat template fails on these messages ({type(error).__name__}).",
                 param="body.messages",

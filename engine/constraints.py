@@ -100,7 +100,7 @@ class Matcher(Protocol):
         ...
 
 
-class ConstraintTooComplex(Exception):  # noqa: N818 -- named for what happened
+class ConstraintTooComplex(Exception):
     """The library cannot keep this constraint; the message never holds the constraint's text."""
 
 
@@ -354,14 +354,17 @@ def validate(constraint: Constraint, text: str) -> str | None:
         return "it is nested too deeply"
     except (msgspec.MsgspecError, UnicodeError):
         return "it is not valid JSON"
+    return _validate_value(constraint, value)
+
+
+def _validate_value(constraint: Constraint, value: object) -> str | None:
     if constraint.kind == "json_object":
         return None if isinstance(value, dict) else "it is not a JSON object"
     validator = _schema_validator(constraint)
     if validator.is_valid(value):
         return None
-    for error in validator.iter_errors(value):
-        return f"it breaks `{error.kind.name}` of its schema"
-    return "it breaks its schema"
+    error = next(iter(validator.iter_errors(value)), None)
+    return f"it breaks `{error.kind.name}` of its schema" if error else "it breaks its schema"
 
 
 _VALIDATORS: BoundedCache[jsonschema_rs.Validator] = BoundedCache(

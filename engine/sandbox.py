@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Self
 
 import msgspec
 
@@ -111,14 +111,15 @@ class Sandbox:
         """Return a verdict for each constraint, in their order; equal ones are compiled once."""
         keys = [key_of(constraint) for constraint in constraints]
         with self._lock:
-            verdicts = {key: self._known.find(key) for key in keys}
+            verdicts: dict[bytes, Verdict | None] = {key: self._known.find(key) for key in keys}
             missing: dict[bytes, Constraint] = {
                 key: constraint
                 for key, constraint in zip(keys, constraints, strict=True)
                 if verdicts[key] is None
             }
-            for key, verdict in zip(missing, self._compile(list(missing.values())), strict=True):
-                verdicts[key] = self._known.keep(key, verdict, weight=128 + len(verdict.message))
+            compiled = self._compile(list(missing.values()))
+            for key, made in zip(missing, compiled, strict=True):
+                verdicts[key] = self._known.keep(key, made, weight=128 + len(made.message))
         return [verdict for key in keys if (verdict := verdicts[key]) is not None]
 
     def close(self) -> None:
@@ -126,7 +127,7 @@ class Sandbox:
         with self._lock:
             self._stop()
 
-    def __enter__(self) -> "Sandbox":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -198,7 +199,7 @@ class Sandbox:
         if self._helper is not None and self._helper.poll() is None:
             return self._helper
         self._stop()
-        helper = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
+        helper = subprocess.Popen(
             [sys.executable, "-m", "engine.sandbox"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

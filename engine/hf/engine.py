@@ -10,8 +10,7 @@ token that ends it, errors arrive where they belong, and nothing is polled.
 
 import random
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ import torch
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
-from engine.constraints import ConstraintTooComplex, Enforcement, TokenizerConstraints
+from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
-from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
@@ -156,75 +155,68 @@ class HfEngine:
     def _run(
         self, source: Source, stepper: steps.Stepper, live: dict[str, _Sequence]
     ) -> Iterator[Result]:
-        slots = self._config.slots
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        done: deque[Result] = deque()
         while is_open or live:
-            room = 3 * slots - len(live)
-            if is_open and room > 0:
-                # Few at a time: encoding holds up the sequences that are already running.
-                taken = source.take(min(room, max(slots - len(live), _ADMIT_AT_ONCE)))
-                if taken is None:
-                    is_open = False
-                else:
-                    for request in taken:
-                        started = self._start(request, stepper)
-                        if isinstance(started, Result):
-                            yield started
-                        else:
-                            live[started.key] = started
-            now = time.monotonic()
-            if now >= next_abort_at:
-                next_abort_at = now + _ABORT_SECONDS
+            if is_open:
+                taken = self._take(source, len(live))
+                is_open = taken is not None
+                for request in taken or ():
+                    started = self._start(request, stepper)
+                    if isinstance(started, Result):
+                        yield started
+                    else:
+                        live[started.key] = started
+            if time.monotonic() >= next_abort_at:
+                next_abort_at = time.monotonic() + _ABORT_SECONDS
                 for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
                     stepper.cancel(sequence.key)
                     del live[sequence.key]
-            if not live:
-                if is_open:
-                    time.sleep(_IDLE_SECONDS)
-                continue
-            keys = stepper.prepare()
-            if keys is None:
+            keys = stepper.prepare() if live else None
+            if keys is not None:
+                yield from self._step(keys, stepper, live)
+            elif is_open or live:
                 time.sleep(_IDLE_SECONDS)
-                continue
-            choosers = [live[key] for key in keys]
-            chosen = stepper.forward([s.row for s in choosers], self._mask)
-            stepper.finish(chosen)
-            self._num_done += max(1, len(choosers))
-            for sequence, token in zip(choosers, chosen, strict=True):
-                result = self._advance(sequence, token, stepper)
-                if result is not None:
-                    del live[sequence.key]
-                    done.append(result)
-            while done:
-                yield done.popleft()
+
+    def _take(self, source: Source, num_live: int) -> Sequence[Request] | None:
+        """Ask for what keeps the slots full, and a queue behind them that is twice as long."""
+        room = 3 * self._config.slots - num_live
+        if room <= 0:
+            return ()
+        # Few at a time: encoding holds up the sequences that are already running.
+        return source.take(min(room, max(self._config.slots - num_live, _ADMIT_AT_ONCE)))
+
+    def _step(
+        self, keys: list[str], stepper: steps.Stepper, live: dict[str, _Sequence]
+    ) -> list[Result]:
+        """Move every running sequence on; return the results of those that ended."""
+        choosers = [live[key] for key in keys]
+        chosen = stepper.forward([sequence.row for sequence in choosers], self._mask)
+        stepper.finish(chosen)
+        self._num_done += max(1, len(choosers))
+        results: list[Result] = []
+        for sequence, token in zip(choosers, chosen, strict=True):
+            result = self._advance(sequence, token, stepper)
+            if result is not None:
+                del live[sequence.key]
+                results.append(result)
+        return results
 
     def _start(self, request: Request, stepper: steps.Stepper) -> _Sequence | Result:
+        """Queue a request, or return its result where it cannot run."""
         where = "messages" if request.messages is not None else "prompt"
         try:
             prompt = self._encoder.encode(request)
         except InvalidLine as error:
-            return Result(
-                id=request.id,
-                error=LineError(
-                    code=error.error_code,
-                    message=error.message,
-                    status_code=400,
-                    param=where,
-                ),
-            )
+            return _refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
         if room < 1:
-            return Result(
-                id=request.id,
-                error=LineError(
-                    code="context_length_exceeded",
-                    message=f"The prompt has {len(prompt)} tokens, which leaves no room for an "
-                    f"answer: this model's context holds {self._context_tokens} tokens.",
-                    status_code=400,
-                    param=where,
-                ),
+            return _refuse(
+                request,
+                "context_length_exceeded",
+                f"The prompt has {len(prompt)} tokens, which leaves no room for an answer: this "
+                f"model's context holds {self._context_tokens} tokens.",
+                param=where,
             )
         sampling = self.resolve_sampling(request)
         row = rows.Row(
@@ -236,15 +228,9 @@ class HfEngine:
             row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
         kept: Enforcement | None = None
         if request.constraint is not None:
-            kept = "validated"
-            try:
-                row.matcher, kept = self._constraints.matcher(request.constraint)
-            except ConstraintTooComplex as error:
-                if self._config.asking.on_unsupported_schema == "refuse":
-                    return _unsupported(request, str(error))
-            else:
-                if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                    return _unsupported(request, "it has keywords that cannot be enforced")
+            row.matcher, kept, complaint = self._match(request.constraint)
+            if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
+                return _refuse(request, "schema_unsupported", complaint, param="response_format")
         sequence = _Sequence(
             request=request,
             num_prompt=len(prompt),
@@ -259,6 +245,14 @@ class HfEngine:
         )
         stepper.add(sequence.key, prompt)
         return sequence
+
+    def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
+        """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
+        try:
+            matcher, kept = self._constraints.matcher(constraint)
+        except ConstraintTooComplex as error:
+            return None, "validated", f"The constraint cannot be enforced: {error}."
+        return matcher, kept, "The schema uses keywords that cannot be enforced while generating."
 
     def _advance(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result | None:
         """Take a sequence's next token; return its result if that token was the last."""
@@ -327,12 +321,7 @@ class HfEngine:
         )
 
 
-def _unsupported(request: Request, why: str) -> Result:
+def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
     return Result(
-        id=request.id,
-        error=LineError(
-            code="schema_unsupported",
-            message=f"The constraint cannot be enforced while generating: {why}.",
-            status_code=400,
-        ),
+        id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
     )

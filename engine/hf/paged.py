@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 IMPLEMENTATION = "batchctl_paged"
@@ -277,9 +277,9 @@ def attend(
     return out.unsqueeze(0), None
 
 
-def suits(model: torch.nn.Module, cache_kinds: Sequence[str]) -> bool:
+def suits(model: PreTrainedModel, cache_kinds: Sequence[str]) -> bool:
     """Return whether this attention computes what the model means: plain, causal, full."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator]  # a transformers model
+    text: Any = model.config.get_text_config()
     return (
         list(cache_kinds) == ["full_attention"]
         and not getattr(text, "attn_logit_softcapping", None)

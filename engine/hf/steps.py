@@ -6,7 +6,7 @@ Stands on private parts of transformers, which is why its version is pinned exac
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # no stubs among the dependencies
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import stream_context
+from typing_extensions import override
 
 from engine.config import HfConfig
 from engine.constraints import Mask
@@ -28,17 +29,19 @@ _CACHE_SHARE_OF_CPU_MEMORY = 0.25
 class _Scheduler(FIFOScheduler):
     """Notes how much of each prompt was found in the cache."""
 
+    @override
     def reset(self) -> None:
         super().reset()
         self.cached_tokens: dict[str, int] = {}
 
+    @override
     def _infer_request_tokens(
         self, state: RequestState, request_ids_to_remove_from_waiting: set[str]
     ) -> list[int]:
         was_pending = state.status == RequestStatus.PENDING
         tokens = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
         # A sequence that lost its blocks comes back with its answer as part of the prompt.
-        if was_pending and state.position_offset and not state._true_initial_tokens:
+        if was_pending and state.position_offset and not state._true_initial_tokens:  # noqa: SLF001
             self.cached_tokens[state.request_id] = state.position_offset
         return tokens
 
@@ -53,6 +56,8 @@ class Stepper:
             EngineOutOfMemory: there is no room for one.
         """
         self._model: Any = loaded.model
+        self._uses_own_attention = False
+        self._batch: list[Any] = []
         num_blocks = config.num_blocks or count_blocks(loaded, config)
         try:
             try:
@@ -67,7 +72,7 @@ class Stepper:
             ) from error
         cache = self._processor.cache
         self._paged: paged.PagedInputs | None = None
-        if loaded.model.config._attn_implementation == paged.IMPLEMENTATION:
+        if self._uses_own_attention:
             self._paged = paged.PagedInputs(cache, device=loaded.device)
             self._processor.inputs_and_outputs = self._paged
         self.max_sequence_tokens = infer_max_single_request_tokens(cache)
@@ -90,7 +95,8 @@ class Stepper:
         kinds = group_layers_by_attn_type(self._model.config.get_text_config())
         if not config.flash_attention and paged.suits(loaded.model, list(kinds)):
             self._model.set_attn_implementation(paged.IMPLEMENTATION)
-        return manager._create_batch_processor()
+            self._uses_own_attention = True
+        return manager._create_batch_processor()  # noqa: SLF001 -- the manager's thread is not used
 
     @property
     def _scheduler(self) -> _Scheduler:

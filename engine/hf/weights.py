@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import torch
-import transformers
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from engine.config import HfConfig
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
@@ -102,7 +102,6 @@ def load(config: HfConfig) -> Loaded:
         raise EngineMisconfigured(
             f"{config.model} has no tokenizer.json; save it with a fast tokenizer."
         )
-    model.eval()
     model.requires_grad_(requires_grad=False)
     generation_config = _generation_config(model.generation_config)
     text_config = model.config.get_text_config()
@@ -114,9 +113,7 @@ def load(config: HfConfig) -> Loaded:
         eos_tokens=_eos_tokens(generation_config, tokenizer),
         context_tokens=config.context_tokens
         or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
-        vocab_size=int(model.get_output_embeddings().weight.shape[0])
-        if model.get_output_embeddings() is not None
-        else int(text_config.vocab_size),
+        vocab_size=int(text_config.vocab_size),
     )
 
 
@@ -156,8 +153,8 @@ def pick_device(asked: str) -> torch.device:
 
 def _silence() -> None:
     """Keep the libraries' chatter out of our logs; what matters comes back as exceptions."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     for name in ("transformers", "bitsandbytes", "bitsandbytes.autograd._functions", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -203,30 +200,37 @@ def _quantization(config: HfConfig) -> BitsAndBytesConfig | None:
 
 
 def _explain(error: Exception, config: HfConfig) -> EngineMisconfigured | EngineOutOfMemory:
+    """Return what a library's complaint means to whoever wrote the settings."""
     name = config.model
-    chain = [error, error.__cause__, error.__context__]
-    if any(isinstance(e, GatedRepoError) for e in chain):
-        return EngineMisconfigured(
-            f"{name} asks for consent on the hub; accept its terms there and set a token."
-        )
-    if any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain):
-        return EngineMisconfigured(
-            f"The hub has no model {name} (revision {config.revision or 'main'}), or the token "
-            "may not see it."
-        )
-    if any(isinstance(e, (LocalEntryNotFoundError, HfHubHTTPError)) for e in chain):
-        return EngineMisconfigured(
-            f"{name} is not in the local cache and the hub cannot be reached; download it on a "
-            f"machine with a network (`hf download {name}`) and give its folder."
-        )
+    told: dict[type[Exception], str] = {
+        GatedRepoError: f"{name} asks for consent on the hub; accept its terms there and set a "
+        "token.",
+        RepositoryNotFoundError: f"The hub has no model {name}, or the token may not see it.",
+        RevisionNotFoundError: f"The hub has no revision {config.revision or 'main'} of {name}.",
+        LocalEntryNotFoundError: _unreachable(name),
+        HfHubHTTPError: _unreachable(name),
+        SafetensorError: f"The safetensors of {name} are damaged; download them again.",
+        ImportError: f"Loading {name} needs a package that is missing: {_first_line(error)}",
+    }
     if isinstance(error, MemoryError):
         return EngineOutOfMemory(f"The weights of {name} do not fit in memory.")
-    if isinstance(error, SafetensorError):
-        return EngineMisconfigured(f"The safetensors of {name} are damaged; download them again.")
-    if isinstance(error, ImportError):
-        return EngineMisconfigured(f"Loading {name} needs a package that is missing: {error}")
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return EngineMisconfigured(f"{name} cannot be loaded: {first}")
+    for kind, message in told.items():
+        if any(isinstance(e, kind) for e in (error, error.__cause__, error.__context__)):
+            return EngineMisconfigured(message)
+    if not looks_local(name) and "connect" in str(error):
+        return EngineMisconfigured(_unreachable(name))
+    return EngineMisconfigured(f"{name} cannot be loaded: {_first_line(error)}")
+
+
+def _unreachable(name: str) -> str:
+    return (
+        f"{name} is not in the local cache and the hub cannot be reached; download it on a "
+        f"machine with a network (`hf download {name}`) and give its folder."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _generation_config(read: GenerationConfig | None) -> dict[str, Any]:
