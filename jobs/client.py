@@ -5,6 +5,7 @@ Every POST carries an idempotency key, so that a repeated one changes nothing; c
 """
 
 import os
+import re
 import time
 import uuid
 from array import array
@@ -542,8 +543,8 @@ class Client:
             waited = time.monotonic() - started_at + delay
             if not repeatable or waited > self._patience_with(error):
                 return False
-            if self._on_retry is not None:
-                self._on_retry(str(error) or type(error).__name__)
+            if self._on_retry is not None and self._answered:
+                self._on_retry(_reason(error))
             return delay or True
 
         try:
@@ -577,7 +578,7 @@ class Client:
         return self._patience_seconds if self._answered else _FIRST_PATIENCE_SECONDS
 
     def _give_up(self, error: httpx2.HTTPError) -> NoReturn:
-        detail = str(error).strip() or type(error).__name__
+        detail = _reason(error)
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             message = (
                 f"The server cannot be reached ({detail}). "
@@ -631,6 +632,11 @@ class Client:
             raise ServerUnavailable(
                 f"{self.base_url} answers, but not as batchctl does ({error}); check the URL."
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, without the number that the operating system gives it."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip()) or type(error).__name__
 
 
 def _detail(response: httpx2.Response) -> _Detail:

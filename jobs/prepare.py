@@ -101,6 +101,11 @@ class Source:
             self._file.close()
 
     @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once; a pipe cannot."""
+        return self.path is not None
+
+    @property
     def suffix(self) -> str:
         """The end of its name, in small letters."""
         return Path(self.name).suffix.lower() if self.path is not None else ""

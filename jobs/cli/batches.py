@@ -15,6 +15,8 @@ from jobs.client import Batch, Client, Upload, write_atomically
 from jobs.domain.batch import BatchStatus
 from jobs.prepare import Source
 
+check_endpoint, load_constraint = options.check_endpoint, options.load_constraint
+
 _POLL_SECONDS = 0.5
 _MAX_POLL_SECONDS = 5.0
 _SHOWN_PROBLEMS = 20
@@ -259,7 +261,7 @@ def _upload(source: Source, making: options.Making, endpoint: str) -> Upload:
         filename=f"{Path(source.name).stem}.jsonl" if making.changes_lines else source.name,
         open=lambda: making.prepare(source, endpoint),
         num_bytes=None if making.changes_lines else source.num_bytes,
-        repeatable=source.path is not None,
+        repeatable=source.repeatable,
     )
 
 

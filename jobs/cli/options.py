@@ -1,5 +1,6 @@
 """Options that several commands share, and the settings that they lead to."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -91,6 +92,9 @@ def load_settings(config: Path | None, *, quiet: bool = True, **flags: Any) -> S
     if form == "auto":
         form = "console" if sys.stderr.isatty() else "json"
     configure_logging(level=level, form=form)
+    if level == "info":  # what these two call information is of no use to an operator
+        for library in ("alembic", "uvicorn"):
+            logging.getLogger(library).setLevel(logging.WARNING)
     return settings
 
 
@@ -193,14 +197,7 @@ class Making:
         Raises:
             InvalidInput: it is none that is served.
         """
-        endpoint = chosen or (source.endpoint if self.prompt is None else None) or CHAT
-        if endpoint not in ENDPOINTS:
-            raise InvalidInput(
-                f"Endpoint {output.one_line(endpoint)} is not served; use "
-                f"{' or '.join(ENDPOINTS)}.",
-                param="endpoint",
-            )
-        return endpoint
+        return check_endpoint(chosen or (source.endpoint if self.prompt is None else None))
 
     def prepare(self, source: Source, endpoint: str) -> Iterator[bytes]:
         """Yield pieces of the request lines."""
@@ -214,6 +211,21 @@ class Making:
             max_tokens=self.max_tokens,
             id_column=self.id_column,
         )
+
+
+def check_endpoint(endpoint: str | None) -> str:
+    """Return the endpoint of a batch; chat where nobody says, so that planning lists the faults.
+
+    Raises:
+        InvalidInput: it is none that is served.
+    """
+    endpoint = endpoint or CHAT
+    if endpoint not in ENDPOINTS:
+        raise InvalidInput(
+            f"Endpoint {output.one_line(endpoint)} is not served; use {' or '.join(ENDPOINTS)}.",
+            param="endpoint",
+        )
+    return endpoint
 
 
 def load_constraint(schema: Path | None, output_type: str | None) -> Constraint | None:
