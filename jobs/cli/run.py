@@ -1,0 +1,354 @@
+"""`batchctl run`: one batch, here and now, without a server."""
+
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal
+
+import typer
+
+from jobs.app import App, open_app
+from jobs.cli import exits, options, output, rundir
+from jobs.domain.batch import Batch, BatchStatus
+from jobs.domain.errors import BatchctlError, StorageError
+from jobs.domain.ids import BatchId, FileId
+from jobs.embedded import Embedded, FolderLock
+from jobs.prepare import Source
+from jobs.settings import Settings, resolve_model
+from storage import batches, files
+from storage.blobs.base import segments_prefix
+from storage.config import BlobSettings, DatabaseSettings
+
+_POLL_SECONDS = 0.25
+_COPY_BYTES = 1 << 20
+
+
+def run(
+    input_file: options.Input,
+    *,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where answers go; else stdout."),
+    ] = None,
+    errors_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--errors", metavar="FILE", help="Where failed requests go; else beside the output."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="A model of the catalogue, a local folder or a hub id.",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "hf", "simulated"], typer.Option(help="What runs the model.")
+    ] = "auto",
+    quantization: Annotated[
+        Literal["none", "nf4"] | None, typer.Option(help="nf4 keeps weights in 4 bits.")
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where an earlier run of the same input stopped."),
+    ] = False,
+    endpoint: options.Endpoint = None,
+    schema: options.Schema = None,
+    output_type: options.OutputType = None,
+    on_unsupported_schema: Annotated[
+        Literal["validate", "refuse"],
+        typer.Option(help="A schema that cannot be enforced: validate answers, or refuse it."),
+    ] = "validate",
+    prompt: options.Prompt = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    id_column: options.IdColumn = None,
+    data: options.Data = None,
+    config: options.Config = None,
+    as_json: options.Json = False,
+) -> None:
+    """Run a batch on this machine: requests in, answers out."""
+    options.check_output_place(output_file)
+    options.check_output_place(errors_file)
+    settings = options.load_settings(config, data=data, engine=engine)
+    # A local run stands by itself, whatever a server on this machine uses.
+    settings = settings.model_copy(
+        update={"database": DatabaseSettings(), "blobs": BlobSettings()}
+    )
+    name, settings, told = _choose_model(settings, model, engine, quantization, prompt)
+    making = options.Making.of(
+        prompt=prompt,
+        system=system,
+        max_tokens=max_tokens,
+        id_column=id_column,
+        model=name,
+        schema=schema,
+        output_type=output_type,
+    )
+    with Source.open(input_file) as source:
+        endpoint = making.endpoint_for(source, endpoint)
+        plan = rundir.RunPlan(
+            input_name=source.name,
+            endpoint=endpoint,
+            model=name,
+            on_unsupported_schema=on_unsupported_schema,
+            options={
+                **told,
+                "endpoint": endpoint,
+                "on_unsupported_schema": on_unsupported_schema,
+            },
+        )
+
+        def pieces() -> Iterator[bytes]:
+            return making.prepare(source, endpoint)
+
+        folder = _find_or_create(settings, plan, source, pieces, resume=resume)
+    with FolderLock(folder), open_app(settings, folder=folder) as app:
+        batch = _execute(app, folder, quiet=as_json)
+        code = _deliver(app, batch, source.name, output_file, errors_file, as_json=as_json)
+    raise typer.Exit(code)
+
+
+def _choose_model(
+    settings: Settings,
+    model: str | None,
+    engine: Literal["auto", "hf", "simulated"],
+    quantization: str | None,
+    prompt: str | None,
+) -> tuple[str | None, Settings, dict[str, str]]:
+    """Return the model that everything runs on (None: what the lines name), and what it means."""
+    if model is None and prompt is None and quantization is None:
+        return None, settings, {"model": "", "engine": engine}
+    name, entry = resolve_model(settings, model, engine=engine, quantization=quantization)
+    changed = settings.model_copy(update={"models": {**settings.models, name: entry}})
+    told = {
+        "model": name,
+        "engine": entry.engine,
+        "settings": entry.model_dump_json(exclude={"token", "engine"}, exclude_defaults=True),
+    }
+    return name, changed, told
+
+
+def _find_or_create(
+    settings: Settings,
+    plan: rundir.RunPlan,
+    source: Source,
+    pieces: Callable[[], Iterator[bytes]],
+    *,
+    resume: bool,
+) -> Path:
+    runs = settings.data / "runs"
+    if resume and source.repeatable:
+        found = rundir.find(runs, rundir.hash_pieces(pieces()), plan)
+        if found is not None:
+            return found
+    elif resume:
+        raise typer.BadParameter("standard input cannot be resumed", param_hint="--resume")
+    folder, kept = rundir.create(runs, settings, plan, pieces())
+    if kept is not None:
+        output.say(
+            f"An unfinished run of this input is kept in {kept}; --resume would have gone on "
+            "with it."
+        )
+    return folder
+
+
+def _execute(app: App, folder: Path, *, quiet: bool) -> Batch:
+    """Work until the batch has ended.
+
+    Raises:
+        BatchctlError: it cannot be worked on; what is finished is kept.
+        typer.Exit: the person interrupted it.
+    """
+    record = rundir.read_record(folder)
+    if record is None:
+        raise StorageError(f"{folder} is no run.")
+    batch_id = BatchId(record.batch_id)
+    batch = batches.get(app.db, batch_id)
+    if batch.status.is_terminal:
+        return batch
+    lines: dict[str, int] = {}
+    failure: BatchctlError | None = None
+    with _interruptible(), output.BatchProgress(quiet=quiet) as progress:
+        embedded = Embedded(
+            app, fail_without_engine=False, on_progress=lambda phase, n: lines.update({phase: n})
+        )
+        try:
+            with embedded:
+                while not batch.status.is_terminal and embedded.failure is None:
+                    _show(progress, batch, embedded, lines)
+                    time.sleep(_POLL_SECONDS)
+                    batch = batches.get(app.db, batch_id)
+            batch = batches.get(app.db, batch_id)
+            _show(progress, batch, embedded, lines)
+            failure = embedded.failure if not batch.status.is_terminal else None
+        except KeyboardInterrupt:
+            batch = batches.get(app.db, batch_id)
+            _say_resumable(batch)
+            raise typer.Exit(exits.INTERRUPTED) from None
+    if failure is not None:
+        if batch.request_counts.completed or batch.request_counts.failed:
+            _say_resumable(batch)
+        raise failure
+    return batch
+
+
+def _show(
+    progress: output.BatchProgress, batch: Batch, embedded: Embedded, lines: dict[str, int]
+) -> None:
+    counts = batch.request_counts
+    if batch.status is BatchStatus.VALIDATING:
+        progress.update(total=None, completed=lines.get("planning", 0), phase="planning")
+        return
+    phase = "running"
+    if batch.status is not BatchStatus.IN_PROGRESS:
+        phase = "writing" if not batch.status.is_terminal else str(batch.status)
+    elif embedded.engine_pid is None and not counts.completed + counts.failed:
+        phase = "loading the model"
+    progress.update(
+        total=counts.total,
+        completed=counts.completed,
+        failed=counts.failed,
+        completion_tokens=batch.usage.completion_tokens,
+        phase=phase,
+    )
+
+
+def _say_resumable(batch: Batch) -> None:
+    counts = batch.request_counts
+    command = shlex.join([part for part in sys.argv[1:] if part != "--resume"])
+    done = counts.completed + counts.failed
+    output.say(
+        f"Stopped with {output.count(done)} of {output.count(counts.total)} requests done; they "
+        f"are kept. Go on with:\n  batchctl {command} --resume"
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block SIGTERM is a Ctrl-C, and a second one of either ends us at once."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        output.say("\nStopping: writing what is finished ...")
+        raise KeyboardInterrupt
+
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _deliver(
+    app: App,
+    batch: Batch,
+    input_name: str,
+    output_file: Path | None,
+    errors_file: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Write the files where they were asked for, sum up, and return the exit code."""
+    counts = batch.request_counts
+    code = exits.for_batch(batch.status, failed=counts.failed)
+    if batch.status is BatchStatus.FAILED:
+        _tell_problems(batch, as_json=as_json)
+        return code
+    if errors_file is None and batch.error_file_id is not None:
+        beside = output_file or Path(Path(input_name).name)
+        errors_file = beside.with_name(f"{beside.stem}.errors.jsonl")
+    if output_file is not None:
+        _copy(app, batch.output_file_id, output_file)
+    elif not as_json:
+        _copy(app, batch.output_file_id, None)
+    if errors_file is not None:
+        _copy(app, batch.error_file_id, errors_file)
+    for key in list(app.blobs.list_keys(segments_prefix(batch.id))):
+        app.blobs.delete(key)  # the files hold everything now
+    usage = batch.usage
+    if as_json:
+        output.print_json(
+            {
+                "status": batch.status,
+                "requests": counts.total,
+                "completed": counts.completed,
+                "failed": counts.failed,
+                "usage": {
+                    "prompt_tokens": usage.prompt_tokens,
+                    "completion_tokens": usage.completion_tokens,
+                },
+                "output": str(output_file) if output_file else None,
+                "errors": str(errors_file) if errors_file else None,
+                "batch": batch.id,
+                "folder": str(app.folder),
+            }
+        )
+        return code
+    told = [
+        ("requests", output.count(counts.total)),
+        ("completed", output.count(counts.completed)),
+        ("failed", output.count(counts.failed)),
+        ("tokens", f"{output.count(usage.prompt_tokens)} in, "
+         f"{output.count(usage.completion_tokens)} out"),
+        ("results", str(output_file) if output_file else "standard output"),
+    ]
+    if errors_file is not None:
+        told.append(("errors", str(errors_file)))
+    for name, value in told:
+        output.say(f"{name:<10} {value}")
+    return code
+
+
+def _tell_problems(batch: Batch, *, as_json: bool) -> None:
+    if as_json:
+        output.print_json(
+            {
+                "status": batch.status,
+                "num_errors": batch.num_errors,
+                "errors": [
+                    {"line": p.line, "code": p.code, "param": p.param, "message": p.message}
+                    for p in batch.errors
+                ],
+            }
+        )
+        return
+    output.print_problems((p.line, p.code, p.param, p.message) for p in batch.errors)
+    more = batch.num_errors - len(batch.errors)
+    rest = f" ({output.count(more)} more are not shown)" if more > 0 else ""
+    output.report(
+        f"The input was refused: {output.count(batch.num_errors)} "
+        f"problem{'s' if batch.num_errors != 1 else ''}{rest}. Nothing was run."
+    )
+
+
+def _copy(app: App, file_id: FileId | None, place: Path | None) -> None:
+    """Copy a file of the batch (None: an empty one) to a place, whole or not at all."""
+    key = files.get(app.db, file_id).blob_key if file_id is not None else None
+    if place is None:
+        if key is not None:
+            with app.blobs.open_reader(key) as reader:
+                output.write_pieces(iter(lambda: reader.read(_COPY_BYTES), b""))
+        return
+    if place.exists() and not place.is_file():  # a pipe or a device cannot be replaced
+        target = place
+    else:
+        target = place.with_name(f".{place.name}.part")
+    with target.open("wb") as written:
+        if key is not None:
+            with app.blobs.open_reader(key) as reader:
+                shutil.copyfileobj(reader, written, _COPY_BYTES)
+    if target is not place:
+        target.replace(place)
