@@ -31,7 +31,7 @@ def parse(body: bytes, *, step: int = 65_536, limit: int = 1 << 20) -> tuple[For
 
 @given(content=st.binary(max_size=300), step=st.integers(1, 64), file_first=st.booleans())
 def test_any_file_arrives_whole_however_it_is_cut(
-    content: bytes, step: int, file_first: bool
+    content: bytes, step: int, *, file_first: bool
 ) -> None:
     parts = [PURPOSE, part("file", content, filename="a.jsonl")]
     form, arrived = parse(b"".join(parts[:: -1 if file_first else 1]) + END, step=step)
