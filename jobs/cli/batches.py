@@ -225,14 +225,14 @@ def list_(
         output.print_json(msgspec.to_builtins(chosen))
         return
     output.print_table(
-        ("batch", "status", ">done", ">failed", "created", "model"),
+        ("batch", "status", ">done", ">failed", "created", "?model"),
         (
             (
                 batch.id,
                 batch.status,
                 _done(batch),
                 batch.request_counts.failed,
-                instant(batch.created_at),
+                short_instant(batch.created_at),
                 batch.model or "",
             )
             for batch in chosen
@@ -253,6 +253,15 @@ def instant(seconds: int | None) -> str | None:
     if not seconds:
         return None
     return datetime.fromtimestamp(seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def short_instant(seconds: int) -> str:
+    """Return unix seconds for a table: the time of a day that is today, the date of another."""
+    if not output.out.is_terminal:
+        return instant(seconds) or ""
+    then = datetime.fromtimestamp(seconds, tz=UTC).astimezone()
+    is_today = then.date() == datetime.now(tz=UTC).astimezone().date()
+    return then.strftime("%H:%M:%S" if is_today else "%Y-%m-%d")
 
 
 def _upload(source: Source, making: options.Making, endpoint: str) -> Upload:
@@ -297,6 +306,8 @@ def _wait(client: Client, batch_id: str, *, quiet: bool, stream: bool = False) -
                 if stream and batch != last:
                     output.print_json_line(msgspec.to_builtins(batch))
                 last = batch
+                if batch.status == BatchStatus.FAILED:
+                    break
                 counts = batch.request_counts
                 progress.update(
                     total=counts.total,

@@ -30,6 +30,6 @@ def show(
         )
         return
     if origin:
-        output.print_table(("setting", "value", "origin"), found)
+        output.print_table(("setting", "~value", "~origin"), found)
     else:
-        output.print_table(("setting", "value"), (one[:2] for one in found))
+        output.print_table(("setting", "~value"), (one[:2] for one in found))

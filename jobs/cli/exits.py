@@ -50,7 +50,7 @@ _CODES: tuple[tuple[type[BatchctlError], int], ...] = (
     (StorageError, UNREACHABLE),
     (EngineError, ENGINE),
 )
-_SETTINGS_PARAMS = frozenset({"settings", "config"})
+_SETTINGS_PARAMS = frozenset({"settings", "config", "host", "port", "base_url", "api_key"})
 
 
 def for_error(error: BatchctlError) -> int:

@@ -7,7 +7,7 @@ import msgspec
 import typer
 
 from jobs.cli import options, output
-from jobs.cli.batches import download_to, instant
+from jobs.cli.batches import download_to, instant, short_instant
 from jobs.client import File, Upload
 from jobs.prepare import check_readable
 
@@ -70,13 +70,13 @@ def list_(
         output.print_json(msgspec.to_builtins(chosen))
         return
     output.print_table(
-        ("file", "purpose", ">size", "created", "name"),
+        ("file", "?purpose", ">size", "created", "~name"),
         (
             (
                 file.id,
                 file.purpose,
                 output.size(file.bytes),
-                instant(file.created_at),
+                short_instant(file.created_at),
                 file.filename,
             )
             for file in chosen

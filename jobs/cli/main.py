@@ -5,6 +5,7 @@ traceback is shown only when BATCHCTL_LOG__LEVEL is debug.
 """
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 from typing_extensions import override
 
-from jobs.cli import batches, config, database, exits, files, models, output, serve, validate
+from jobs.cli import batches, config, database, exits, files, models, output, run, serve, validate
 from jobs.domain.errors import BatchctlError
 
 _DEBUG = "set BATCHCTL_LOG__LEVEL=debug for the traceback"
@@ -141,6 +142,7 @@ def _options(
 
 
 _HERE, _CLIENT, _OPERATE = "On this machine", "With a server", "Operating"
+app.command("run", rich_help_panel=_HERE)(run.run)
 app.command("validate", rich_help_panel=_HERE)(validate.validate)
 app.command("serve", rich_help_panel=_HERE)(serve.serve)
 app.command("submit", rich_help_panel=_CLIENT)(batches.submit)
@@ -157,7 +159,13 @@ app.add_typer(database.app, name="db", rich_help_panel=_OPERATE)
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="batchctl")
+    try:
+        app(prog_name="batchctl")
+    except SystemExit as ended:
+        if ended.code == exits.INTERRUPTED:
+            # A second Ctrl-C while the interpreter ends would show a traceback of its own.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def models(
         output.print_json(found)
         return
     output.print_table(
-        ("model", "engine", "type", "quantization", "state", "source"),
+        ("model", "engine", "?type", "?quantization", "~state", "~source"),
         (
             (
                 one["id"],

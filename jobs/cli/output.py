@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 import typer
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -43,6 +43,8 @@ _CONTROL = re.compile(
 _PLAIN_SECONDS = 5.0
 _RATE_SECONDS = 20.0
 _MIN_SAMPLES = 2
+_GAP = 2
+_MIN_FOLDED = 16
 _KILO = 1000
 
 
@@ -113,31 +115,40 @@ def write_line(line: bytes) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a table: fitted to a terminal, one tab-separated line for each row elsewhere.
 
-    A column whose name begins with ">" is aligned to the right.
+    Cells are never cut off, since people copy them.
+
+    Args:
+        columns: names; one with ">" before it is aligned to the right, one with "~" is folded
+            where space is short, one with "?" is left out then.
     """
+    names = [name.lstrip(">~?") for name in columns]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     if not out.is_terminal:
-        write("\t".join(name.lstrip(">").upper() for name in columns) + "\n")
-        for row in rows:
-            write("\t".join(one_line(cell) for cell in row) + "\n")
+        write("".join("\t".join(row) + "\n" for row in ([n.upper() for n in names], *cells)))
         return
-    table = Table(
-        *(
-            Column(
-                name.lstrip(">"),
-                justify="right" if name.startswith(">") else "left",
-                no_wrap=number < len(columns) - 1,
-                overflow="fold" if number == len(columns) - 1 else "ellipsis",
-            )
-            for number, name in enumerate(columns)
-        ),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="bold",
-    )
-    for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
+    widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+    shown = list(range(len(names)))
+    while sum(_needed(columns[n], widths[n]) for n in shown) > out.width + _GAP and (
+        dropped := next((n for n in reversed(shown) if columns[n].startswith("?")), None)
+    ):
+        shown.remove(dropped)
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for number in shown:
+        folds = columns[number].startswith("~")
+        table.add_column(
+            names[number],
+            justify="right" if columns[number].startswith(">") else "left",
+            no_wrap=not folds,
+            overflow="fold",
+            min_width=min(widths[number], _MIN_FOLDED) if folds else widths[number],
+        )
+    for row in cells:
+        table.add_row(*(Text(row[number]) for number in shown))
     out.print(table, soft_wrap=False)
+
+
+def _needed(column: str, width: int) -> int:
+    return _GAP + (min(width, _MIN_FOLDED) if column.startswith("~") else width)
 
 
 def print_problems(
@@ -145,7 +156,7 @@ def print_problems(
 ) -> None:
     """Write a table of faults: line, code, param and message of each."""
     print_table(
-        (">line", "code", "param", "message"),
+        (">line", "code", "param", "~message"),
         ((line or "", code, param or "", message) for line, code, param, message in problems),
     )
 
@@ -224,8 +235,6 @@ class _Lines:
         self._shown = ""
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
         return self
 
     def __exit__(
@@ -239,6 +248,7 @@ class _Lines:
 
     def _show(self, row: Table, plain: str, *, at_once: bool = False) -> None:
         if self._live is not None:
+            self._live.start()
             self._live.update(row)
             return
         now = time.monotonic()
