@@ -1,7 +1,7 @@
 """Holds every engine's answers to their constraints, and asks again where they break them."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import msgspec
 import xxhash
@@ -102,7 +102,7 @@ class Asking:
         """Give the device back."""
         self._engine.close()
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         """Yield one final result for each request of `source`, as they finish."""
         queue = _Queue(source)
         for result in self._engine.generate(queue):

@@ -1,6 +1,6 @@
 """The engine protocol: `generate` pulls requests lazily and yields results as they finish."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from jobs.domain.request import Capabilities, Request, SamplingParams
@@ -54,7 +54,7 @@ class Engine(Protocol):
         """Return a number that grows while the engine works; any thread may ask."""
         ...
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish."""
         ...
 

@@ -1,4 +1,4 @@
-"""One frozen settings model per engine, told apart by `kind`; they cross to the engine's process."""
+"""One frozen settings model per engine, told apart by `kind`; they cross to its process."""
 
 from typing import Annotated, Literal
 

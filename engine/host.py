@@ -11,15 +11,18 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from engine import wire
-from engine.base import Engine
 from engine.config import EngineConfig
 from engine.registry import open_engine
 from jobs.domain.errors import BatchctlError
 from jobs.domain.request import Request
+
+if TYPE_CHECKING:
+    from engine.base import Engine
 
 PROGRESS_SECONDS = 1.0
 

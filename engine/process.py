@@ -1,5 +1,6 @@
 """An Engine that lives in a process of its own, spoken to over a socketpair."""
 
+import contextlib
 import os
 import select
 import signal
@@ -7,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from engine import wire
@@ -128,7 +129,7 @@ class ProcessEngine:
                 if isinstance(message, wire.Count):
                     return message.num_tokens
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish.
 
         Raises:
@@ -234,6 +235,10 @@ class ProcessEngine:
         if not piece:
             self._raise_death()
         messages = self._buffer.feed(piece)
+        self._note(messages)
+        return messages
+
+    def _note(self, messages: list[wire.FromEngine]) -> None:
         for message in messages:
             if isinstance(message, wire.Credit):
                 self._credit += message.n
@@ -249,7 +254,6 @@ class ProcessEngine:
                 self._kill()
                 kind = _ERRORS.get(message.code, errors.EngineError)
                 raise kind(message.message)
-        return messages
 
     def _check_stall(self) -> None:
         if self._in_flight and time.monotonic() - self.last_progress > self._stall_seconds:
@@ -284,13 +288,9 @@ class ProcessEngine:
 
     def _kill(self) -> None:
         """End the engine's whole process group, which may hold more than the process itself."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=0.5 if self._process.poll() is None else 0)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._socket.close()

@@ -22,7 +22,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import llguidance
 import msgspec
@@ -37,9 +37,12 @@ from jobs.domain.result import LineError, Result, Usage
 
 _DIRECTIVE = re.compile(r"\[\[(tokens|reply|fault)=([^\]]*)\]\]")
 _ABORT_SECONDS = 0.25
-_WORDS = (
+_IDLE_SECONDS = 0.002
+_MAX_LAG_SECONDS = 1.0
+_SENTENCE = (
     "the batch ran through the night and every line came back with an answer that fits its form"
-).split()
+)
+_WORDS = tuple(_SENTENCE.split(" "))
 _PREFERRED = b'"}],:0123456789abcdefghijklmnopqrstuvwxyz-.@ {['
 _MAX_CONSTRAINED_BYTES = 4096
 
@@ -49,6 +52,27 @@ class _Running(msgspec.Struct):
     ends_at_step: int
     num_tokens: int
     fault: str
+
+
+class _StepClock:
+    """Keeps steps at their set length, and does not race to catch up after a long pause."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self.step = 0
+        self._step_seconds = step_seconds
+        self._next_at = time.monotonic()
+
+    def wait(self, *, busy: bool) -> None:
+        """Sleep until the step ends; without work nothing counts as a step."""
+        now = time.monotonic()
+        if not busy:
+            time.sleep(_IDLE_SECONDS)
+            self._next_at = now
+            return
+        self.step += 1
+        self._next_at = max(self._next_at + self._step_seconds, now - _MAX_LAG_SECONDS)
+        if self._next_at > now:
+            time.sleep(self._next_at - now)
 
 
 class SimulatedEngine:
@@ -92,45 +116,30 @@ class SimulatedEngine:
         prompt = request.prompt or ""
         return len(prompt) if isinstance(prompt, tuple) else max(1, len(prompt) // 4)
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, at the step at which it ends."""
-        config = self._config
         running: list[tuple[int, int, _Running]] = []
-        step = 0
-        next_step_at = time.monotonic()
-        next_abort_at = next_step_at + _ABORT_SECONDS
+        clock = _StepClock(self._config.step_seconds)
+        next_abort_at = time.monotonic() + _ABORT_SECONDS
         while True:
-            free = config.slots - len(running)
+            free = self._config.slots - len(running)
             taken = source.take(free) if free else ()
-            if taken is None:
-                if not running:
-                    return
-                taken = ()
-            for request in taken:
-                started = self._start(request, step)
+            if taken is None and not running:
+                return
+            for request in taken or ():
+                started = self._start(request, clock.step)
                 if isinstance(started, Result):
                     yield started
                 else:
                     heapq.heappush(running, (started.ends_at_step, request.id, started))
-            now = time.monotonic()
-            if running:
-                step += 1
-                self._count(len(running))
-            else:
-                next_step_at = now
-            next_step_at += config.step_seconds if running else 0.002
-            if next_step_at > now:
-                time.sleep(next_step_at - now)
-            elif next_step_at < now - 1.0:
-                next_step_at = now  # the machine was busy; do not race to catch up
-            while running and running[0][0] <= step:
+            self._count(len(running))
+            clock.wait(busy=bool(running))
+            while running and running[0][0] <= clock.step:
                 yield self._finish(heapq.heappop(running)[2])
-            if now > next_abort_at:
-                next_abort_at = now + _ABORT_SECONDS
-                kept = [entry for entry in running if not source.is_aborted(entry[1])]
-                if len(kept) != len(running):
-                    running = kept
-                    heapq.heapify(running)
+            if time.monotonic() > next_abort_at:
+                next_abort_at = time.monotonic() + _ABORT_SECONDS
+                running = [entry for entry in running if not source.is_aborted(entry[1])]
+                heapq.heapify(running)
 
     def close(self) -> None:
         """Close the ledger."""
@@ -139,6 +148,8 @@ class SimulatedEngine:
             self._ledger = None
 
     def _count(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
         self._num_tokens += num_tokens
         if self._ledger is not None:
             os.write(self._ledger, struct.pack("<I", num_tokens))
@@ -171,9 +182,7 @@ class SimulatedEngine:
 
     def _finish(self, done: _Running) -> Result:
         request = done.request
-        usage = Usage(
-            prompt_tokens=self.count_tokens(request), completion_tokens=done.num_tokens
-        )
+        usage = Usage(prompt_tokens=self.count_tokens(request), completion_tokens=done.num_tokens)
         if done.fault in ("error", "nan"):
             code = "numerical_error" if done.fault == "nan" else "simulated_error"
             return Result(

@@ -12,7 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -175,9 +175,11 @@ class Embedded:
                     self._fail(error)
                 self._stop.wait(_FAILURE_PAUSE_SECONDS)
                 continue
-            except Exception as error:  # a fault of ours: say so, and keep the other loops going
+            except Exception as error:  # noqa: BLE001  a fault of ours; the other loops go on
                 log.exception("loop_crashed", loop=turn.__name__)
-                self._fail(InternalError(f"{type(error).__name__} in {turn.__name__}; see the log."))
+                self._fail(
+                    InternalError(f"{type(error).__name__} in {turn.__name__}; see the log.")
+                )
                 self._stop.wait(_FAILURE_PAUSE_SECONDS)
                 continue
             if not busy:
@@ -251,12 +253,10 @@ class Embedded:
             attempt=min(lease.attempt, self._policy.max_attempts - 1),
             policy=self._policy,
             rng=self._rng,
-            exit=f"{error.code}: {error.message}",
+            reason=f"{error.code}: {error.message}",
         )
-        try:
+        with suppress(LeaseLost):
             units.settle(self.app.db, lease, settlement)
-        except LeaseLost:
-            pass
 
     # --- sweep ---
 
@@ -356,7 +356,7 @@ class Embedded:
             attempt=lease.attempt,
             policy=self._policy,
             rng=self._rng,
-            exit=f"{error.code}: {error.message}",
+            reason=f"{error.code}: {error.message}",
         )
         if settlement.state is not UnitState.PENDING:
             log.error("shard_failed", unit_id=lease.unit_id, code=error.code)

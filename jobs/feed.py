@@ -459,9 +459,7 @@ class Feed:
             lease=lease,
             shard=shard,
             batch=batch,
-            lines=read_lines(
-                self._blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED
-            ),
+            lines=read_lines(self._blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED),
             num_left=shard.num_lines - num_done,
             suspects=suspects,
             solo_crashes=dict(shard.solo_crashes),
@@ -481,7 +479,7 @@ class Feed:
         """Queue the next lines of a shard; return whether there may be more."""
         read: list[_Held] = []
         suspects: list[_Held] = []
-        refused: list[tuple[_Held, InvalidLine]] = []
+        refused: list[tuple[_Held, LineError]] = []
         for position, _, content in shard.lines:
             self._next_id += 1
             try:
@@ -489,26 +487,18 @@ class Feed:
             except InvalidLine as error:
                 # Planning let this line through, so the code changed since; say so in its place.
                 request = Request(id=self._next_id)
-                refused.append((_Held(shard, position, custom_id_of(content), request), error))
+                refusal = LineError(
+                    code=error.error_code, message=error.message, status_code=400, param=error.param
+                )
+                refused.append((_Held(shard, position, custom_id_of(content), request), refusal))
                 continue
             held = _Held(shard, position, line.custom_id, line.to_request(self._next_id))
             (suspects if position in shard.suspects else read).append(held)
             if len(read) >= READ_CHUNK_LINES:
                 break
         with self._lock:
-            for held, error in refused:
-                self._keep(
-                    held,
-                    Result(
-                        id=held.request.id,
-                        error=LineError(
-                            code=error.error_code,
-                            message=error.message,
-                            status_code=400,
-                            param=error.param,
-                        ),
-                    ),
-                )
+            for held, refusal in refused:
+                self._keep(held, Result(id=held.request.id, error=refusal))
             self._queue.extend(read)
             if suspects:
                 middle = max(1, len(suspects) // 2)
@@ -555,4 +545,3 @@ class Feed:
         except StorageError as error:
             log.warning("unit_not_settled", unit_id=shard.lease.unit_id, code=error.code)
         self._doorbell.announce()
-

@@ -34,8 +34,15 @@ class CountMismatch(BatchctlError):
     code = "count_mismatch"
 
 
-@dataclass(slots=True)
-class _Written:
+@dataclass(slots=True, kw_only=True)
+class _Writing:
+    """The two files of one batch while they are written, and what is in them."""
+
+    db: Database
+    blobs: BlobStore
+    batch: Batch
+    output: BlobWriter
+    errors: BlobWriter
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
@@ -59,72 +66,61 @@ def finalize(
         BlobCorrupt, BlobMissing: a segment is not what was written.
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
-    written = _Written()
     total = 0
     output_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "output"))
-    error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "errors"))
+    error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "error"))
     with output_writer as output, error_writer as errors:
+        writing = _Writing(db=db, blobs=blobs, batch=batch, output=output, errors=errors)
         for shard, state in shards.list_for_batch(db, batch.id):
-            _write_shard(db, blobs, batch, shard, state, output, errors, written)
+            _write_shard(writing, shard, state)
             total += shard.num_lines
-            if written.completed + written.failed != total:
+            if writing.completed + writing.failed != total:
                 raise CountMismatch(
-                    f"Batch {batch.id}: {written.completed + written.failed} results for the first "
-                    f"{total} lines. Nothing was published; run `batchctl audit {batch.id}`."
+                    f"Batch {batch.id}: {writing.completed + writing.failed} results for the first "
+                    f"{total} lines. Nothing was published."
                 )
             if on_progress is not None:
                 on_progress(total)
-        output_file = _publish(db, batch, output, written.completed, "output")
-        error_file = _publish(db, batch, errors, written.failed, "errors")
+        output_file = _publish(db, batch, output, writing.completed, "output")
+        error_file = _publish(db, batch, errors, writing.failed, "errors")
     batches.complete(
         db,
         lease,
         output_file=output_file,
         error_file=error_file,
-        num_completed=written.completed,
-        num_failed=written.failed,
-        usage=written.usage,
+        num_completed=writing.completed,
+        num_failed=writing.failed,
+        usage=writing.usage,
     )
 
 
-def _write_shard(
-    db: Database,
-    blobs: BlobStore,
-    batch: Batch,
-    shard: Shard,
-    state: UnitState,
-    output: BlobWriter,
-    errors: BlobWriter,
-    written: _Written,
-) -> None:
+def _write_shard(writing: _Writing, shard: Shard, state: UnitState) -> None:
+    blobs, batch = writing.blobs, writing.batch
     entries: list[tuple[int, int, bytes]] = []
-    for segment in segments.list_for_unit(db, shard.unit_id):
+    for segment in segments.list_for_unit(writing.db, shard.unit_id):
         content = blobs.get(segment.blob_key)
         if hash_bytes(content) != segment.sha256:
             raise BlobCorrupt(f"Segment {segment.blob_key} is not what was written.")
         entries += decode_segment(content)
-        written.usage += segment.usage
+        writing.usage += segment.usage
     if len(entries) < shard.num_lines:
-        reason = units.get_exit(db, shard.unit_id) if state is UnitState.FAILED else None
+        failed = state is UnitState.FAILED
+        reason = units.get_exit(writing.db, shard.unit_id) if failed else None
         entries += _missing(blobs, batch, shard, state, reason)
     entries.sort(key=lambda entry: entry[0])
-    good: list[bytes] = []
-    bad: list[bytes] = []
-    expected = shard.first_index
-    for index, kind, line in entries:
+    lines: tuple[list[bytes], list[bytes]] = ([], [])
+    for expected, (index, kind, line) in enumerate(entries, start=shard.first_index):
         if index != expected:
             raise CountMismatch(
                 f"Batch {batch.id}: expected the result of request {expected}, found that of "
                 f"{index}. Nothing was published."
             )
-        expected += 1
-        (bad if kind else good).append(line)
-    for writer, lines in ((output, good), (errors, bad)):
-        if lines:
-            lines.append(b"")
-            writer.write(b"\n".join(lines))
-    written.completed += len(entries) - (len(bad) - 1 if bad else 0)
-    written.failed += len(bad) - 1 if bad else 0
+        lines[kind].append(line)
+    for writer, written in zip((writing.output, writing.errors), lines, strict=True):
+        if written:
+            writer.write(b"\n".join(written) + b"\n")
+    writing.completed += len(lines[0])
+    writing.failed += len(lines[1])
 
 
 def _missing(
@@ -134,9 +130,7 @@ def _missing(
     if exit_reason and ": " in exit_reason:
         code, _, message = exit_reason.partition(": ")
     error = LineError(code=code, message=message)
-    for position, _, content in read_lines(
-        blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED
-    ):
+    for position, _, content in read_lines(blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED):
         index = shard.first_index + position
         line = render_result(
             Result(id=0, error=error),

@@ -10,7 +10,7 @@ token that ends it, errors arrive where they belong, and nothing is polled.
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ class HfEngine:
         if self._loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish."""
         stepper = self._stepper
         if stepper is None:

@@ -14,6 +14,7 @@ Source: the OpenAI Batch API's eight statuses.
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
 from jobs.domain.errors import IllegalTransition
 from jobs.domain.ids import DEFAULT_TENANT, BatchId, FileId, TenantId
@@ -160,16 +161,30 @@ def advance(batch: Batch, event: BatchEvent, *, now: datetime) -> Batch:
             raise IllegalTransition(
                 f"Batch {batch.id} is {batch.status}; it cannot become what {event} would make it."
             ) from None
-    ending = batch.ending
-    if ending is None:
-        if event is _E.CANCEL_REQUESTED and status is _S.CANCELLING:
-            ending = BatchEnding.CANCELLED
-        elif event is _E.DEADLINE_PASSED:
-            ending = BatchEnding.EXPIRED
-        elif status is _S.FINALIZING:
-            ending = BatchEnding.COMPLETED
-    changed = replace(batch, status=status, ending=ending)
-    if status is batch.status:
-        return changed
-    instant = f"{status}_at"
-    return replace(changed, **{instant: now}) if getattr(batch, instant, now) is None else changed
+    changed = replace(batch, status=status, ending=_ending(batch, event, status))
+    return changed if status is batch.status else _stamped(changed, now)
+
+
+def _ending(batch: Batch, event: BatchEvent, status: BatchStatus) -> BatchEnding | None:
+    if batch.ending is not None:
+        return batch.ending
+    if event is _E.CANCEL_REQUESTED and status is _S.CANCELLING:
+        return BatchEnding.CANCELLED
+    if event is _E.DEADLINE_PASSED:
+        return BatchEnding.EXPIRED
+    return BatchEnding.COMPLETED if status is _S.FINALIZING else None
+
+
+def _stamped(batch: Batch, now: datetime) -> Batch:
+    """Return the batch with the instant of its entry into its status."""
+    instants = {
+        _S.IN_PROGRESS: "in_progress_at",
+        _S.FINALIZING: "finalizing_at",
+        _S.COMPLETED: "completed_at",
+        _S.FAILED: "failed_at",
+        _S.EXPIRED: "expired_at",
+        _S.CANCELLING: "cancelling_at",
+        _S.CANCELLED: "cancelled_at",
+    }
+    changes: dict[str, Any] = {instants[batch.status]: now}
+    return replace(batch, **changes)

@@ -1,7 +1,8 @@
 """Every exception raised on purpose, grouped by who must act.
 
 BatchctlError
-├── InvalidInput         the caller changes something: InvalidLine, UnsupportedByEngine, IdentityChanged
+├── InvalidInput         the caller changes something: InvalidLine, UnsupportedByEngine,
+│                        IdentityChanged
 ├── NotFound, Conflict   the caller looks again: IllegalTransition, AlreadyLocked
 ├── LeaseLost            nobody; another worker owns the unit, so stop quietly
 ├── EngineError          retryable: EngineUnavailable, EngineDied, EngineTimedOut

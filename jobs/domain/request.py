@@ -434,40 +434,46 @@ def _choices(choices: list[str]) -> Constraint:
     return Constraint("choice", msgspec.json.encode(choices).decode())
 
 
-def _constraint(body: Any) -> Constraint | None:
+def _constraint(body: _ChatBody | _CompletionBody) -> Constraint | None:
     """Return what the body asks of the answer's form; `response_format` wins, as in vLLM."""
     form = body.response_format
-    if form is not None:
-        if isinstance(form, _JsonSchema):
-            schema = form.json_schema.schema
-            if bytes(schema) in (b"", b"null"):
-                return Constraint("json_object")
-            param = "body.response_format.json_schema.schema"
-            return Constraint("json_schema", _schema_text(schema, param))
-        if isinstance(form, _JsonObject):
+    if isinstance(form, _JsonObject):
+        return Constraint("json_object")
+    if isinstance(form, _JsonSchema):
+        schema = form.json_schema.schema
+        if bytes(schema) in {b"", b"null"}:
             return Constraint("json_object")
-    wanted = body.structured_outputs
-    if wanted is not None:
-        found: list[Constraint] = []
-        if bytes(wanted.json):
-            text = _schema_text(wanted.json, "body.structured_outputs.json")
-            found.append(Constraint("json_schema", text))
-        if wanted.regex is not None:
-            found.append(Constraint("regex", wanted.regex))
-        if wanted.choice is not None:
-            found.append(_choices(wanted.choice))
-        if wanted.grammar is not None:
-            found.append(Constraint("grammar", wanted.grammar))
-        if wanted.json_object:
-            found.append(Constraint("json_object"))
-        if len(found) != 1:
-            raise InvalidLine(
-                "structured_outputs takes exactly one of json, regex, choice, grammar and "
-                f"json_object; this one has {len(found)}.",
-                param="body.structured_outputs",
-                error_code="invalid_value",
-            )
-        return found[0]
+        param = "body.response_format.json_schema.schema"
+        return Constraint("json_schema", _schema_text(schema, param))
+    if body.structured_outputs is not None:
+        return _structured_outputs(body.structured_outputs)
+    return _guided(body)
+
+
+def _structured_outputs(wanted: _StructuredOutputs) -> Constraint:
+    found: list[Constraint] = []
+    if bytes(wanted.json):
+        text = _schema_text(wanted.json, "body.structured_outputs.json")
+        found.append(Constraint("json_schema", text))
+    if wanted.regex is not None:
+        found.append(Constraint("regex", wanted.regex))
+    if wanted.choice is not None:
+        found.append(_choices(wanted.choice))
+    if wanted.grammar is not None:
+        found.append(Constraint("grammar", wanted.grammar))
+    if wanted.json_object:
+        found.append(Constraint("json_object"))
+    if len(found) != 1:
+        raise InvalidLine(
+            "structured_outputs takes exactly one of json, regex, choice, grammar and "
+            f"json_object; this one has {len(found)}.",
+            param="body.structured_outputs",
+            error_code="invalid_value",
+        )
+    return found[0]
+
+
+def _guided(body: _Body) -> Constraint | None:
     if bytes(body.guided_json):
         return Constraint("json_schema", _schema_text(body.guided_json, "body.guided_json"))
     if body.guided_regex is not None:

@@ -1,5 +1,6 @@
 """What one request became, and how it is written as a line of the output or error file."""
 
+from http import HTTPStatus
 from typing import Literal
 
 import msgspec
@@ -60,7 +61,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def _error_type(status_code: int) -> str:
-    return "invalid_request_error" if 400 <= status_code < 500 else "server_error"
+    ours = not HTTPStatus.BAD_REQUEST <= status_code < HTTPStatus.INTERNAL_SERVER_ERROR
+    return "server_error" if ours else "invalid_request_error"
 
 
 def render_result(

@@ -35,7 +35,7 @@ def decide(
     attempt: int,
     policy: RetryPolicy,
     rng: random.Random,
-    exit: str = "",
+    reason: str = "",
 ) -> Settlement:
     """Return what becomes of a unit whose attempt ended.
 
@@ -46,12 +46,12 @@ def decide(
         attempt: which attempt this was, counted from 1.
     """
     if finished:
-        return Settlement(state=UnitState.DONE, exit=exit or "done")
+        return Settlement(state=UnitState.DONE, exit=reason or "done")
     if stopped is not None:
-        return Settlement(state=stopped, exit=exit or str(stopped))
+        return Settlement(state=stopped, exit=reason or str(stopped))
     if not retryable or attempt >= policy.max_attempts:
-        return Settlement(state=UnitState.FAILED, exit=exit or "attempts_exhausted")
+        return Settlement(state=UnitState.FAILED, exit=reason or "attempts_exhausted")
     ceiling = min(policy.max_seconds, policy.base_seconds * 2 ** (attempt - 1))
     return Settlement(
-        state=UnitState.PENDING, delay_seconds=rng.uniform(0, ceiling), exit=exit or "released"
+        state=UnitState.PENDING, delay_seconds=rng.uniform(0, ceiling), exit=reason or "released"
     )

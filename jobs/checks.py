@@ -1,0 +1,248 @@
+"""What planning holds every line of a file against, beyond its own form.
+
+Each check collects what it finds in one `Problems`; none keeps a line.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import IO
+
+import numpy as np
+import xxhash
+
+from engine.sandbox import Sandbox, Verdict
+from jobs.domain.batch import LineProblem
+from jobs.domain.errors import EngineMisconfigured, InvalidLine, NotFound
+from jobs.domain.request import Capabilities, Constraint
+
+_SPILL_BUCKETS = 16
+_MAX_VERDICTS = 100_000
+
+
+@dataclass(slots=True)
+class Problems:
+    """Collects faults; keeps the first ones by line, counts them all."""
+
+    limit: int
+    kept: list[LineProblem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, problem: LineProblem) -> None:
+        """Count a fault, and keep it if it is among the first."""
+        self.count += 1
+        self.kept.append(problem)
+        if len(self.kept) > 2 * self.limit + 100:
+            self.kept = self.first()
+
+    def add_error(self, error: InvalidLine, line: int | None) -> None:
+        """Add what is wrong with a line; None stands for the whole file."""
+        self.add(
+            LineProblem(code=error.error_code, message=error.message, param=error.param, line=line)
+        )
+
+    def first(self) -> list[LineProblem]:
+        """Return the first faults, in the order of their lines."""
+        return sorted(self.kept, key=lambda problem: problem.line or 0)[: self.limit]
+
+
+class Schemas:
+    """Has every distinct constraint tried once, in chunks."""
+
+    def __init__(self, checker: Sandbox, problems: Problems, *, chunk: int, refuse: bool) -> None:
+        self._checker = checker
+        self._problems = problems
+        self._chunk = chunk
+        self._refuse = refuse
+        self._verdicts: dict[bytes, InvalidLine | None] = {}
+        self._waiting: dict[bytes, tuple[Constraint, list[int]]] = {}
+
+    def add(self, constraint: Constraint, line: int) -> None:
+        """Note that a line has this constraint; what is wrong with it is reported later."""
+        key = xxhash.xxh3_128_digest(f"{constraint.kind}\0{constraint.spec}".encode())
+        if key in self._verdicts:
+            error = self._verdicts[key]
+            if error is not None:
+                self._problems.add_error(error, line)
+            return
+        if key in self._waiting:
+            self._waiting[key][1].append(line)
+            return
+        self._waiting[key] = (constraint, [line])
+        if len(self._waiting) >= self._chunk:
+            self.check()
+
+    def check(self) -> None:
+        """Try the constraints that wait, and report what is wrong with them."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, {}
+        verdicts = self._checker.check_many([constraint for constraint, _ in waiting.values()])
+        for (key, (constraint, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
+            error = self._judge(constraint, verdict)
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()  # the checker remembers the recent ones itself
+            self._verdicts[key] = error
+            if error is not None:
+                for line in lines:
+                    self._problems.add_error(error, line)
+
+    def _judge(self, constraint: Constraint, verdict: Verdict) -> InvalidLine | None:
+        where = "response_format" if constraint.kind.startswith("json") else "structured_outputs"
+        if verdict.error_code is not None:
+            return InvalidLine(
+                verdict.message, param=f"body.{where}", error_code=verdict.error_code
+            )
+        if self._refuse and verdict.outcome == "validated":
+            return InvalidLine(
+                "The schema uses a keyword that cannot be enforced while generating; leave it out, "
+                "or allow answers to be validated and asked for again "
+                "(on_unsupported_schema = validate).",
+                param=f"body.{where}",
+                error_code="schema_unsupported",
+            )
+        return None
+
+
+class CustomIds:
+    """Finds repeated custom_ids by their 128-bit hashes, on disk when there are many."""
+
+    def __init__(self, *, spill_bytes: int) -> None:
+        """Go to disk when the hashes in memory have `spill_bytes`."""
+        self._digests = bytearray()
+        self._spill_bytes = spill_bytes
+        self._stack = ExitStack()
+        self._buckets: list[IO[bytes]] = []
+
+    def add(self, custom_id: str) -> None:
+        """Note a custom_id."""
+        self._digests += xxhash.xxh3_128_digest(custom_id.encode())
+        if len(self._digests) >= self._spill_bytes:
+            self._spill()
+
+    def repeated(self) -> set[bytes]:
+        """Return the digests that were added more than once."""
+        if not self._buckets:
+            return self._repeated_in(self._digests)
+        self._spill()
+        found: set[bytes] = set()
+        for bucket in self._buckets:
+            bucket.seek(0)
+            found |= self._repeated_in(bucket.read())
+        return found
+
+    def close(self) -> None:
+        """Give the disk back."""
+        self._stack.close()
+
+    @staticmethod
+    def _repeated_in(digests: bytes | bytearray) -> set[bytes]:
+        rows = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+        order = np.lexsort((rows[:, 1], rows[:, 0]))
+        ordered = rows[order]
+        same = (ordered[1:] == ordered[:-1]).all(axis=1)
+        return {row.tobytes() for row in ordered[1:][same]}
+
+    def _spill(self) -> None:
+        if not self._buckets:
+            self._buckets = [
+                self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  by the stack
+                for _ in range(_SPILL_BUCKETS)
+            ]
+        rows = np.frombuffer(bytes(self._digests), dtype="<u8").reshape(-1, 2)
+        which = rows[:, 0] % _SPILL_BUCKETS
+        for number, bucket in enumerate(self._buckets):
+            bucket.write(rows[which == number].tobytes())
+        self._digests = bytearray()
+
+
+class Models:
+    """Decides which model a file runs on, and which lines name another."""
+
+    def __init__(
+        self,
+        describe: Callable[[str], Capabilities],
+        problems: Problems,
+        *,
+        override: str | None,
+    ) -> None:
+        """Run on `override` if given, else on what the first good line names.
+
+        Raises:
+            NotFound, EngineMisconfigured: `override` is not to be had.
+        """
+        self._describe = describe
+        self._problems = problems
+        self._override = override
+        self._lines: dict[str, list[int]] = {}
+        self.capabilities: Capabilities | None = None
+        self._unknown: dict[str, InvalidLine] = {}
+        if override is not None:
+            self.capabilities = describe(override)
+
+    def add(self, name: str | None, line: int) -> Capabilities | None:
+        """Note that `line` names `name`; return what its model can do, where that is known."""
+        if self._override is not None:
+            if name is not None:
+                lines = self._lines.setdefault(name, [])
+                if len(lines) < self._problems.limit:
+                    lines.append(line)
+            return self.capabilities
+        if name is None:
+            self._problems.add(
+                LineProblem(
+                    code="missing_required_parameter",
+                    message="Missing required parameter: 'model'.",
+                    param="body.model",
+                    line=line,
+                )
+            )
+            return self.capabilities
+        if self.capabilities is not None and name == self.capabilities.model:
+            return self.capabilities
+        error = self._unknown.get(name) or self._look_up(name)
+        if error is None:
+            return self.capabilities
+        self._problems.add_error(error, line)
+        return None
+
+    def _look_up(self, name: str) -> InvalidLine | None:
+        """Return what is wrong with naming this model; the first good one becomes the batch's."""
+        try:
+            found = self._describe(name)
+        except (NotFound, EngineMisconfigured) as reason:
+            error = InvalidLine(reason.message, param="body.model", error_code="model_not_found")
+        else:
+            if self.capabilities is None:
+                self.capabilities = found
+                return None
+            error = InvalidLine(
+                f"This line names another model than the first ({self.capabilities.model}); "
+                "a batch runs on one model.",
+                param="body.model",
+                error_code="mismatched_model",
+            )
+        if len(self._unknown) < self._problems.limit:
+            self._unknown[name] = error
+        return error
+
+    def finish(self) -> None:
+        """Report lines that name a model which a chosen model cannot stand in for."""
+        if self._override is None or len(self._lines) <= 1:
+            return
+        # One foreign name throughout the file is a file written for another system; two names
+        # mean that the caller wants two models.
+        names = list(self._lines)
+        kept = self._override if self._override in self._lines else names[0]
+        for name in names:
+            for line in self._lines[name] if name != kept else ():
+                self._problems.add(
+                    LineProblem(
+                        code="mismatched_model",
+                        message=f"This line names another model than the others ({kept}); "
+                        "a batch runs on one model.",
+                        param="body.model",
+                        line=line,
+                    )
+                )
