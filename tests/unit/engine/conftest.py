@@ -1,6 +1,7 @@
 """A tiny random model with a byte-level tokenizer and a chat template, made once per session."""
 
 import sysconfig
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from engine.base import Engine, Source
+from jobs.domain.request import Request
+from jobs.domain.result import Result
+
 TEMPLATE = (
-    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{%- for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
@@ -31,9 +37,9 @@ def make_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        unk_token="<|endoftext|>",
+        eos_token="<|im_end|>",  # noqa: S106 -- no password
+        pad_token="<|pad|>",  # noqa: S106 -- no password
+        unk_token="<|endoftext|>",  # noqa: S106 -- no password
         model_max_length=512,
     )
     fast.chat_template = TEMPLATE
@@ -73,3 +79,46 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class ListSource:
+    """Hands out a list of requests; some may be aborted once they were taken."""
+
+    def __init__(self, requests: Iterable[Request], aborted: Iterable[int] = ()) -> None:
+        self._waiting = list(requests)
+        self._aborted = set(aborted)
+        self._taken: set[int] = set()
+
+    def take(self, n: int) -> Sequence[Request] | None:
+        if not self._waiting:
+            return None
+        taken, self._waiting = self._waiting[:n], self._waiting[n:]
+        self._taken.update(request.id for request in taken)
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:
+        return request_id in self._aborted and request_id in self._taken
+
+
+Ask = Callable[..., dict[int, Result]]
+
+
+@pytest.fixture
+def make_source() -> Callable[..., Source]:
+    return ListSource
+
+
+@pytest.fixture
+def ask() -> Ask:
+    """Return a function that puts requests to an engine and collects one result for each."""
+
+    def run(
+        engine: Engine, requests: Iterable[Request], aborted: Iterable[int] = ()
+    ) -> dict[int, Result]:
+        found: dict[int, Result] = {}
+        for result in engine.generate(ListSource(requests, aborted)):
+            assert result.id not in found, "two results for one request"
+            found[result.id] = result
+        return found
+
+    return run

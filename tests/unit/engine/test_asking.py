@@ -1,0 +1,146 @@
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from engine.asking import Asking
+from engine.base import Source
+from engine.config import AskingConfig
+from engine.sampling import OPENAI_DEFAULTS
+from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
+from jobs.domain.result import FinishReason, LineError, Result, Usage
+
+Ask = Callable[..., dict[int, Result]]
+DIGITS = Constraint("regex", r"\d+")
+
+
+class Parrot:
+    """An engine that answers each request with its next prepared text, a few at a time."""
+
+    num_slots = 2
+    capabilities = Capabilities(model="parrot", engine="parrot")
+
+    def __init__(
+        self, *texts: str, reason: FinishReason = "stop", error: LineError | None = None
+    ) -> None:
+        self._texts = texts
+        self._reason: FinishReason = reason
+        self._error = error
+        self.heard: list[Request] = []
+
+    def generate(self, source: Source) -> Iterator[Result]:
+        while (taken := source.take(2)) is not None:
+            for request in taken:
+                times = sum(heard.id == request.id for heard in self.heard)
+                self.heard.append(request)
+                yield Result(
+                    id=request.id,
+                    text=self._texts[min(times, len(self._texts) - 1)],
+                    finish_reason=self._reason,
+                    usage=Usage(prompt_tokens=10, completion_tokens=2),
+                    constraint="enforced" if request.constraint else None,
+                    error=self._error,
+                )
+
+    def count_tokens(self, request: Request) -> int:
+        return len(str(request.prompt))
+
+    def progress(self) -> int:
+        return len(self.heard)
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        temperature = request.sampling.temperature
+        return msgspec.structs.replace(
+            OPENAI_DEFAULTS,
+            temperature=1.0 if temperature is None else temperature,
+            seed=request.sampling.seed,
+        )
+
+    def close(self) -> None:
+        self.heard.clear()
+
+
+def question(request_id: int = 1, **sampling: object) -> Request:
+    return Request(
+        id=request_id,
+        prompt="?",
+        constraint=DIGITS,
+        sampling=msgspec.convert(sampling, SamplingParams),
+    )
+
+
+def test_valid_answer_is_asked_for_once(ask: Ask) -> None:
+    parrot = Parrot("42")
+    result = ask(Asking(parrot, AskingConfig()), [question()])[1]
+    assert result.text == "42"
+    assert result.attempts == 1
+    assert result.constraint == "enforced"
+    assert len(parrot.heard) == 1
+
+
+def test_invalid_answer_is_asked_for_again_with_other_seeds_and_summed_usage(ask: Ask) -> None:
+    parrot = Parrot("no", "nope", "42")
+    result = ask(Asking(parrot, AskingConfig()), [question(seed=5)])[1]
+    assert result.error is None
+    assert result.text == "42"
+    assert result.attempts == 3
+    assert result.usage == Usage(prompt_tokens=30, completion_tokens=6)
+    seeds = [request.sampling.seed for request in parrot.heard]
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+    again = Parrot("no", "nope", "42")
+    ask(Asking(again, AskingConfig()), [question(seed=5)])
+    assert [request.sampling.seed for request in again.heard] == seeds
+
+
+def test_answer_that_stays_invalid_is_an_error_with_the_raw_text(ask: Ask) -> None:
+    result = ask(Asking(Parrot("no", "nope"), AskingConfig(max_asks=2)), [question()])[1]
+    assert result.error is not None
+    assert result.error.code == "schema_mismatch"
+    assert result.error.status_code == 500
+    assert result.error.param is None
+    assert "nope" not in result.error.message
+    assert result.text == "nope"
+    assert result.attempts == 2
+
+
+def test_answer_cut_off_is_told_apart(ask: Ask) -> None:
+    parrot = Parrot("no", reason="length")
+    result = ask(Asking(parrot, AskingConfig(max_asks=1)), [question()])[1]
+    assert result.error is not None
+    assert result.error.code == "truncated"
+
+
+def test_cut_off_answer_that_is_valid_all_the_same_is_an_answer(ask: Ask) -> None:
+    assert ask(Asking(Parrot("42", reason="length"), AskingConfig()), [question()])[1].error is None
+
+
+def test_greedy_question_is_asked_once_since_its_answer_would_not_change(ask: Ask) -> None:
+    parrot = Parrot("no", "42")
+    result = ask(Asking(parrot, AskingConfig()), [question(temperature=0)])[1]
+    assert result.error is not None
+    assert result.error.code == "schema_mismatch"
+    assert len(parrot.heard) == 1
+
+
+def test_errors_and_free_answers_pass_through(ask: Ask) -> None:
+    error = LineError(code="numerical_error", message="x", status_code=500)
+    result = ask(Asking(Parrot("no", error=error), AskingConfig()), [question()])[1]
+    assert result.error == error
+    free = ask(Asking(Parrot("no"), AskingConfig()), [Request(id=1, prompt="?")])[1]
+    assert free.error is None
+    assert free.constraint is None
+
+
+def test_every_request_gets_one_result_when_many_are_asked_again(ask: Ask) -> None:
+    parrot = Parrot("no", "42")
+    results = ask(Asking(parrot, AskingConfig()), [question(i) for i in range(50)])
+    assert set(results) == set(range(50))
+    assert all(result.attempts == 2 for result in results.values())
+
+
+def test_aborted_question_is_not_asked_again_and_does_not_keep_the_engine(ask: Ask) -> None:
+    parrot = Parrot("no", "no", "no")
+    results = ask(Asking(parrot, AskingConfig()), [question(1), question(2)], aborted={1})
+    assert 1 not in results or results[1].error is not None
+    assert results[2].attempts == 3
+    assert sum(request.id == 1 for request in parrot.heard) == 1
