@@ -29,6 +29,7 @@ def create_api(
     api_key: str | None,
     on_work: Callable[[], None] | None = None,
     host_names: Collection[str] = (),
+    stall_seconds: float = 60.0,
 ) -> FastAPI:
     """Return the API over `app`; workers are others' business.
 
@@ -37,6 +38,7 @@ def create_api(
         on_work: called after a batch was created or cancelled, beside the App's doorbell.
         host_names: DNS names under which the server may be asked for without a key; addresses
             and localhost always may.
+        stall_seconds: how long an upload may send nothing.
     """
     api = FastAPI(
         title="batchctl",
@@ -45,7 +47,9 @@ def create_api(
         redirect_slashes=False,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
-    api.state.context = Context(app=app, on_work=on_work, started_at=datetime.now(UTC))
+    api.state.context = Context(
+        app=app, on_work=on_work, started_at=datetime.now(UTC), stall_seconds=stall_seconds
+    )
     for handled in (BatchctlError, RequestValidationError, HTTPException):
         api.add_exception_handler(handled, answer_error)
     api.add_middleware(Edge, api_key=api_key, host_names=host_names)

@@ -16,6 +16,7 @@ from jobs.domain.ids import DEFAULT_TENANT, TenantId
 
 _T = TypeVar("_T")
 _STREAM_THREADS = 16
+MAX_UPLOADS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Context:
 
     Attributes:
         on_work: called after a batch was created or cancelled.
+        stall_seconds: how long an upload may send nothing.
         stopping: set when the server shuts down; whoever streams without an end then ends.
         threads: for blocking pieces of streams, so that slow clients never hold up the others.
         uploads: how many uploads may run at once.
@@ -33,12 +35,13 @@ class Context:
     tenant_id: TenantId = DEFAULT_TENANT
     on_work: Callable[[], None] | None = None
     started_at: datetime
+    stall_seconds: float
     stopping: threading.Event = field(default_factory=threading.Event)
     threads: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_STREAM_THREADS)
     )
     uploads: threading.BoundedSemaphore = field(
-        default_factory=lambda: threading.BoundedSemaphore(64)
+        default_factory=lambda: threading.BoundedSemaphore(MAX_UPLOADS)
     )
 
     def announce(self) -> None:

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.api.problems import Problem, log_failure, render_problem, to_problem
+from jobs.api.problems import Problem, ServerStopping, log_failure, render_problem, to_problem
 from jobs.domain.ids import mint
 
 MAX_BODY_BYTES = 1 << 20
@@ -62,11 +62,17 @@ class Edge:
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001  the last place where it can become an answer
-            problem = to_problem(error)
-            if problem.is_ours or started:
-                log_failure(error, scope)
-            if not started:  # else the server cuts the connection: the answer is seen to be short
+            if not started:
+                problem = to_problem(error)
+                if problem.is_ours:
+                    log_failure(error, scope)
                 await render_problem(problem)(scope, receive, send_with_id)
+                return
+            # The server cuts the connection now, so that the answer is seen to be incomplete.
+            # Starlette raises a RuntimeError from an error that came in the middle.
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            if not isinstance(error, ServerStopping):
+                log_failure(error, scope)
 
     def _check(self, scope: Scope) -> None:
         """Return when the request may pass.

@@ -80,6 +80,12 @@ class Problem(HTTPException):
         return self.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
 
 
+class ServerStopping(BatchctlError):
+    """The server goes down while a stream is not complete."""
+
+    code = "server_stopping"
+
+
 class _AsciiResponse(JSONResponse):
     """JSON in ASCII: a message may quote what cannot be written as UTF-8."""
 

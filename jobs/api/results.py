@@ -15,9 +15,10 @@ import numpy as np
 import xxhash
 
 from jobs.api.context import Context
+from jobs.api.problems import ServerStopping
 from jobs.app import App
 from jobs.domain.batch import Batch
-from jobs.domain.errors import BatchctlError, BlobMissing
+from jobs.domain.errors import BlobMissing
 from jobs.domain.shard import Segment, count_bits
 from storage import batches, files, segments, shards
 from storage.jsonl import KIND_ERROR, KIND_OUTPUT, decode_segment, scan
@@ -29,12 +30,6 @@ HEARTBEAT_SECONDS = 15.0
 _PIECE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 1 << 30
 _LINES_AT_ONCE = 1000
-
-
-class ServerStopping(BatchctlError):
-    """The server goes down while a stream is not complete."""
-
-    code = "server_stopping"
 
 
 class ResultLines:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -21,6 +22,11 @@ _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 30
 _GRACE_SECONDS = 10
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for what our own log says better: that an answer was cut off, and why."""
+    return not str(record.msg).startswith("ASGI callable returned without completing")
 
 
 def open_listener(host: str, port: int) -> socket.socket:
@@ -89,6 +95,7 @@ class ApiServer(uvicorn.Server):
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
+        logging.getLogger("uvicorn.error").addFilter(_is_news)
         self._stopping: threading.Event = api.state.context.stopping
         self._listener = listener
         self._on_ready = on_ready

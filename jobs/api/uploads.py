@@ -23,7 +23,6 @@ logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 EXPIRY_SECONDS = (3600, 2_592_000)
 PIECE_BYTES = 1 << 20
-STALL_SECONDS = 60.0
 _FORM_BYTES = 1 << 20
 """How much larger than its file a form may be."""
 _MAX_PARTS = 32
@@ -268,7 +267,7 @@ async def receive_form(
         raise too_large(max_file_bytes)
     writer: BlobWriter = await context.run(context.app.blobs.open_writer, key)
     try:
-        async for chunk in _chunks(request):
+        async for chunk in _chunks(request, context.stall_seconds):
             form.feed(chunk)
             if len(form.pending) >= PIECE_BYTES:
                 form.check_purpose()
@@ -282,16 +281,16 @@ async def receive_form(
             await context.run(writer.__exit__, None, None, None)
 
 
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
+async def _chunks(request: Request, stall_seconds: float) -> AsyncIterator[bytes]:
     """Yield the body as it comes; not for a sender that has stopped sending."""
     stream = request.stream()
     while True:
         try:
-            async with asyncio.timeout(STALL_SECONDS):
+            async with asyncio.timeout(stall_seconds):
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise Problem(
-                408, f"Nothing arrived for {STALL_SECONDS:.0f} seconds.", code="request_timeout"
+                408, f"Nothing arrived for {stall_seconds:g} seconds.", code="request_timeout"
             ) from None
         if chunk is None:
             return

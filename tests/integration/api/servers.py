@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import httpx2
 import openai
+from fastapi import FastAPI
 
 from jobs.api.app import create_api
+from jobs.api.context import Context
 from jobs.api.server import ApiServer, open_listener
 from jobs.app import App, open_app
 from jobs.embedded import Embedded
@@ -34,6 +36,13 @@ class Running:
     def port(self) -> int:
         return self.server.address[1]
 
+    @property
+    def context(self) -> Context:
+        api = self.server.config.app
+        assert isinstance(api, FastAPI)
+        assert isinstance(api.state.context, Context)
+        return api.state.context
+
     def client(self, **changes: object) -> openai.OpenAI:
         options: dict[str, Any] = {"api_key": "none", "max_retries": 0} | changes
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
@@ -51,7 +60,13 @@ Serve = Callable[..., AbstractContextManager[Running]]
 
 @contextmanager
 def run_api(
-    folder: Path, *, workers: bool = False, api_key: str | None = None, **settings: object
+    folder: Path,
+    *,
+    workers: bool = False,
+    api_key: str | None = None,
+    on_work: Callable[[], None] | None = None,
+    stall_seconds: float = 60,
+    **settings: object,
 ) -> Iterator[Running]:
     given: dict[str, Any] = {"engine": "simulated", "leases": FAST, **settings}
     chosen = Settings(**given)
@@ -62,7 +77,9 @@ def run_api(
             stack.enter_context(Embedded(app))
         ready = threading.Event()
         server = ApiServer(
-            create_api(app, api_key=api_key), listener, on_ready=lambda _host, _port: ready.set()
+            create_api(app, api_key=api_key, on_work=on_work, stall_seconds=stall_seconds),
+            listener,
+            on_ready=lambda _host, _port: ready.set(),
         )
         thread = threading.Thread(target=server.run)
         thread.start()
