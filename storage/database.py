@@ -304,7 +304,8 @@ def _postgres_engine(url: sa.URL, settings: DatabaseSettings) -> sa.Engine:
     )
 
 
-def _alembic_config() -> alembic.config.Config:
+def alembic_config() -> alembic.config.Config:
+    """Return what alembic needs to know; `attributes["connection"]` is the caller's to set."""
     config = alembic.config.Config()
     config.set_main_option("script_location", str(resources.files("migrations")).replace("%", "%%"))
     return config
@@ -316,14 +317,14 @@ def check_schema(db: Database) -> None:
     Raises:
         DatabaseUnavailable: they are older, newer or absent.
     """
-    head = alembic.script.ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    head = alembic.script.ScriptDirectory.from_config(alembic_config()).get_current_head()
     with db.read() as tx:
         current = alembic.migration.MigrationContext.configure(tx.connection).get_current_revision()
     if current == head:
         return
     known = {
         script.revision
-        for script in alembic.script.ScriptDirectory.from_config(_alembic_config()).walk_revisions()
+        for script in alembic.script.ScriptDirectory.from_config(alembic_config()).walk_revisions()
     }
     if current is not None and current not in known:
         raise DatabaseUnavailable(
@@ -338,7 +339,7 @@ def check_schema(db: Database) -> None:
 
 def upgrade(db: Database, *, revision: str = "head") -> None:
     """Create the tables, or bring them to `revision`; concurrent calls wait for each other."""
-    config = _alembic_config()
+    config = alembic_config()
     with translated(db.engine.url), db.engine.connect() as plain:
         connection = plain.execution_options(**{_WRITE: True})
         if not db.is_postgres:

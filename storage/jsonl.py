@@ -67,13 +67,15 @@ def scan(
     """
     with blobs.open_reader(key, start=start, length=length) as reader:
         number, offset = 1, start
+        at_start = start == 0
         carry = b""  # the beginning of a line that the last chunk did not end
         num_lost = 0  # bytes of the line at hand that were let go, because it is over-long
         for chunk in _read_chunks(reader, chunk_bytes):
             lines = chunk.split(b"\n")
-            if offset == 0 and number == 1 and chunk.startswith(_BOM):
+            if at_start and chunk.startswith(_BOM):
                 lines[0] = lines[0][len(_BOM) :]
                 offset = len(_BOM)
+            at_start = False
             lines[0] = carry + lines[0]
             carry = lines.pop()
             for line in lines:

@@ -85,7 +85,7 @@ def record(
     now = now or tx.now()
     done = merge_bitmaps(shard.done, segment.positions)
     num_done = count_bits(done)
-    if num_done > shard.num_lines or len(done) > (shard.num_lines + 7) // 8:
+    if int.from_bytes(done, "little").bit_length() > shard.num_lines:
         raise Conflict(f"A segment of unit {lease.unit_id} has positions past its last line.")
     usage = {name: getattr(segment.usage, name) for name in _USAGE}
     tx.execute(

@@ -24,6 +24,7 @@ ERRORS: dict[int, str] = {
     errno.EPERM: "this user may not write or read there; change the owner or the mode",
     errno.EROFS: "the file system is mounted read-only",
     errno.ENOTDIR: "a file is where a folder must be",
+    errno.EEXIST: "a file is where a folder must be",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine",
     errno.EIO: "the disk reports an error",

@@ -133,9 +133,7 @@ def test_a_large_plan_is_recorded_in_one_transaction(bench: Bench) -> None:
 def test_lines_and_bytes_may_exceed_32_bits(bench: Bench) -> None:
     bench.add_batch()
     lease = bench.must_claim()
-    cut = Cut(
-        first_index=2**33, first_line=2**34, num_lines=1, byte_start=2**45, num_bytes=2**35
-    )
+    cut = Cut(first_index=2**33, first_line=2**34, num_lines=1, byte_start=2**45, num_bytes=2**35)
     batches.record_plan(
         bench.db, lease, cuts=[cut], source_blob_key="x", model_key="demo", total=2**33
     )
