@@ -70,7 +70,11 @@ class Source:
         self.name = name
         self.path = path
         self._file: IO[bytes] | None = file
-        self._head = _read_head(file)
+        try:
+            self._head = _read_head(file)
+        except BaseException:
+            self.close()
+            raise
         self.num_bytes = path.stat().st_size if path is not None else None
 
     @classmethod
@@ -96,6 +100,10 @@ class Source:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Close the file."""
+        self.close()
+
+    def close(self) -> None:
         """Close the file, unless it is standard input."""
         if self._file is not None and self._file is not sys.stdin.buffer:
             self._file.close()
