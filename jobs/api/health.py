@@ -1,5 +1,6 @@
 """Routes for whoever keeps the server running; they need no key."""
 
+from contextlib import suppress
 from typing import Literal
 
 import sqlalchemy as sa
@@ -7,7 +8,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
 from jobs.api.context import Context, InContext
-from jobs.domain.errors import BatchctlError
+from jobs.domain.errors import BatchctlError, BlobMissing
 from jobs.telemetry import log
 
 router = APIRouter(tags=["health"])
@@ -75,7 +76,8 @@ def _probe_database(context: Context) -> str:
 
 def _probe_blobs(context: Context) -> str:
     try:
-        context.app.blobs.exists(_PROBE_KEY)
+        with suppress(BlobMissing):  # a bucket that is not there is another error
+            context.app.blobs.get(_PROBE_KEY)
         # Left without a commit: shows a full or read-only disk, and leaves nothing.
         with context.app.blobs.open_writer(_PROBE_KEY) as writer:
             writer.write(b"ready?")
