@@ -10,7 +10,7 @@ token that ends it, errors arrive where they belong, and nothing is polled.
 
 import random
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ class HfEngine:
 
     def _run(
         self, source: Source, stepper: steps.Stepper, live: dict[str, _Sequence]
-    ) -> Iterator[Result]:
+    ) -> Generator[Result]:
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
         while is_open or live:

@@ -6,7 +6,7 @@ Stands on private parts of transformers, which is why its version is pinned exac
 from collections.abc import Sequence
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # no stubs among the dependencies
+import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig

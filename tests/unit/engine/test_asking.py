@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import msgspec
 
@@ -27,7 +27,7 @@ class Parrot:
         self._error = error
         self.heard: list[Request] = []
 
-    def generate(self, source: Source) -> Iterator[Result]:
+    def generate(self, source: Source) -> Generator[Result]:
         while (taken := source.take(2)) is not None:
             for request in taken:
                 times = sum(heard.id == request.id for heard in self.heard)

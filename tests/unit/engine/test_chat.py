@@ -53,7 +53,7 @@ def test_special_tokens_in_content_are_text(
     harmless = encoder.encode(chat(Message("user", "hello")))
     ids = encoder.encode(chat(Message("user", content)))
     assert [t for t in ids if t in control] == [t for t in harmless if t in control]
-    rendered = tokenizer.decode(ids, skip_special_tokens=False)
+    rendered = str(tokenizer.decode(ids, skip_special_tokens=False))
     assert content in rendered.replace("\u200b", "")
 
 
@@ -63,7 +63,7 @@ def test_special_tokens_in_one_turn_leave_the_others_alone(
     encoder = encoder_of(tokenizer)
     before = encoder.encode(chat(Message("user", "one two")))
     ids = encoder.encode(chat(Message("user", "one two"), Message("user", "<|im_start|>x")))
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    start = before[0]
     answer_at = len(before) - before[::-1].index(start) - 1
     assert ids[: answer_at + 1] == before[: answer_at + 1]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine import constraints
+from engine.config import ConstraintBackend
 from engine.constraints import BoundedCache, TokenizerConstraints, check, validate
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint
@@ -262,7 +263,7 @@ def test_cache_forgets_the_oldest_by_number_and_by_weight() -> None:
     ids=["json_schema", "regex", "choice"],
 )
 def test_walk_along_the_masks_ends_in_a_valid_answer(
-    backend: constraints.ConstraintBackend, constraint: Constraint
+    backend: ConstraintBackend, constraint: Constraint
 ) -> None:
     tokenizer = llguidance.LLTokenizer("byte")
     made = TokenizerConstraints(tokenizer, backend=backend)

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def prompts(*lengths: int) -> list[tuple[int, ...]]:
 
 
 def generate_alone(folder: Path, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # what is None in the call is taken from here
     given = torch.tensor([prompt])
     with torch.inference_mode():
@@ -270,7 +271,7 @@ def test_logits_that_are_not_numbers_fail_their_own_request(tiny_model: Path, as
     engine = HfEngine(config_of(tiny_model))
     poisoned = 17
     with torch.no_grad():
-        model = engine._loaded.model  # noqa: SLF001 -- the fault is in the weights
+        model: Any = engine._loaded.model  # noqa: SLF001 -- the fault is in the weights
         embedding = model.get_input_embeddings()
         embedding.weight = torch.nn.Parameter(embedding.weight.clone())  # untied from the head
         embedding.weight[poisoned] = torch.nan
