@@ -172,9 +172,10 @@ def _make_client(settings: BlobSettings) -> botocore.client.BaseClient:
 class S3Blobs:
     """A blob store in a bucket, under a prefix."""
 
-    def __init__(self, settings: BlobSettings) -> None:
+    def __init__(self, settings: BlobSettings, *, page_keys: int = 1000) -> None:
         self._bucket = _Bucket(settings)
         self._part_bytes = settings.part_bytes
+        self._page = {"PageSize": page_keys}
 
     def __enter__(self) -> Self:
         return self
@@ -187,6 +188,11 @@ class S3Blobs:
         /,
     ) -> None:
         self._bucket.close()
+
+    @property
+    def client(self) -> botocore.client.BaseClient:
+        """The library's client, as the settings made it."""
+        return self._bucket.client
 
     def open_writer(self, key: str) -> "S3Writer":
         """Return a writer that sends one object, in parts when it is large."""
@@ -237,7 +243,7 @@ class S3Blobs:
         bucket = self._bucket
         with bucket.translated(prefix):
             pages = bucket.client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket.name, Prefix=bucket.prefix + prefix
+                Bucket=bucket.name, Prefix=bucket.prefix + prefix, PaginationConfig=self._page
             )
             for page in pages:
                 for found in page.get("Contents", ()):

@@ -70,7 +70,7 @@ def test_a_locked_database_is_waited_for_and_then_unavailable(sqlite_url: str) -
 
 
 def test_a_wrong_password_is_refused_and_not_shown(postgres_url: str) -> None:
-    url = sa.make_url(postgres_url).set(username="nobody_here", password="hunter2")
+    url = sa.make_url(postgres_url).set(username="nobody_here", password="hunter2")  # noqa: S106 - wrong
     with pytest.raises(DatabaseUnavailable, match="nobody_here") as caught:
         open_database(url.render_as_string(hide_password=False))
     assert "hunter2" not in caught.value.message
@@ -107,9 +107,13 @@ def test_now_is_aware_utc_and_may_be_fixed(url: str) -> None:
 
 def test_an_exception_undoes_a_transaction(url: str) -> None:
     with open_database(url) as db:
-        with pytest.raises(RuntimeError, match="stop"), db.transaction() as tx:
+
+        def fail(tx: Transaction) -> None:
             insert_file(tx, "file-a")
             raise RuntimeError("stop")
+
+        with pytest.raises(RuntimeError, match="stop"):
+            db.run(fail)
         with db.read() as tx:
             assert tx.execute(sa.select(files)).all() == []
 
@@ -168,9 +172,11 @@ def test_a_statement_that_takes_too_long_is_ended_and_not_repeated(postgres_url:
         tx.execute(sa.select(sa.func.pg_sleep(30)))
 
     settings = DatabaseSettings(statement_timeout_seconds=0.05)
-    with open_database(postgres_url, settings=settings) as db:
-        with pytest.raises(DatabaseUnavailable, match="statement timeout"):
-            sleep(db)
+    with (
+        open_database(postgres_url, settings=settings) as db,
+        pytest.raises(DatabaseUnavailable, match="statement timeout"),
+    ):
+        sleep(db)
     assert calls == 1
 
 

@@ -47,7 +47,7 @@ PIECES = st.lists(
 
 
 @given(data=PIECES, has_bom=st.booleans(), chunk_bytes=st.integers(1, 70), cap=st.integers(4, 30))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_scan_finds_what_a_naive_splitter_finds(
     blobs: FolderBlobs, *, data: bytes, has_bom: bool, chunk_bytes: int, cap: int
 ) -> None:
@@ -59,7 +59,7 @@ def test_scan_finds_what_a_naive_splitter_finds(
 
 
 @given(data=PIECES, chunk_bytes=st.integers(1, 40), size=st.integers(1, 5), skip=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_shards_together_read_every_line_once(
     blobs: FolderBlobs, *, data: bytes, chunk_bytes: int, size: int, skip: st.DataObject
 ) -> None:

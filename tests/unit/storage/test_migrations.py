@@ -19,7 +19,8 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
         with open_database(f"sqlite:///{tmp_path / 'x.db'}") as db:
             yield db
         return
-    server: PostgresServer = request.getfixturevalue("postgres_server")
+    server = request.getfixturevalue("postgres_server")
+    assert isinstance(server, PostgresServer)
     url = server.create_database(migrated=False)
     with open_database(url) as db:
         yield db
