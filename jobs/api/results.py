@@ -6,7 +6,7 @@ leaving out what it has sent.
 """
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from itertools import islice
 from typing import Literal
 
@@ -46,7 +46,7 @@ class ResultLines:
         self._given = bytearray()
         self.is_complete = False
 
-    def look(self) -> Iterator[bytes]:
+    def look(self) -> Generator[bytes, None, None]:
         """Return pieces of whole lines that are new since the last look.
 
         The batch has no more than them when `is_complete` is true afterwards.
@@ -79,7 +79,7 @@ class ResultLines:
             self._num_done[shard.unit_id] = num_done
         return found
 
-    def _read_segments(self, found: list[Segment]) -> Iterator[bytes]:
+    def _read_segments(self, found: list[Segment]) -> Generator[bytes, None, None]:
         for segment in found:
             try:
                 content = self._app.blobs.get(segment.blob_key)
@@ -105,13 +105,13 @@ class ResultLines:
             if (file_id := ids[kind]) is not None
         ]
 
-    def _copy_files(self, keys: list[str]) -> Iterator[bytes]:
+    def _copy_files(self, keys: list[str]) -> Generator[bytes, None, None]:
         for key in keys:
             with self._app.blobs.open_reader(key) as reader:
                 while piece := reader.read(_PIECE_BYTES):
                     yield piece
 
-    def _read_files(self, keys: list[str]) -> Iterator[bytes]:
+    def _read_files(self, keys: list[str]) -> Generator[bytes, None, None]:
         given = np.sort(np.frombuffer(bytes(self._given), dtype=np.uint64))
         self._given = bytearray()
         for key in keys:
@@ -131,7 +131,7 @@ def _digest(lines: list[bytes]) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
 
 async def follow_lines(
-    context: Context, lines: ResultLines, pieces: Iterator[bytes], *, follow: bool
+    context: Context, lines: ResultLines, pieces: Generator[bytes, None, None], *, follow: bool
 ) -> AsyncIterator[bytes]:
     """Yield `pieces`, then, when following, what comes until the batch has ended.
 
@@ -139,20 +139,22 @@ async def follow_lines(
         ServerStopping: the server goes down first.
     """
     last_at = time.monotonic()
-    while True:
-        looked_at = time.monotonic()
-        while (piece := await context.run(next, pieces, None)) is not None:
-            yield piece
-            last_at = time.monotonic()
-        if lines.is_complete or not follow:
-            return
-        if last_at + HEARTBEAT_SECONDS < time.monotonic():
-            yield b"\n"
-            last_at = time.monotonic()
-        # A batch of so many shards that looking takes long is looked at less often.
-        pause = max(POLL_SECONDS, 10 * (time.monotonic() - looked_at))
-        await _sleep(context, pause)
-        pieces = await context.run(lines.look)
+    try:
+        while True:
+            looked_at = time.monotonic()
+            while (piece := await context.run(next, pieces, None)) is not None:
+                yield piece
+                last_at = time.monotonic()
+            if lines.is_complete or not follow:
+                return
+            if last_at + HEARTBEAT_SECONDS < time.monotonic():
+                yield b"\n"
+                last_at = time.monotonic()
+            # A batch of so many shards that looking takes long is looked at less often.
+            await _sleep(context, max(POLL_SECONDS, 10 * (time.monotonic() - looked_at)))
+            pieces = await context.run(lines.look)
+    finally:
+        pieces.close()
 
 
 async def _sleep(context: Context, seconds: float) -> None:
