@@ -476,18 +476,24 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
 class _LlguidanceMatcher:
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
+        self._gave_up = False
 
     def fill(self, row: Mask) -> None:
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._matcher.is_error():
+            # A state too large to follow. The mask would allow the end alone, which is no answer:
+            # leave the rest to validation.
+            self._gave_up = True
+            row.fill(-1)
 
     def advance(self, token: int) -> bool:
-        return self._matcher.consume_token(token)
+        return not self._gave_up and self._matcher.consume_token(token)
 
     def is_accepting(self) -> bool:
-        return self._matcher.is_accepting()
+        return not self._gave_up and self._matcher.is_accepting()
 
     def is_finished(self) -> bool:
-        return self._matcher.is_stopped()
+        return not self._gave_up and self._matcher.is_stopped()
 
 
 class _OutlinesMatcher:

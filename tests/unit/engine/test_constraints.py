@@ -292,3 +292,16 @@ def test_outlines_core_says_which_schemas_it_only_half_keeps() -> None:
     bounded = schema({"type": "integer", "minimum": 0, "maximum": 9})
     assert check(bounded, backend="outlines_core") == "validated"
     assert check(bounded) == "enforced"
+
+
+def test_matcher_that_gives_up_lets_everything_pass_and_says_so() -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    limits = llguidance.LLParserLimits(initial_lexer_fuel=10)
+    grammar = constraints.grammar_of(schema(PERSON))
+    tired = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+    matcher = constraints._LlguidanceMatcher(tired)  # noqa: SLF001 -- no schema tires it on demand
+    row = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+    matcher.fill(row)
+    assert (row == -1).all()
+    assert not matcher.advance(65)
+    assert not matcher.is_finished()
