@@ -92,19 +92,22 @@ def plan(app: App, sandbox: Sandbox) -> None:
 def main(num_lines: int) -> None:
     planned: list[float] = []
     read: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, Sandbox() as sandbox:
-        with open_app(settings.load(data=folder), folder=Path(folder)) as app:
-            file = write_input(app, num_lines)
-            for _ in range(PAIRS):
-                submit(app, file)
-                begin = time.process_time()
-                plan(app, sandbox)
-                planned.append((time.process_time() - begin) / num_lines * 1e6)
-                begin = time.process_time()
-                with app.blobs.open_reader(file.blob_key) as reader:
-                    while reader.read(1 << 20):
-                        pass
-                read.append((time.process_time() - begin) / num_lines * 1e6)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Sandbox() as sandbox,
+        open_app(settings.load(data=folder), folder=Path(folder)) as app,
+    ):
+        file = write_input(app, num_lines)
+        for _ in range(PAIRS):
+            submit(app, file)
+            begin = time.process_time()
+            plan(app, sandbox)
+            planned.append((time.process_time() - begin) / num_lines * 1e6)
+            begin = time.process_time()
+            with app.blobs.open_reader(file.blob_key) as reader:
+                while reader.read(1 << 20):
+                    pass
+            read.append((time.process_time() - begin) / num_lines * 1e6)
     print(
         f"planning {num_lines} lines of {file.num_bytes / num_lines:.0f} bytes: "
         f"{statistics.median(planned):.1f} us of CPU per line "

@@ -111,9 +111,7 @@ class Bench:
 
     def generated_tokens(self) -> int:
         content = self.ledger.read_bytes() if self.ledger.exists() else b""
-        return sum(
-            int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4)
-        )
+        return sum(int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4))
 
     def stderr(self) -> str:
         return (self.folder / "stderr").read_text()

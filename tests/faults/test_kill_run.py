@@ -2,13 +2,21 @@
 
 import random
 import signal
+import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
+
 from tests.faults.conftest import Bench, await_gone, await_true, request_line, tree_of
 
 FAST = {"BATCHCTL_LEASES__TIMING_PROFILE": "fast"}
+
+
+def await_growth(bench: Bench, process: subprocess.Popen[bytes]) -> None:
+    before = bench.generated_tokens()
+    await_true(lambda: process.poll() is not None or bench.generated_tokens() > before)
 
 
 def kill_and_resume(bench: Bench, rng: random.Random, *, num_lines: int, num_kills: int) -> None:
@@ -16,18 +24,15 @@ def kill_and_resume(bench: Bench, rng: random.Random, *, num_lines: int, num_kil
     kills = 0
     while kills < num_kills:
         process = bench.start_run("--resume")
-        before = bench.generated_tokens()
         if rng.random() < 0.8:  # most kills meet a working engine, some the start or the planning
-            await_true(lambda: process.poll() is not None or bench.generated_tokens() > before)
+            await_growth(bench, process)
         time.sleep(rng.uniform(0.0, 1.5))
         tree = tree_of(process)
         if process.poll() is None and tree:
             victim = rng.choice(tree)
-            try:
+            with suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGKILL)
                 kills += 1
-            except psutil.NoSuchProcess:
-                pass
             if victim.pid != process.pid:
                 time.sleep(rng.uniform(0.0, 1.0))  # the run goes on by itself; then it dies too
                 tree = tree_of(process)
