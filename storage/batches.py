@@ -22,7 +22,7 @@ from jobs.domain.result import Usage
 from jobs.domain.shard import Cut, Lease, UnitKind, UnitState
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
-from storage.tables import UNFINISHED, batches, files, shards, units
+from storage.tables import UNENDED, UNFINISHED, batches, files, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -350,7 +350,7 @@ def advance_finished(
     working = sa.exists().where(
         units.c.batch_id == batches.c.id,
         units.c.kind.in_(WORK_KINDS),
-        units.c.state.in_((UnitState.PENDING, UnitState.LEASED)),
+        UNENDED,
     )
     leased = sa.exists().where(
         units.c.batch_id == batches.c.id,

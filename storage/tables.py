@@ -166,16 +166,30 @@ units = sa.Table(
     sa.UniqueConstraint("batch_id", "kind", "ordinal"),
     postgresql_with={"fillfactor": 70},
 )
+UNENDED: sa.ColumnElement[bool] = units.c.state.in_(
+    [sa.literal_column(f"'{state}'") for state in (UnitState.PENDING, UnitState.LEASED)]
+)
+"""Spelled without parameters: SQLite uses a partial index only where it can prove it may."""
 _pending = sa.text(f"state = '{UnitState.PENDING}'")
 _leased = sa.text(f"state = '{UnitState.LEASED}'")
+# In the order of a claim, so that the first entry that fits ends the search. A leading model
+# would break that order for workers of several models, and for plans, which have none.
 sa.Index(
     "ix_units_claim",
-    units.c.model_key,
     units.c.priority.desc(),
     units.c.deadline_at,
     units.c.id,
+    units.c.model_key,
     postgresql_where=_pending,
     sqlite_where=_pending,
+)
+_unended = sa.text(f"state IN ('{UnitState.PENDING}', '{UnitState.LEASED}')")
+sa.Index(
+    "ix_units_unended",
+    units.c.batch_id,
+    units.c.kind,
+    postgresql_where=_unended,
+    sqlite_where=_unended,
 )
 sa.Index("ix_units_leased", units.c.id, postgresql_where=_leased, sqlite_where=_leased)
 

@@ -23,13 +23,12 @@ from jobs.domain.ids import BatchId, TenantId, mint, mint_unit_id
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
     FORMAT_VERSION,
-    TERMINAL_UNIT_STATES,
     Lease,
     UnitKind,
     UnitState,
 )
 from storage.database import Transaction
-from storage.tables import batches, outbox, units
+from storage.tables import UNENDED, batches, outbox, units
 
 WORK_KINDS = (UnitKind.PLAN, UnitKind.SHARD)
 """Kinds that end with their batch; the others run whatever becomes of it."""
@@ -117,16 +116,11 @@ def advance_if_ended(tx: Transaction, batch: Batch, *, now: datetime) -> Batch:
         return batch
     if batch.status is BatchStatus.VALIDATING and batch.ending is None:
         return batch
-    states = set(
-        tx.execute(
-            sa.select(units.c.state)
-            .where(units.c.batch_id == batch.id, units.c.kind.in_(WORK_KINDS))
-            .distinct()
-        ).scalars()
-    )
-    if states - TERMINAL_UNIT_STATES:
+    work = (units.c.batch_id == batch.id) & units.c.kind.in_(WORK_KINDS)
+    if tx.execute(sa.select(units.c.id).where(work, UNENDED).limit(1)).first() is not None:
         return batch
-    if batch.ending is None and UnitState.EXPIRED in states:
+    expired = sa.select(units.c.id).where(work, units.c.state == UnitState.EXPIRED).limit(1)
+    if batch.ending is None and tx.execute(expired).first() is not None:
         # Its holder saw the deadline before the sweeper did.
         batch = advance(batch, BatchEvent.DEADLINE_PASSED, now=now)
     exists = tx.execute(

@@ -206,10 +206,18 @@ def upgrade() -> None:
     op.create_index(
         "ix_units_claim",
         "units",
-        ["model_key", sa.literal_column("priority DESC"), "deadline_at", "id"],
+        [sa.literal_column("priority DESC"), "deadline_at", "id", "model_key"],
         unique=False,
         postgresql_where=sa.text("state = 'pending'"),
         sqlite_where=sa.text("state = 'pending'"),
+    )
+    op.create_index(
+        "ix_units_unended",
+        "units",
+        ["batch_id", "kind"],
+        unique=False,
+        postgresql_where=sa.text("state IN ('pending', 'leased')"),
+        sqlite_where=sa.text("state IN ('pending', 'leased')"),
     )
     op.create_index(
         "ix_units_leased",
