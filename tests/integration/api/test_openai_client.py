@@ -45,6 +45,7 @@ def test_a_batch_from_upload_to_download(client: openai.OpenAI) -> None:
     assert batch.status == "completed"
     assert batch.request_counts is not None
     assert batch.request_counts.to_dict() == {"total": 20, "completed": 20, "failed": 0}
+    assert batch.model == "simulated"
     assert batch.usage is not None
     assert batch.usage.output_tokens > 0
     assert batch.error_file_id is None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from jobs.client import Client
 from storage import files
 from tests.integration.api.servers import Running, Serve, lines, run_api, wait_for
 
@@ -105,6 +106,13 @@ def test_refused_batch_has_no_lines(http: httpx2.Client) -> None:
     batch_id = submit(http, b"no json")
     wait_for(lambda: look(http, batch_id)["status"] == "failed")
     assert http.get(f"/v1/batches/{batch_id}/results?follow=true").content == b""
+
+
+def test_our_own_client_follows(slow: Running, http: httpx2.Client) -> None:
+    batch_id = submit(http, lines(50, model="slow"))
+    with Client(slow.url) as client:
+        followed = list(client.results(batch_id, follow=True))
+    assert sorted(ids(b"\n".join(followed))) == sorted(f"line-{number}" for number in range(50))
 
 
 def test_deleted_output_is_said_before_anything_is_sent(slow: Running, http: httpx2.Client) -> None:

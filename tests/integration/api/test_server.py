@@ -53,7 +53,7 @@ def test_host_that_is_not_this_machine_is_one_clear_line(host: str) -> None:
 def run_server(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
     with (
         (folder / "log").open("w") as log,
-        subprocess.Popen(  # noqa: S603 - our own program
+        subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, str(folder / "data")],
             stdout=subprocess.PIPE,
             stderr=log,
@@ -146,7 +146,7 @@ def test_large_upload_and_download_stay_out_of_memory(tmp_path: Path) -> None:
         assert received == num_pieces << 20
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) << 10
-        print(  # noqa: T201 - figures for whoever runs it with -s
+        print(
             f"idle {idle >> 20} MiB, peak +{(peak - idle) >> 20} MiB, "
             f"up {uploaded - began:.1f} s, down {downloaded - uploaded:.1f} s"
         )
