@@ -6,7 +6,6 @@ passes, so every write is safe to repeat after its reply was lost.
 """
 
 import functools
-import random
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -364,8 +363,3 @@ def upgrade(db: Database, *, revision: str = "head") -> None:
         finally:
             # The pooled connection carries the pragma; a new one starts with our own.
             connection.invalidate()
-
-
-def jittered(seconds: float, rng: random.Random) -> float:
-    """Return a random wait between nothing and `seconds`."""
-    return rng.uniform(0, seconds)

@@ -139,7 +139,7 @@ def run_server(command: list[str], *, port: int, log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     with (
         log.open("wb") as output,
-        subprocess.Popen(  # noqa: S603 - our own command
+        subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         ) as process,
     ):

@@ -36,7 +36,7 @@ def run_together(*actions: Callable[[], None]) -> None:
 
 def work(bench: Bench, name: str) -> None:
     """Run shards a line at a time, giving some back in between."""
-    rng = random.Random(name)  # noqa: S311 - a test's dice
+    rng = random.Random(name)
     while (lease := bench.claim(UnitKind.SHARD, worker=name)) is not None:
         done = shards.get(bench.db, lease.unit_id).done
         missing = [p for p in range(NUM_LINES) if not has_bit(done, p)]
@@ -83,7 +83,7 @@ def test_cancel_sweep_and_reap_beside_two_workers_leave_nothing_hanging(
     batch_id = bench.add_planned(*[NUM_LINES] * 12)
 
     def disturb() -> None:
-        rng = random.Random(seed)  # noqa: S311 - a test's dice
+        rng = random.Random(seed)
         for _ in range(4):
             bench.clock.advance(61)
             units.reap(bench.db, rng=rng)

@@ -14,7 +14,7 @@ from storage import batches, shards, units
 from storage.tables import units as units_table
 from tests.conformance.storage.bench import ALL, Bench
 
-RNG = random.Random(0)  # noqa: S311 - a test's dice
+RNG = random.Random(0)
 RELEASED = Settlement(state=UnitState.PENDING, exit="released")
 
 
