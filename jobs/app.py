@@ -7,7 +7,8 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.registry import describe_model
-from jobs.domain.errors import StorageError
+from jobs.catalogue import did_you_mean
+from jobs.domain.errors import NotFound, StorageError
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
 from jobs.settings import Settings, resolve_model
@@ -19,13 +20,18 @@ from storage.database import Database, check_schema, open_database, upgrade
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class App:
-    """Database, blobs and doorbell, over a folder of this machine."""
+    """Database, blobs and doorbell, over a folder of this machine.
+
+    `any_model` lets a request name a local folder or a hub id, not only what the catalogue has:
+    right for the person at this machine, not for whoever can reach a server.
+    """
 
     settings: Settings
     folder: Path
     db: Database
     blobs: BlobStore
     doorbell: Doorbell = field(default_factory=Doorbell)
+    any_model: bool = False
 
     def describe(self, name: str) -> Capabilities:
         """Return what the model of this name can do, without loading it.
@@ -34,6 +40,7 @@ class App:
             NotFound: there is no such model.
             EngineMisconfigured: it is there, and cannot be used; the message says why.
         """
+        self._check_known(name)
         _, model = resolve_model(self.settings, name, check_installed=False)
         return describe_model(model.to_engine_config(), name)
 
@@ -44,8 +51,18 @@ class App:
             NotFound: there is no such model.
             EngineMisconfigured: its engine is not installed.
         """
+        self._check_known(name)
         _, model = resolve_model(self.settings, name)
         return model.to_engine_config()
+
+    def _check_known(self, name: str) -> None:
+        models = self.settings.models
+        if name not in models and not self.any_model:
+            raise NotFound(
+                f"The model {name!r} does not exist.{did_you_mean(name, models)} Known are: "
+                f"{', '.join(models)}.",
+                param="model",
+            )
 
     def plan_limits(self) -> PlanLimits:
         """Return what the settings say about inputs and shards."""
@@ -60,8 +77,11 @@ class App:
 
 
 @contextmanager
-def open_app(settings: Settings, *, folder: Path) -> Iterator[App]:
+def open_app(settings: Settings, *, folder: Path, any_model: bool = False) -> Iterator[App]:
     """Yield an App over `folder`, its tables created or brought up to date when it is SQLite.
+
+    Args:
+        any_model: whether requests may name models that the catalogue does not have.
 
     Raises:
         StorageError: the folder, the database or the blob store cannot be used.
@@ -82,4 +102,4 @@ def open_app(settings: Settings, *, folder: Path) -> Iterator[App]:
             check_schema(db)
         else:
             upgrade(db)
-        yield App(settings=settings, folder=folder, db=db, blobs=blobs)
+        yield App(settings=settings, folder=folder, db=db, blobs=blobs, any_model=any_model)

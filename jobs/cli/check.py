@@ -64,7 +64,7 @@ def check_input(
             for piece in making.prepare(source, endpoint):
                 writer.write(piece)
             writer.commit()
-    with open_app(settings, folder=folder) as opened:
+    with open_app(settings, folder=folder, any_model=True) as opened:
         app = replace(opened, blobs=blobs)
         now = app.db.now()
         files.insert(

@@ -81,9 +81,7 @@ def run(
     options.check_output_place(errors_file)
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
-    settings = settings.model_copy(
-        update={"database": DatabaseSettings(), "blobs": BlobSettings()}
-    )
+    settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
     name, settings, told = _choose_model(settings, model, engine, quantization, prompt)
     making = options.Making.of(
         prompt=prompt,
@@ -112,7 +110,7 @@ def run(
             return making.prepare(source, endpoint)
 
         folder = _find_or_create(settings, plan, source, pieces, resume=resume)
-    with FolderLock(folder), open_app(settings, folder=folder) as app:
+    with FolderLock(folder), open_app(settings, folder=folder, any_model=True) as app:
         batch = _execute(app, folder, quiet=as_json)
         code = _deliver(app, batch, source.name, output_file, errors_file, as_json=as_json)
     raise typer.Exit(code)
@@ -301,8 +299,10 @@ def _deliver(
         ("requests", output.count(counts.total)),
         ("completed", output.count(counts.completed)),
         ("failed", output.count(counts.failed)),
-        ("tokens", f"{output.count(usage.prompt_tokens)} in, "
-         f"{output.count(usage.completion_tokens)} out"),
+        (
+            "tokens",
+            f"{output.count(usage.prompt_tokens)} in, {output.count(usage.completion_tokens)} out",
+        ),
         ("results", str(output_file) if output_file else "standard output"),
     ]
     if errors_file is not None:
