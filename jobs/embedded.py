@@ -125,7 +125,8 @@ class Embedded:
 
     def __enter__(self) -> Self:
         """Take over what an earlier process left, and start."""
-        units.reap_other_boots(self.app.db, boot_id=self._boot_id)
+        if not self.app.db.is_postgres:  # SQLite is this folder's; Postgres may have other workers
+            units.reap_other_boots(self.app.db, boot_id=self._boot_id)
         self._sandbox = self._stack.enter_context(_open_sandbox(self.app))
         self._keeper.start()
         for thread in self._threads:
