@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 from typing_extensions import override
 
-from jobs.cli import batches, config, database, exits, files, models, output, run, serve, validate
+from jobs.cli import batches, config, database, exits, files, models, output, serve, validate
 from jobs.domain.errors import BatchctlError
 
 _DEBUG = "set BATCHCTL_LOG__LEVEL=debug for the traceback"
@@ -51,6 +51,11 @@ class _Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else exits.OK)
 
     @override
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _load_run() if name == "run" else command, rest
+
+    @override
     def invoke(self, ctx: Any) -> Any:
         # Here, because typer has its own answers to these two further out.
         try:
@@ -61,6 +66,15 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             output.say("Interrupted.")
             raise typer.Exit(exits.INTERRUPTED) from None
+
+
+def _load_run() -> Any:  # noqa: ANN401  a click command, whichever click typer brings
+    """Return the real `run`, which brings database and engines along: half a second of imports."""
+    from jobs.cli.run import run
+
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command("run")(run)
+    return typer.main.get_command(alone)
 
 
 def _explain(error: BaseException) -> int:
@@ -142,7 +156,13 @@ def _options(
 
 
 _HERE, _CLIENT, _OPERATE = "On this machine", "With a server", "Operating"
-app.command("run", rich_help_panel=_HERE)(run.run)
+
+
+@app.command("run", rich_help_panel=_HERE)
+def _run() -> None:
+    """Run a batch on this machine: requests in, answers out."""
+
+
 app.command("validate", rich_help_panel=_HERE)(validate.validate)
 app.command("serve", rich_help_panel=_HERE)(serve.serve)
 app.command("submit", rich_help_panel=_CLIENT)(batches.submit)
