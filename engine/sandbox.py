@@ -29,7 +29,7 @@ import msgspec
 
 from engine.config import ConstraintBackend
 from engine.constraints import BoundedCache, Enforcement, examine, key_of
-from jobs.domain.errors import InvalidInput
+from jobs.domain.errors import EngineUnavailable, InvalidInput
 from jobs.domain.request import Constraint
 
 _LENGTH = struct.Struct("<I")
@@ -108,7 +108,11 @@ class Sandbox:
         return self.check_many([constraint])[0]
 
     def check_many(self, constraints: Sequence[Constraint]) -> list[Verdict]:
-        """Return a verdict for each constraint, in their order; equal ones are compiled once."""
+        """Return a verdict for each constraint, in their order; equal ones are compiled once.
+
+        Raises:
+            EngineUnavailable: the helper cannot be started.
+        """
         keys = [key_of(constraint) for constraint in constraints]
         with self._lock:
             verdicts: dict[bytes, Verdict | None] = {key: self._known.find(key) for key in keys}
@@ -215,9 +219,11 @@ class Sandbox:
         self._received.clear()
         try:
             self._receive(helper, _START_SECONDS)
-        except (OSError, EOFError, TimeoutError):
+        except (OSError, EOFError, TimeoutError) as error:
             self._stop()
-            raise
+            raise EngineUnavailable(
+                "The helper that checks constraints does not start; is the machine out of memory?"
+            ) from error
         return helper
 
     def _stop(self) -> None:
@@ -239,7 +245,8 @@ def serve() -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     # Imports and the byte tokenizer are paid for before the limits count.
     _judge(Constraint("regex", "a"), "llguidance")
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows the name only
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _write(replies, _READY)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

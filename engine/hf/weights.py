@@ -83,15 +83,7 @@ def load(config: HfConfig) -> Loaded:
         _refuse_foreign_code(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=_DTYPES[config.compute_dtype],
-            attn_implementation=_attention(config, device),
-            use_safetensors=True,
-            quantization_config=_quantization(config),
-            device_map=None if device.type == "cpu" else {"": device},
-            **common,
-        )
+        model = _load_model(config, source, device, common)
     except torch.OutOfMemoryError:
         raise EngineOutOfMemory(
             f"The weights of {config.model} do not fit on {device}; try quantization nf4."
@@ -115,6 +107,30 @@ def load(config: HfConfig) -> Loaded:
         or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
         vocab_size=int(text_config.vocab_size),
     )
+
+
+def _load_model(
+    config: HfConfig, source: str, device: torch.device, common: dict[str, Any]
+) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        **common,
+        "dtype": _DTYPES[config.compute_dtype],
+        "use_safetensors": True,
+        "quantization_config": _quantization(config),
+        "device_map": None if device.type == "cpu" else {"": device},
+    }
+    attention = _attention(config, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, attn_implementation=attention, **options
+        )
+    except ValueError as error:
+        if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+        # Attention sinks, for example, exist in the plain implementation only.
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def looks_local(model: str) -> bool:

@@ -1,17 +1,18 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from engine.base import Source
 from engine.config import AskingConfig, GenerationDefaults, HfConfig
 from engine.constraints import validate
 from engine.hf.engine import HfEngine
-from jobs.domain.errors import EngineMisconfigured
+from jobs.domain.errors import EngineDied, EngineMisconfigured
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Result
 
@@ -73,6 +74,57 @@ def test_greedy_answers_are_those_of_generate_token_for_token(
         assert results[i].usage.prompt_tokens == len(prompt)
         assert results[i].usage.completion_tokens == 24
         assert results[i].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "own_attention"),
+    [
+        ("qwen3", {}, True),
+        ("gpt_neox", {}, True),
+        ("mistral", {"sliding_window": 16}, False),
+        ("gemma2", {"sliding_window": 16, "attn_logit_softcapping": 20.0}, False),
+        ("gpt_oss", {"sliding_window": 16, "num_local_experts": 4}, False),
+    ],
+)
+def test_other_architectures_answer_as_generate_does(  # noqa: PLR0917 -- fixtures and a table
+    tiny_model: Path,
+    tmp_path: Path,
+    ask: Ask,
+    name: str,
+    changes: dict[str, Any],
+    own_attention: bool,  # noqa: FBT001 -- a value of the table
+) -> None:
+    shapes = {
+        "vocab_size": 640,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    if name == "gpt_neox":
+        del shapes["num_key_value_heads"]
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shapes, **changes))
+    model.float().save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model / file, tmp_path)
+    engine = HfEngine(config_of(tmp_path))
+    implementation = engine._loaded.model.config._attn_implementation  # noqa: SLF001
+    assert (implementation == "batchctl_paged") is own_attention
+    asked = prompts(3, 17, 40, 100)
+    results = ask(engine, [Request(id=i, prompt=p, sampling=GREEDY) for i, p in enumerate(asked)])
+    decode = engine._loaded.tokenizer.decode  # noqa: SLF001 -- the same decoder
+    for i, prompt in enumerate(asked):
+        expected = generate_alone(tmp_path, prompt, 24)
+        assert results[i].text == decode(expected, skip_special_tokens=True), len(prompt)
 
 
 def test_full_cache_puts_sequences_back_and_changes_no_answer(tiny_model: Path, ask: Ask) -> None:
@@ -286,6 +338,26 @@ def test_logits_that_are_not_numbers_fail_their_own_request(tiny_model: Path, as
     assert {i: r.text for i, r in results.items() if i != 77} == {
         i: r.text for i, r in expected.items()
     }
+
+
+def test_step_that_fails_names_the_sequences_in_flight_and_the_engine_goes_on(
+    tiny_model: Path, ask: Ask
+) -> None:
+    engine = HfEngine(config_of(tiny_model))
+    requests = [Request(id=i, prompt=p, sampling=GREEDY) for i, p in enumerate(prompts(9, 8, 7))]
+    expected = ask(engine, requests)
+
+    def break_down(*_inputs: object) -> None:
+        raise RuntimeError("kernel failed on a prompt about canaries")
+
+    model: Any = engine._loaded.model  # noqa: SLF001 -- the fault is in the device
+    hook = model.register_forward_pre_hook(break_down)
+    with pytest.raises(EngineDied) as caught:
+        ask(engine, requests)
+    hook.remove()
+    assert caught.value.suspects == {0, 1, 2}
+    assert "canaries" not in caught.value.message
+    assert ask(engine, requests) == expected
 
 
 def test_nf4_model_runs_and_keeps_constraints(tiny_model: Path, ask: Ask) -> None:
