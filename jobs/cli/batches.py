@@ -119,9 +119,8 @@ def status(
 ) -> None:
     """Show how a batch stands."""
     with options.open_client(config, base_url, api_key) as client:
-        raw = client.get_json_batch(batch_id)
         if as_json:
-            output.print_json(raw)
+            output.print_json(client.get_json_batch(batch_id))
         else:
             _show(client.get_batch(batch_id))
 
@@ -165,7 +164,7 @@ def results(
         if not output_file and not errors_file:
             try:
                 for line in client.results(batch_id, follow=follow):
-                    output.write_line(line)
+                    output.write_line(line, flush=follow)
             except KeyboardInterrupt:
                 _say_goes_on(batch_id, "results --follow" if follow else "results")
                 raise typer.Exit(exits.INTERRUPTED) from None

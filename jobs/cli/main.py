@@ -4,6 +4,7 @@ A mistake of the person is one line on standard error and an exit code of `jobs.
 traceback is shown only when BATCHCTL_LOG__LEVEL is debug.
 """
 
+import io
 import logging
 import signal
 import sys
@@ -179,6 +180,10 @@ app.add_typer(database.app, name="db", rich_help_panel=_OPERATE)
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character gets its number, not a traceback.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="batchctl")
     except SystemExit as ended:

@@ -99,8 +99,12 @@ def _visible(document: str) -> str:
     )
 
 
-def write_line(line: bytes) -> None:
-    """Write a line of a results file: byte for byte, unless a terminal would obey what is in it."""
+def write_line(line: bytes, *, flush: bool) -> None:
+    """Write a line of a results file: byte for byte, unless a terminal would obey what is in it.
+
+    Args:
+        flush: whether the next line may be long in coming.
+    """
     if sys.stdout.isatty():
         write(_visible(line.decode("utf-8", "replace")) + "\n")
         return
@@ -109,7 +113,8 @@ def write_line(line: bytes) -> None:
         write(line.decode("utf-8", "replace") + "\n")
         return
     binary.write(line + b"\n")
-    binary.flush()
+    if flush:
+        binary.flush()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

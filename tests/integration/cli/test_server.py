@@ -41,7 +41,7 @@ class Server(NamedTuple):
     key: str
 
     def run(self, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(  # noqa: S603
+        return subprocess.run(
             [*_MAIN, *args],
             input=stdin,
             capture_output=True,
@@ -58,7 +58,7 @@ class Server(NamedTuple):
         return json.loads(done.stdout)
 
     def start(self, *args: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(  # noqa: S603
+        return subprocess.Popen(
             [*_MAIN, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ def serving(folder: Path, *args: str, key: str = "") -> Iterator[tuple[str, Any]
     (folder / "slow.toml").write_text(
         '[models.slow]\nengine = "simulated"\n[models.slow.options]\nslots = 8\n'
     )
-    child = subprocess.Popen(  # noqa: S603
+    child = subprocess.Popen(
         [*_MAIN, "serve", "--port", "0", "--data", str(folder / "data"), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -196,7 +196,7 @@ def test_standard_input_can_be_submitted(server: Server) -> None:
 
 
 def test_results_are_followed_while_they_come(server: Server) -> None:
-    lines = (request_line(f"f{n}", model="slow") for n in range(300))
+    lines = (request_line(f"f{n}", model="slow") for n in range(600))
     batch = server.json("submit", write_input(server, "follow.jsonl", lines))
     reader = server.start("results", batch["id"], "--follow")
     assert reader.stdout is not None
@@ -205,7 +205,7 @@ def test_results_are_followed_while_they_come(server: Server) -> None:
     with reader, reader.stdout:
         rest = reader.stdout.read()
     assert reader.returncode == exits.OK
-    assert sorted(ids_in(first + rest)) == sorted(f"f{n}" for n in range(300))
+    assert sorted(ids_in(first + rest)) == sorted(f"f{n}" for n in range(600))
 
 
 def test_watch_as_json_is_a_line_for_each_change(server: Server) -> None:

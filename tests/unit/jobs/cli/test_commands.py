@@ -135,7 +135,7 @@ def test_ending_of_a_batch_has_its_code(status: str, failed: int, code: int) -> 
 
 
 def _run(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [sys.executable, "-c", code, *args],
         capture_output=True,
         text=True,
@@ -176,7 +176,7 @@ def test_interrupt_is_quiet_and_has_its_code() -> None:
 
 def test_reader_that_goes_away_is_quiet() -> None:
     code = "import sys; from jobs.cli.main import main; main()"
-    child = subprocess.Popen(  # noqa: S603
+    child = subprocess.Popen(
         [sys.executable, "-c", code, "config", "show"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

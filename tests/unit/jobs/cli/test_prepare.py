@@ -293,7 +293,7 @@ def test_endpoint_is_that_of_the_first_line(
 
 
 def _through_pipe(pieces: Iterable[bytes], code: str) -> subprocess.CompletedProcess[bytes]:
-    child = subprocess.Popen(  # noqa: S603
+    child = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -352,7 +352,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     peaks = []
     for count in (1_000, 100_000):
         path = write(tmp_path, f"{count}.csv", "a\n" + ("x" * 100 + "\n") * count)
-        done = subprocess.run(  # noqa: S603
+        done = subprocess.run(
             [sys.executable, "-c", code, str(path)],
             capture_output=True,
             check=True,
