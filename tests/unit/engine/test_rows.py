@@ -49,7 +49,7 @@ def sampled(seed: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: i
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        rng=random.Random(seed),  # noqa: S311 -- not for secrets
+        rng=random.Random(seed),
     )
 
 

@@ -80,7 +80,7 @@ def test_known_verdicts_need_no_helper() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses the parent-death signal")
 def test_helper_ends_with_its_parent() -> None:
-    parent = subprocess.Popen(  # noqa: S603 -- our own interpreter
+    parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
