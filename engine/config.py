@@ -17,12 +17,12 @@ class _Config(BaseModel):
 class GenerationDefaults(_Config):
     """Sampling parameters for lines that leave them out; unset ones fall through to the model's."""
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    max_tokens: int | None = Field(default=None, ge=1, description="longest answer")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="nucleus sampling")
+    top_k: int | None = Field(default=None, ge=-1, description="0 or -1 is off")
+    seed: int | None = Field(default=None, description="unset: any")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end an answer")
 
 
 class AskingConfig(_Config):

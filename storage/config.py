@@ -9,23 +9,31 @@ Checksums = Literal["when_required", "when_supported"]
 
 
 class DatabaseSettings(BaseModel):
-    """Where the database is and how patient its clients are.
-
-    The timeouts of connecting, statements and locks are Postgres's, the busy timeout is SQLite's.
+    """Where the database is and how patient its clients are; the pool and the timeouts of
+    statements are Postgres's, SQLite has only `busy_timeout_seconds`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field(default="", repr=False)
-    """Empty: SQLite inside the data folder."""
-    pool_size: int = Field(default=5, ge=1)
-    max_overflow: int = Field(default=10, ge=0)
-    pool_timeout_seconds: float = Field(default=30.0, gt=0)
-    connect_timeout_seconds: int = Field(default=10, ge=1)
-    statement_timeout_seconds: float = Field(default=30.0, gt=0)
-    lock_timeout_seconds: float = Field(default=10.0, gt=0)
-    idle_in_transaction_timeout_seconds: float = Field(default=60.0, gt=0)
-    busy_timeout_seconds: float = Field(default=10.0, gt=0)
+    url: str = Field(
+        default="",
+        repr=False,
+        description="`postgresql://user:password@host/name`; empty: SQLite inside the data folder",
+    )
+    pool_size: int = Field(default=5, ge=1, description="connections kept open")
+    max_overflow: int = Field(default=10, ge=0, description="further ones while busy")
+    pool_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="how long to wait for a free one"
+    )
+    connect_timeout_seconds: int = Field(default=10, ge=1, description="time to connect")
+    statement_timeout_seconds: float = Field(default=30.0, gt=0, description="longest statement")
+    lock_timeout_seconds: float = Field(default=10.0, gt=0, description="longest wait for a lock")
+    idle_in_transaction_timeout_seconds: float = Field(
+        default=60.0, gt=0, description="a transaction that does nothing for so long is ended"
+    )
+    busy_timeout_seconds: float = Field(
+        default=10.0, gt=0, description="how long SQLite waits for another writer"
+    )
 
     def resolve_url(self, data_folder: Path) -> str:
         """Return the URL to open: the one that was set, or SQLite inside `data_folder`."""
@@ -37,22 +45,30 @@ class BlobSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["folder", "s3"] = "folder"
-    folder: Path | None = None
-    """None: `blobs` inside the data folder."""
-    bucket: str | None = None
-    prefix: str = ""
-    region: str | None = None
-    endpoint_url: str | None = None
-    path_style: bool | None = None
-    """None: path style exactly when `endpoint_url` is set."""
-    access_key: SecretStr | None = None
-    secret_key: SecretStr | None = None
-    session_token: SecretStr | None = None
-    checksums: Checksums | None = None
-    """None: "when_required" exactly when `endpoint_url` is set; older stores break on more."""
-    part_bytes: int = Field(default=16 << 20, ge=5 << 20)
-    """Blobs up to this size are one PUT, larger ones an upload in parts of this size."""
-    max_attempts: int = Field(default=5, ge=1)
-    connect_timeout_seconds: float = Field(default=5.0, gt=0)
-    read_timeout_seconds: float = Field(default=60.0, gt=0)
+    kind: Literal["folder", "s3"] = Field(default="folder", description="folder or s3")
+    folder: Path | None = Field(default=None, description="unset: `blobs` inside the data folder")
+    bucket: str | None = Field(default=None, description="bucket of an S3-compatible store")
+    prefix: str = Field(default="", description="what every key in the bucket begins with")
+    region: str | None = Field(default=None, description="unset: the AWS configuration's")
+    endpoint_url: str | None = Field(default=None, description="of a store that is not AWS")
+    path_style: bool | None = Field(
+        default=None, description="unset: exactly when `endpoint_url` is set"
+    )
+    access_key: SecretStr | None = Field(
+        default=None, description="unset: the AWS credential chain, IAM roles included"
+    )
+    secret_key: SecretStr | None = Field(default=None, description="belongs to `access_key`")
+    session_token: SecretStr | None = Field(default=None, description="of temporary keys")
+    checksums: Checksums | None = Field(
+        default=None,
+        description="when_required or when_supported; unset: when_required exactly when "
+        "`endpoint_url` is set, since older stores break on more",
+    )
+    part_bytes: int = Field(
+        default=16 << 20,
+        ge=5 << 20,
+        description="larger blobs are uploaded in parts of this size",
+    )
+    max_attempts: int = Field(default=5, ge=1, description="tries of one call")
+    connect_timeout_seconds: float = Field(default=5.0, gt=0, description="time to connect")
+    read_timeout_seconds: float = Field(default=60.0, gt=0, description="time without a byte")

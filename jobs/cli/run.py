@@ -325,7 +325,10 @@ def _tell_problems(batch: Batch, *, as_json: bool) -> None:
             }
         )
         return
-    output.print_problems((p.line, p.code, p.param, p.message) for p in batch.errors)
+    for problem in batch.errors:  # not on standard output, which may be somebody's results file
+        where = f"line {problem.line}: " if problem.line is not None else ""
+        param = f" ({problem.param})" if problem.param else ""
+        output.say(f"{where}{problem.code}{param}: {problem.message}")
     more = batch.num_errors - len(batch.errors)
     rest = f" ({output.count(more)} more are not shown)" if more > 0 else ""
     output.report(
