@@ -26,10 +26,12 @@ from engine.demo.text import Example, examples
 
 SPECIAL_TOKENS = ("<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 END, PAD = 0, 1
+IGNORED = -100
 VOCABULARY = 1280
-BATCH = 32
+# A step adds up several batches: each is of one length, so of few tasks, and together they mix.
+BATCH, BATCHES_PER_STEP = 16, 2
 # Batches are cut from this many examples sorted by length: little padding, still random.
-POOL = 64 * BATCH
+POOL = 128 * BATCH
 # Longer examples are left out: attention makes them dear, and they teach nothing new.
 SHORT_TOKENS, LONGEST_TOKENS = 112, 200
 # Short examples alone for this share of the time: copying comes sooner on them, and cheaper.
@@ -159,7 +161,7 @@ def batches(
         for cut in cuts:
             length = max(len(tokens) for tokens, _ in cut)
             inputs = torch.full((len(cut), length), PAD)
-            labels = torch.full((len(cut), length), -100)
+            labels = torch.full((len(cut), length), IGNORED)
             for row, (tokens, num_prompt) in enumerate(cut):
                 inputs[row, : len(tokens)] = torch.tensor(tokens)
                 labels[row, num_prompt : len(tokens)] = inputs[row, num_prompt : len(tokens)]
@@ -169,13 +171,15 @@ def batches(
 def answer_loss(
     model: LlamaForCausalLM, inputs: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean cross-entropy over answer tokens.
+    """Return the cross-entropy summed over answer tokens.
 
     Padding stands on the right, where a causal model cannot see it: no mask is needed.
     """
     hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-    wanted = labels[:, 1:] != -100  # noqa: PLR2004
-    return cross_entropy(model.lm_head(hidden[:, :-1][wanted]).float(), labels[:, 1:][wanted])
+    targets = labels[:, 1:]
+    wanted = targets != IGNORED
+    logits = model.lm_head(hidden[:, :-1][wanted]).float()
+    return cross_entropy(logits, targets[wanted], reduction="sum")
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -205,8 +209,13 @@ def train(
     seconds: float,
     seed: int,
     out: Path,
+    short_until: float = SHORT_UNTIL,
 ) -> LlamaForCausalLM:
-    """Train for a time budget and return the running average of the weights, saved as it goes."""
+    """Train for a time budget and return the running average of the weights, saved as it goes.
+
+    Args:
+        short_until: the share of the time spent on short examples alone.
+    """
     average = deepcopy(model).eval()
     keep = 0.5 ** (1 / EMA_HALF_LIFE_STEPS)
     steppers = optimizers(model)
@@ -219,14 +228,19 @@ def train(
         fraction = (now - started) / seconds
         if fraction >= 1:
             break
-        inputs, labels = next(short if fraction < SHORT_UNTIL else everything)
+        source = short if fraction < short_until else everything
         factor = rate_factor(step, fraction=fraction)
         for stepper, rates in zip(steppers, base_rates, strict=True):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = answer_loss(model, inputs, labels)
-        loss.backward()
+        mixed = list(islice(source, BATCHES_PER_STEP))
+        num_answer_tokens = sum(int((labels != IGNORED).sum()) for _, labels in mixed)
+        loss = 0.0
+        for inputs, labels in mixed:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                part = answer_loss(model, inputs, labels) / num_answer_tokens
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
@@ -235,7 +249,7 @@ def train(
             for kept, new in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(new, 1 - keep if step > WARMUP_STEPS else 1.0)
         if step % 50 == 0:
-            _log(step=step, seconds=round(now - started), loss=round(loss.item(), 4))
+            _log(step=step, seconds=round(now - started), loss=round(loss, 4))
         if now - saved > CHECKPOINT_SECONDS:
             saved = now
             save(average, tokenizer, out)
@@ -267,12 +281,24 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=2400.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="go on from the model in this folder")
     options = parser.parse_args(None if arguments is None else list(arguments))
     torch.manual_seed(options.seed)
     torch.set_num_threads(2)
-    tokenizer = train_tokenizer(seed=options.seed)
+    if options.resume:
+        model = LlamaForCausalLM.from_pretrained(
+            options.resume, dtype=torch.float32, attn_implementation="eager"
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.resume)
+    else:
+        model, tokenizer = build_model(), train_tokenizer(seed=options.seed)
     model = train(
-        build_model(), tokenizer, seconds=options.seconds, seed=options.seed, out=options.out
+        model,
+        tokenizer,
+        seconds=options.seconds,
+        seed=options.seed,
+        out=options.out,
+        short_until=0.0 if options.resume else SHORT_UNTIL,
     )
     save(model, tokenizer, options.out)
     _log(**evaluate.score_unseen(model, tokenizer, seed=1, num_per_task=100))
