@@ -264,7 +264,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "modalities": (["text"],),
     "chat_template_kwargs": ({},),
-    "structured_outputs": ({},),
 }
 # Fields that change no answer, whatever their value.
 _IGNORED = frozenset(
@@ -318,7 +317,7 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
             param="body.stream",
             error_code="streaming_unsupported",
         )
-    if body.presence_penalty or body.frequency_penalty or (body.n or 1) != 1:
+    if body.presence_penalty or body.frequency_penalty or body.n not in {None, 1}:
         asked = [name for name in ("presence_penalty", "frequency_penalty") if getattr(body, name)]
         raise _refused(asked[0] if asked else "n")
     constraint = _constraint(body)
@@ -411,9 +410,19 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
     )
 
 
+def _is_given(raw: msgspec.Raw) -> bool:
+    return bytes(raw) not in {b"", b"null"}
+
+
 def _schema_text(raw: msgspec.Raw | str, param: str) -> str:
     """Return the JSON text of a schema given as an object, or as a string that holds one."""
-    text = bytes(raw).decode()  # type: ignore[arg-type]  # msgspec.Raw is bytes-like
+    content = bytes(raw)  # type: ignore[arg-type]  # msgspec.Raw is bytes-like
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:  # what stays raw has not been looked at before
+        raise InvalidLine(
+            "This line is not UTF-8; save the file as UTF-8.", error_code="invalid_utf8"
+        ) from None
     try:
         schema = msgspec.json.decode(text)
         if isinstance(schema, str):
@@ -441,7 +450,7 @@ def _constraint(body: _ChatBody | _CompletionBody) -> Constraint | None:
         return Constraint("json_object")
     if isinstance(form, _JsonSchema):
         schema = form.json_schema.schema
-        if bytes(schema) in {b"", b"null"}:
+        if not _is_given(schema):
             return Constraint("json_object")
         param = "body.response_format.json_schema.schema"
         return Constraint("json_schema", _schema_text(schema, param))
@@ -452,7 +461,7 @@ def _constraint(body: _ChatBody | _CompletionBody) -> Constraint | None:
 
 def _structured_outputs(wanted: _StructuredOutputs) -> Constraint:
     found: list[Constraint] = []
-    if bytes(wanted.json):
+    if _is_given(wanted.json):
         text = _schema_text(wanted.json, "body.structured_outputs.json")
         found.append(Constraint("json_schema", text))
     if wanted.regex is not None:
@@ -474,7 +483,7 @@ def _structured_outputs(wanted: _StructuredOutputs) -> Constraint:
 
 
 def _guided(body: _Body) -> Constraint | None:
-    if bytes(body.guided_json):
+    if _is_given(body.guided_json):
         return Constraint("json_schema", _schema_text(body.guided_json, "body.guided_json"))
     if body.guided_regex is not None:
         return Constraint("regex", body.guided_regex)
