@@ -95,6 +95,8 @@ def load(config: HfConfig) -> Loaded:
             f"{config.model} has no tokenizer.json; save it with a fast tokenizer."
         )
     model.requires_grad_(requires_grad=False)
+    if device.type == "cpu":
+        _leave_file(model)
     generation_config = _generation_config(model.generation_config)
     text_config = model.config.get_text_config()
     return Loaded(
@@ -131,6 +133,16 @@ def _load_model(
         model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Copy the weights out of the file they are mapped from.
+
+    Whoever writes that file anew would end this process with SIGBUS, and the requests in flight
+    would be suspected of it.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def looks_local(model: str) -> bool:

@@ -58,7 +58,7 @@ class ListSource:
 
 def make_workload(num_requests: int, vocab_size: int) -> list[tuple[tuple[int, ...], int]]:
     """Return prompts and the lengths of their answers."""
-    rng = random.Random(1)  # noqa: S311 -- a workload
+    rng = random.Random(1)
 
     def draw(low: int, high: int) -> int:
         return round(math.exp(rng.uniform(math.log(low), math.log(high))))

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,19 @@ def test_step_that_fails_names_the_sequences_in_flight_and_the_engine_goes_on(
     assert caught.value.suspects == {0, 1, 2}
     assert "canaries" not in caught.value.message
     assert ask(engine, requests) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_may_be_replaced_on_disk_while_the_engine_runs(
+    tiny_model: Path, tmp_path: Path, compute_dtype: str, quantization: str
+) -> None:
+    copy = tmp_path / "replaceable"
+    shutil.copytree(tiny_model, copy)
+    engine = HfEngine(config_of(copy, compute_dtype=compute_dtype, quantization=quantization))
+    assert str(copy) not in Path("/proc/self/maps").read_text()
+    engine.close()
 
 
 def test_nf4_model_runs_and_keeps_constraints(tiny_model: Path, ask: Ask) -> None:
