@@ -204,15 +204,18 @@ class Sandbox:
             return self._helper
         self._stop()
         helper = subprocess.Popen(
-            [sys.executable, "-m", "engine.sandbox"],
+            [
+                sys.executable,
+                "-m",
+                "engine.sandbox",
+                str(os.getpid()),
+                str(self._memory_bytes),
+                str(self._cpu_seconds),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).resolve().parents[1],
-            env={
-                **{k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG")},
-                "BATCHCTL_SANDBOX": f"{os.getpid()} {self._memory_bytes} {self._cpu_seconds}",
-            },
             start_new_session=True,
         )
         self._helper = helper
@@ -238,21 +241,20 @@ class Sandbox:
                     pipe.close()
 
 
-def serve() -> None:
+def serve(*, parent: int, memory_bytes: int, cpu_seconds: int) -> None:
     """Answer the parent until it closes the pipe; only `Sandbox` starts this."""
-    parent, memory_bytes, cpu_seconds = os.environ["BATCHCTL_SANDBOX"].split()
-    _die_with(int(parent))
+    _die_with(parent)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     # Imports and the byte tokenizer are paid for before the limits count.
     _judge(Constraint("regex", "a"), "llguidance")
     with contextlib.suppress(ValueError, OSError):  # macOS knows the name only
-        resource.setrlimit(resource.RLIMIT_AS, (int(memory_bytes), int(memory_bytes)))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _write(replies, _READY)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     while (item := _read(requests)) is not None:
         # Whole seconds of the process, so an item gets up to one more than its share.
-        allowed = int(time.process_time()) + int(cpu_seconds) + 1
+        allowed = int(time.process_time()) + cpu_seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, hard))
         _write(replies, _judge(*item))
 
@@ -292,4 +294,4 @@ def _write(stream: BinaryIO, verdict: Verdict) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(parent=int(sys.argv[1]), memory_bytes=int(sys.argv[2]), cpu_seconds=int(sys.argv[3]))

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,6 @@ def _silence() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("transformers", "bitsandbytes", "bitsandbytes.autograd._functions", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _refuse_foreign_code(folder: Path) -> None:
