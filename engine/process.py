@@ -55,7 +55,6 @@ class ProcessEngine:
         log_path: Path,
         start_seconds: float = 900.0,
         stall_seconds: float = 180.0,
-        environment: dict[str, str] | None = None,
     ) -> None:
         """Start the process and wait until the model is loaded.
 
@@ -63,7 +62,6 @@ class ProcessEngine:
             log_path: where the process's own output goes.
             start_seconds: how long loading may take.
             stall_seconds: how long requests may be in flight without any progress.
-            environment: variables added to this process's own.
 
         Raises:
             EngineMisconfigured: the model cannot be loaded as configured.
@@ -90,7 +88,6 @@ class ProcessEngine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=None if environment is None else {**os.environ, **environment},
             )
         self._send(wire.Open(config.model_dump_json(), model))
         ready = self._await_ready(time.monotonic() + start_seconds)

@@ -26,6 +26,7 @@ from jobs.domain.errors import (
     NotFound,
     StorageError,
 )
+from jobs.settings import PREFIX
 
 OK = 0
 INTERNAL = 1
@@ -56,7 +57,7 @@ _SETTINGS_PARAMS = frozenset({"settings", "config", "host", "port", "base_url", 
 def for_error(error: BatchctlError) -> int:
     """Return the code of a command that ends with `error`."""
     if isinstance(error, InvalidInput) and (
-        error.param in _SETTINGS_PARAMS or (error.param or "").startswith("BATCHCTL_")
+        error.param in _SETTINGS_PARAMS or (error.param or "").startswith(PREFIX)
     ):
         return USAGE
     return next((code for kind, code in _CODES if isinstance(error, kind)), INTERNAL)

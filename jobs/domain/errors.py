@@ -21,7 +21,7 @@ class BatchctlError(Exception):
     `code` is stable: it is seen in the API, the error file and the metrics.
     """
 
-    code: ClassVar[str] = "internal_error"
+    code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None) -> None:

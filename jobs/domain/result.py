@@ -1,6 +1,5 @@
 """What one request became, and how it is written as a line of the output or error file."""
 
-from http import HTTPStatus
 from typing import Literal
 
 import msgspec
@@ -57,12 +56,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _CHAT = "/v1/chat/completions"
+_CLIENT_ERRORS = range(400, 500)
 _encode = msgspec.json.Encoder().encode
 
 
 def _error_type(status_code: int) -> str:
-    ours = not HTTPStatus.BAD_REQUEST <= status_code < HTTPStatus.INTERNAL_SERVER_ERROR
-    return "server_error" if ours else "invalid_request_error"
+    return "invalid_request_error" if status_code in _CLIENT_ERRORS else "server_error"
 
 
 def render_result(
