@@ -203,7 +203,7 @@ class Sandbox:
         if self._helper is not None and self._helper.poll() is None:
             return self._helper
         self._stop()
-        helper = subprocess.Popen(
+        helper = subprocess.Popen(  # noqa: S603 -- our own interpreter and module
             [
                 sys.executable,
                 "-m",
