@@ -24,7 +24,16 @@ from jobs.domain.ids import BatchId, UnitId, WorkerId
 from jobs.domain.request import Request, custom_id_of, parse_line
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.retry import Settlement
-from jobs.domain.shard import Lease, Segment, Shard, UnitKind, UnitState, bitmap, has_bit
+from jobs.domain.shard import (
+    Lease,
+    Segment,
+    Shard,
+    UnitKind,
+    UnitState,
+    bitmap,
+    has_bit,
+    merge_bitmaps,
+)
 from jobs.leases import LeaseKeeper
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
@@ -38,7 +47,6 @@ SOLO_CRASHES = 3
 """How often a line kills the engine alone, on the only worker, before it gets an error."""
 _TICK_SECONDS = 0.05
 _MAX_BUFFERED_BYTES = 64 << 20
-_WRITE_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,7 @@ class FeedSettings:
     look_ahead: float = 3.0
     poll_seconds: float = 0.5
     lease_seconds: float = 60.0
+    write_patience_seconds: float = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +86,9 @@ class _OpenShard:
     buffer: _Buffer = field(default_factory=_Buffer)
     writing: _Buffer | None = None
     sequence: int = 0
+    num_read: int = 0
     stopped: UnitState | None = None
+    exit: str = ""
     lost: bool = False
 
 
@@ -133,9 +144,8 @@ class Feed:
         self._stopping = False
         self._closed = False
         self._failure: Exception | None = None
-        self._failing_since: float | None = None
-        self._reader = threading.Thread(target=self._read, name="feed-read", daemon=True)
-        self._writer = threading.Thread(target=self._write, name="feed-write", daemon=True)
+        self._reader = self._thread(self._read, "feed-read")
+        self._writer = self._thread(self._write, "feed-write")
 
     def __enter__(self) -> Self:
         """Start reading ahead and writing behind."""
@@ -149,15 +159,21 @@ class Feed:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Flush what is finished, give back what is not, then stop renewing."""
+        """Flush what is finished, give back what is not, then stop renewing.
+
+        Raises:
+            StorageError: finished results could not be written.
+        """
         self.stop()
         self._reader.join(timeout=30)
         with self._lock:
             self._closed = True
             self._lock.notify_all()
-        self._writer.join(timeout=_WRITE_PATIENCE_SECONDS)
+        self._writer.join(timeout=self._settings.write_patience_seconds + 10)
         for shard in list(self._open.values()):
             self._leave(shard, shard.stopped)
+        if kind is None:
+            self._raise_failure()
 
     # --- what the engine sees ---
 
@@ -168,7 +184,9 @@ class Feed:
             if self._stopping:
                 return None
             if not self._queue and not self._in_flight:
-                self._group = None  # a half that came through, or whose shards were stopped
+                if self._group is not None:
+                    self._group = None  # it came through, or its shards were stopped
+                    self._dry = bool(self._groups)  # behind the last one there may be more
                 if self._dry and self._groups:
                     self._begin_group()
             taken: list[Request] = []
@@ -319,6 +337,7 @@ class Feed:
             self._lock.notify_all()
 
     def _write(self) -> None:
+        failing_since: float | None = None
         while True:
             with self._lock:
                 due = [shard for shard in self._open.values() if self._is_due(shard)]
@@ -330,13 +349,15 @@ class Feed:
             for shard in due:
                 try:
                     self._flush(shard)
-                    self._failing_since = None
+                    failing_since = None
                 except LeaseLost:
                     self._lose(shard.lease.unit_id)
                 except StorageError as error:
-                    self._note_failure(error)
+                    failing_since = self._note_failure(error, since=failing_since)
                 if shard.stopped and not (shard.buffer.entries or shard.writing):
                     self._leave(shard, shard.stopped)
+            if self._closed and self._failure is not None:
+                return  # each was tried once more
 
     def _is_due(self, shard: _OpenShard) -> bool:
         buffer = shard.buffer
@@ -393,15 +414,32 @@ class Feed:
                 self._open.pop(lease.unit_id, None)
             self._doorbell.announce()
 
-    def _note_failure(self, error: StorageError) -> None:
+    # --- what goes wrong in a thread ---
+
+    def _thread(self, loop: Callable[[], None], name: str) -> threading.Thread:
+        def run() -> None:
+            try:
+                loop()
+            except Exception as error:  # noqa: BLE001  surfaces where the engine takes
+                log.exception("feed_failed", thread=name)
+                self._fail(error)
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    def _note_failure(self, error: StorageError, *, since: float | None) -> float:
+        """Return since when it fails; end the feed when that is too long, or will not pass."""
         now = time.monotonic()
-        if self._failing_since is None:
-            self._failing_since = now
-        log.warning("segment_not_written", code=error.code, error=error.message)
-        if not error.retryable or now - self._failing_since > _WRITE_PATIENCE_SECONDS:
-            with self._lock:
-                self._failure = error
+        since = now if since is None else since
+        log.warning("storage_failed", code=error.code, error=error.message)
+        if not error.retryable or now - since > self._settings.write_patience_seconds:
+            self._fail(error)
         time.sleep(_TICK_SECONDS * 4)
+        return since
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._failure = self._failure or error
+            self._lock.notify_all()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -411,6 +449,7 @@ class Feed:
 
     def _read(self) -> None:
         current: _OpenShard | None = None
+        failing_since: float | None = None
         while not self._stopping:
             with self._lock:
                 if len(self._queue) >= self._target:
@@ -432,8 +471,15 @@ class Feed:
                     continue
                 if not self._read_some(current):
                     current = None
+                failing_since = None
             except StorageError as error:
-                self._note_failure(error)
+                if current is not None and not error.retryable:
+                    self._give_up(current, error)
+                    current = None
+                    continue
+                failing_since = self._note_failure(error, since=failing_since)
+                if current is not None:
+                    current.lines = self._open_lines(current.shard, current.num_read)
 
     def _claim(self) -> _OpenShard | None:
         lease = units.claim(
@@ -459,7 +505,7 @@ class Feed:
             lease=lease,
             shard=shard,
             batch=batch,
-            lines=read_lines(self._blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED),
+            lines=self._open_lines(shard, 0),
             num_left=shard.num_lines - num_done,
             suspects=suspects,
             solo_crashes=dict(shard.solo_crashes),
@@ -475,11 +521,17 @@ class Feed:
         )
         return opened
 
+    def _open_lines(self, shard: Shard, num_read: int) -> Iterator[tuple[int, int, bytes]]:
+        read = bitmap(list(range(num_read)), shard.num_lines)
+        skip = merge_bitmaps(shard.done, read)
+        return read_lines(self._blobs, shard, skip=skip, max_line_bytes=UNLIMITED)
+
     def _read_some(self, shard: _OpenShard) -> bool:
         """Queue the next lines of a shard; return whether there may be more."""
         read: list[_Held] = []
         suspects: list[_Held] = []
         refused: list[tuple[_Held, LineError]] = []
+        position = -1
         for position, _, content in shard.lines:
             self._next_id += 1
             try:
@@ -500,10 +552,17 @@ class Feed:
             for held, refusal in refused:
                 self._keep(held, Result(id=held.request.id, error=refusal))
             self._queue.extend(read)
+            shard.num_read = max(shard.num_read, position + 1)
             if suspects:
                 middle = max(1, len(suspects) // 2)
                 self._groups.extend(g for g in (suspects[:middle], suspects[middle:]) if g)
             return len(read) >= READ_CHUNK_LINES and not (shard.lost or shard.stopped)
+
+    def _give_up(self, shard: _OpenShard, error: StorageError) -> None:
+        """End a shard whose lines cannot be read, now or ever; the others go on."""
+        log.error("shard_failed", unit_id=shard.lease.unit_id, code=error.code, error=error.message)
+        shard.exit = f"{error.code}: {error.message}"
+        self._stop_shard(shard.lease.unit_id, UnitState.FAILED)
 
     def _stop_shard(self, unit_id: UnitId, state: UnitState) -> None:
         with self._lock:
@@ -536,7 +595,7 @@ class Feed:
             if self._open.pop(shard.lease.unit_id, None) is None:
                 return
         settlement = Settlement(
-            state=state or UnitState.PENDING, exit=str(state) if state else "released"
+            state=state or UnitState.PENDING, exit=shard.exit or str(state or "released")
         )
         try:
             units.settle(self._db, shard.lease, settlement)

@@ -3,24 +3,32 @@
 # ruff: noqa: ANN401 - what a test changes is whatever field there is
 
 import json
+import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
+from engine.base import Source
 from engine.config import SimulatedConfig
 from engine.registry import describe_model
 from engine.sandbox import Sandbox
-from jobs import finalizer, intake
+from engine.supervisor import EngineSupervisor
+from jobs import finalizer, intake, runner
 from jobs.domain.batch import Batch, BatchStatus
-from jobs.domain.errors import NotFound
+from jobs.domain.errors import BatchctlError, EngineDied, NotFound
 from jobs.domain.ids import WorkerId, mint_batch_id, mint_file_id
 from jobs.domain.request import CHAT, Capabilities, Message, Request, SamplingParams
+from jobs.domain.result import LineError, Result, Usage
 from jobs.domain.shard import Lease, UnitKind, UnitState
+from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
+from jobs.leases import LeaseKeeper, LeaseTimes
 from jobs.wakeups import Doorbell
 from storage import batches, files, shards, units
 from storage.blobs.base import BlobStore, input_key
@@ -212,3 +220,167 @@ def descriptors() -> Iterator[str]:
             yield str(path.readlink())
         except FileNotFoundError:
             continue  # the one that lists them
+
+
+def await_true(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Return once something holds that nothing signals, such as a row another thread writes."""
+    pause = threading.Event()
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        pause.wait(0.005)
+
+
+class ScriptedEngine:
+    """An engine in this process whose test says in which order, when and whether it answers.
+
+    An answer repeats its question. A question with "poison" in it kills the engine as soon as it
+    is the turn of any request that runs beside it.
+    """
+
+    def __init__(
+        self, *, slots: int = 4, total: int | None = None, seed: int | None = None
+    ) -> None:
+        """Prepare to answer.
+
+        Args:
+            total: so many requests come in all; none is answered before as many as possible run,
+                up to the first death.
+            seed: answers come in a random order; without, in the order of the questions.
+        """
+        self.num_slots = slots
+        self.capabilities = describe(MODEL)
+        self.paused = threading.Event()
+        self.dropped = threading.Event()
+        self.num_answered = 0
+        self.deaths: list[list[str]] = []
+        self.asked: list[str] = []
+        self.death: Callable[[frozenset[int]], BatchctlError] = lambda suspects: EngineDied(
+            "It died.", suspects=suspects
+        )
+        self._total = total
+        self._rng = random.Random(seed) if seed is not None else None
+        self._pause_at: int | None = None
+        self._may_go_on = threading.Event()
+        self._may_go_on.set()
+        self._moved = 0
+
+    def pause_after(self, num_answered: int) -> None:
+        """Answer no more than so many; `paused` is set then, and `go_on` ends it."""
+        self.paused.clear()
+        self._may_go_on.clear()
+        self._pause_at = num_answered
+
+    def go_on(self) -> None:
+        self._pause_at = None
+        self._may_go_on.set()
+
+    def count_tokens(self, request: Request) -> int:
+        return len(text_of(request))
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        return request.sampling
+
+    def progress(self) -> int:
+        self._moved += 1  # it is asked for only to see that the engine lives
+        return self._moved
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+    def generate(self, source: Source) -> Generator[Result]:
+        running: list[Request] = []
+        idle = threading.Event()
+        while True:
+            free = self.num_slots - len(running)
+            taken = source.take(free) if free else ()
+            if taken is None and not running:
+                return
+            self.asked += [text_of(request) for request in taken or ()]
+            running += taken or ()
+            kept = [request for request in running if not source.is_aborted(request.id)]
+            if len(kept) < len(running):
+                running = kept
+                self.dropped.set()
+            if not running or not self._is_full(len(running)):
+                idle.wait(0.001)
+                continue
+            if self._pause_at is not None and self.num_answered >= self._pause_at:
+                self.paused.set()
+                self._may_go_on.wait(0.001)
+                continue
+            if any("poison" in text_of(request) for request in running):
+                self.deaths.append([text_of(request) for request in running])
+                raise self.death(frozenset(request.id for request in running))
+            turn = self._rng.randrange(len(running)) if self._rng else 0
+            yield self._answer(running.pop(turn))
+            self.num_answered += 1
+
+    def _is_full(self, num_running: int) -> bool:
+        if self._total is None or self._pause_at is not None or self.deaths:
+            return True
+        return num_running >= min(self.num_slots, self._total - self.num_answered)
+
+    def _answer(self, request: Request) -> Result:
+        text = text_of(request)
+        usage = Usage(prompt_tokens=len(text), completion_tokens=request.id % 7, cached_tokens=1)
+        if "refuse" in text:
+            error = LineError(code="refused", message="It was told to.", status_code=400)
+            return Result(id=request.id, usage=usage, error=error)
+        return Result(id=request.id, text=f"re: {text}", usage=usage)
+
+
+def text_of(request: Request) -> str:
+    return request.messages[-1].content if request.messages else ""
+
+
+TIMES = LeaseTimes(lease_seconds=60, renew_seconds=0.05, watch_seconds=0.02, stall_seconds=3600)
+NEVER = FeedSettings(flush_results=10**6, flush_bytes=1 << 40, flush_seconds=1e9, poll_seconds=0.02)
+"""Results are flushed when a shard has ended, and on exit."""
+
+
+class Worker:
+    """Works on the shards of a bench in a thread of its own; use as a context manager."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        engine: ScriptedEngine,
+        *,
+        settings: FeedSettings = NEVER,
+        blobs: BlobStore | None = None,
+        times: LeaseTimes = TIMES,
+        name: str = "worker_test",
+    ) -> None:
+        self.stop = threading.Event()
+        self._engine = engine
+        self._keeper = LeaseKeeper(bench.db, times)
+        context = runner.WorkerContext(
+            db=bench.db,
+            blobs=blobs or bench.blobs,
+            keeper=self._keeper,
+            doorbell=bench.doorbell,
+            worker_id=WorkerId(name),
+            boot_id="boot",
+            settings=settings,
+        )
+        self.supervisor = EngineSupervisor(lambda: cast("Any", engine))
+        self._pool = ThreadPoolExecutor(1)
+        self._work = lambda: runner.work(
+            context, self.supervisor, model_keys=[MODEL], stop=self.stop
+        )
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        self._future = self._pool.submit(self._work)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.go_on()
+        self.stop.set()
+        self._pool.shutdown()
+        self._keeper.close()
+
+    def result(self, seconds: float = 30.0) -> int:
+        """Return how many results came, once there is no more work; or raise what work raised."""
+        return self._future.result(seconds)
