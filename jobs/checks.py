@@ -54,7 +54,7 @@ class Schemas:
         self._checker = checker
         self._problems = problems
         self._chunk = chunk
-        self._refuse = refuse
+        self.refuse = refuse
         self._verdicts: dict[bytes, InvalidLine | None] = {}
         self._waiting: dict[bytes, tuple[Constraint, list[int]]] = {}
 
@@ -94,7 +94,7 @@ class Schemas:
             return InvalidLine(
                 verdict.message, param=f"body.{where}", error_code=verdict.error_code
             )
-        if self._refuse and verdict.outcome == "validated":
+        if self.refuse and verdict.outcome == "validated":
             return InvalidLine(
                 "The schema uses a keyword that cannot be enforced while generating; leave it out, "
                 "or allow answers to be validated and asked for again "

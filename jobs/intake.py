@@ -141,6 +141,7 @@ class _Reading:
                 capabilities = models.add(line.model, number)
                 if capabilities is not None:
                     self._check(capabilities, content, number)
+                    schemas.refuse = refuse or capabilities.refuses_unenforceable
                 if line.constraint is not None:
                     schemas.add(line.constraint, number)
                 ids.add(line.custom_id)
