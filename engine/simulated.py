@@ -31,7 +31,7 @@ from engine.base import Source
 from engine.config import SimulatedConfig
 from engine.constraints import grammar_of
 from engine.sampling import resolve_sampling
-from jobs.domain.errors import EngineOutOfMemory
+from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 from jobs.domain.request import PARAMETERS, Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 
@@ -79,17 +79,17 @@ class SimulatedEngine:
     """Serves requests on a timetable; see the module for the faults it can be ordered to have."""
 
     def __init__(self, config: SimulatedConfig, *, model: str) -> None:
-        """Pretend to load a model for `config.load_seconds`."""
+        """Pretend to load a model for `config.load_seconds`.
+
+        Raises:
+            EngineMisconfigured: the ledger cannot be written.
+        """
         time.sleep(config.load_seconds)
         self._config = config
         self._model = model
         self._num_tokens = 0
         self._asked: dict[int, int] = {}
-        self._ledger = (
-            os.open(config.ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            if config.ledger
-            else None
-        )
+        self._ledger = _open_ledger(config.ledger) if config.ledger else None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -210,6 +210,16 @@ class SimulatedEngine:
                 return "(not what the constraint asks for)"
             del self._asked[request.id]
         return reply or constrained_reply(request.constraint)
+
+
+def _open_ledger(path: str) -> int:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise EngineMisconfigured(
+            f"The ledger {path} cannot be written: {error.strerror}; set another in the model's "
+            "options."
+        ) from error
 
 
 def describe(config: SimulatedConfig, model: str) -> Capabilities:

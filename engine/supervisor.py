@@ -1,7 +1,7 @@
 """Keeps one engine process alive: starts it when it is needed, again when it died."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.process import ProcessEngine
 from jobs.domain.errors import EngineDied, EngineUnavailable
@@ -14,9 +14,19 @@ _BACK_OFF_SECONDS = (0.0, 0.5, 2.0, 5.0, 15.0)
 class EngineSupervisor:
     """Owns the engine process of one model."""
 
-    def __init__(self, start: Callable[[], ProcessEngine]) -> None:
-        """Use `start` to begin an engine life; it may raise what ProcessEngine raises."""
+    def __init__(
+        self,
+        start: Callable[[], ProcessEngine],
+        *,
+        back_off_seconds: Sequence[float] = _BACK_OFF_SECONDS,
+    ) -> None:
+        """Use `start` to begin an engine life; it may raise what ProcessEngine raises.
+
+        Args:
+            back_off_seconds: how long to wait after so many fruitless deaths in a row.
+        """
         self._start = start
+        self._back_off_seconds = back_off_seconds
         self._engine: ProcessEngine | None = None
         self._deaths = 0
         self._loading = False
@@ -40,7 +50,8 @@ class EngineSupervisor:
                     f"The engine died {self._deaths} times in a row without a result; "
                     "see its log for the reason."
                 )
-            time.sleep(_BACK_OFF_SECONDS[min(self._deaths, len(_BACK_OFF_SECONDS) - 1)])
+            pauses = self._back_off_seconds
+            time.sleep(pauses[min(self._deaths, len(pauses) - 1)])
             self._loading = True
             try:
                 self.num_starts += 1

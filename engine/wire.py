@@ -13,7 +13,6 @@ import msgspec
 from jobs.domain.request import Capabilities, Request
 from jobs.domain.result import Result
 
-MAX_FRAME_BYTES = 1 << 30
 _HEADER = struct.Struct("<I")
 
 

@@ -1,0 +1,319 @@
+"""The engine's own process, for real, with the engine that needs no model."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.config import SimulatedConfig
+from engine.process import ProcessEngine
+from jobs.domain.errors import (
+    EngineDied,
+    EngineMisconfigured,
+    EngineOutOfMemory,
+    EngineTimedOut,
+)
+from jobs.domain.request import Request
+from jobs.domain.result import Result
+from tests.builders import await_true, descriptors, make_request
+
+CONFIG = SimulatedConfig(step_seconds=0.001, slots=4, reply_tokens=4, context_tokens=10**8)
+LONG = "[[tokens=1000000]]"
+
+
+class Requests:
+    """A source of a fixed list of requests, which a test may abort, or hold open."""
+
+    def __init__(self, *requests: Request, held_open: bool = False) -> None:
+        self._waiting = list(requests)
+        self.held_open = held_open
+        self.aborted: set[int] = set()
+
+    def take(self, n: int) -> Sequence[Request] | None:
+        if not self._waiting:
+            return () if self.held_open else None
+        taken, self._waiting = self._waiting[:n], self._waiting[n:]
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:
+        return request_id in self.aborted
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    config: SimulatedConfig = CONFIG,
+    *,
+    start_seconds: float = 60.0,
+    stall_seconds: float = 60.0,
+) -> Iterator[ProcessEngine]:
+    with closing(
+        ProcessEngine(
+            config,
+            model="m",
+            log_path=folder / "engine.log",
+            start_seconds=start_seconds,
+            stall_seconds=stall_seconds,
+        )
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessEngine]:
+    with opened(tmp_path_factory.mktemp("engine")) as made:
+        yield made
+
+
+def collect(engine: ProcessEngine, *requests: Request) -> dict[int, Result]:
+    found: dict[int, Result] = {}
+    for result in engine.generate(Requests(*requests)):
+        assert result.id not in found, "two results for one request"
+        found[result.id] = result
+    return found
+
+
+def requests(first: int, last: int, content: str = "hello") -> list[Request]:
+    return [make_request(n, content) for n in range(first, last + 1)]
+
+
+# --- sessions ---
+
+
+def test_process_says_what_its_engine_can_do(engine: ProcessEngine) -> None:
+    assert (engine.capabilities.model, engine.capabilities.engine) == ("m", "simulated")
+    assert engine.num_slots == 4
+    assert engine.count_tokens(make_request(1, "x" * 40)) == 14
+
+
+def test_every_request_of_every_session_is_answered_once(engine: ProcessEngine) -> None:
+    for session in range(5):
+        asked = requests(100 * session, 100 * session + 30)
+        assert set(collect(engine, *asked)) == {request.id for request in asked}
+    assert collect(engine) == {}, "a session without a request"
+    assert set(collect(engine, make_request(1))) == {1}
+
+
+def test_long_prompt_and_long_answer_pass(engine: ProcessEngine) -> None:
+    text = "x" * 20_000_000
+    (result,) = collect(engine, make_request(1, f"[[reply={text}]]")).values()
+    assert result.text == text
+
+
+def test_leaving_a_session_early_aborts_it_and_the_next_one_is_clean(
+    engine: ProcessEngine,
+) -> None:
+    asked = [make_request(1), *requests(2, 20, LONG)]
+    with closing(engine.generate(Requests(*asked))) as results:
+        assert next(results).id == 1
+    assert set(collect(engine, *requests(21, 30))) == set(range(21, 31))
+
+
+def test_aborted_request_frees_its_slot_and_has_no_result(engine: ProcessEngine) -> None:
+    source = Requests(*requests(1, 4, LONG), *requests(5, 12))
+    source.aborted.update({1, 2, 3, 4})  # all slots would be taken for a quarter of an hour
+    assert {result.id for result in engine.generate(source)} == set(range(5, 13))
+
+
+def test_idle_session_takes_requests_that_come_later(engine: ProcessEngine) -> None:
+    source = Requests(held_open=True)
+
+    def feed() -> None:
+        source._waiting += requests(1, 3)  # noqa: SLF001 - our own
+        source.held_open = False
+
+    timer = threading.Timer(0.05, feed)
+    timer.start()
+    assert {result.id for result in engine.generate(source)} == {1, 2, 3}
+    timer.join()
+
+
+def test_sessions_leak_no_descriptor(engine: ProcessEngine, tmp_path: Path) -> None:
+    collect(engine, make_request(1))
+    before = sorted(descriptors())
+    there = sorted(psutil.Process(engine.pid).open_files())
+    for session in range(20):
+        collect(engine, *requests(10 * session, 10 * session + 5))
+    assert sorted(descriptors()) == before
+    assert sorted(psutil.Process(engine.pid).open_files()) == there
+    for _ in range(3):
+        with opened(tmp_path) as another:
+            collect(another, make_request(1))
+    assert sorted(descriptors()) == before
+
+
+def test_closing_ends_the_process_and_may_be_repeated(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        process = psutil.Process(engine.pid)
+        engine.close()
+        assert not process.is_running()
+    with pytest.raises(EngineDied):
+        collect(engine, make_request(1))
+
+
+# --- deaths ---
+
+
+def test_suspects_of_a_crash_are_exactly_the_requests_that_had_started(tmp_path: Path) -> None:
+    asked = [
+        make_request(1, "[[tokens=1]]"),
+        *requests(2, 4, LONG),
+        make_request(5, "[[fault=crash]]"),  # starts when the first has ended
+        *requests(6, 8),  # in the engine's hands, and not started
+    ]
+    with opened(tmp_path) as engine:
+        results = engine.generate(Requests(*asked))
+        assert next(results).id == 1
+        with pytest.raises(EngineDied, match="SIGKILL with 4 requests") as caught:
+            next(results)
+        assert caught.value.suspects == {2, 3, 4, 5}
+        assert type(caught.value) is EngineDied
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_engine_is_reported_with_what_it_was_at(tmp_path: Path, number: int) -> None:
+    asked = [make_request(1, "[[tokens=1]]"), *requests(2, 4, LONG)]
+    with opened(tmp_path) as engine:
+        results = engine.generate(Requests(*asked, held_open=True))
+        assert next(results).id == 1
+        os.kill(engine.pid, number)
+        with pytest.raises(EngineDied, match=signal.Signals(number).name) as caught:
+            next(results)
+        assert caught.value.suspects == {2, 3, 4}
+        assert not psutil.pid_exists(engine.pid)
+
+
+def test_killed_engine_that_was_idle_suspects_nobody(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied) as caught:
+            collect(engine, make_request(1))
+        assert caught.value.suspects == frozenset()
+
+
+@pytest.mark.parametrize("how", ["hang", "stopped"])
+def test_engine_without_progress_is_ended(tmp_path: Path, how: str) -> None:
+    with opened(tmp_path, stall_seconds=0.5) as engine:
+        if how == "hang":
+            asked = [make_request(1, "[[tokens=1]]"), make_request(2, "[[fault=hang]]")]
+            results = engine.generate(Requests(*asked, held_open=True))
+        else:
+            asked = [make_request(1, "[[tokens=1]]"), make_request(2, LONG)]
+            results = engine.generate(Requests(*asked, held_open=True))
+            assert next(results).id == 1
+            os.kill(engine.pid, signal.SIGSTOP)
+        with pytest.raises(EngineTimedOut) as caught:
+            list(results)
+        assert 2 in caught.value.suspects
+        assert not psutil.pid_exists(engine.pid)
+
+
+def test_slow_engine_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
+    slow = CONFIG.model_copy(update={"step_seconds": 0.05})
+    # Half a second for an answer that takes two: steps are progress.
+    with opened(tmp_path, slow, stall_seconds=1.2) as engine:
+        assert set(collect(engine, make_request(1, "[[tokens=40]]"))) == {1}
+
+
+def test_engine_out_of_memory_says_so(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine, pytest.raises(EngineOutOfMemory, match="out of memory"):
+        collect(engine, make_request(1, "[[fault=oom]]"))
+
+
+# --- starting ---
+
+
+def test_engine_that_is_configured_badly_says_how(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"ledger": str(tmp_path / "no" / "ledger")})
+    before = sorted(descriptors())
+    with pytest.raises(EngineMisconfigured, match="ledger"), opened(tmp_path, config):
+        pass
+    assert sorted(descriptors()) == before
+
+
+def test_engine_that_dies_while_it_loads_points_to_its_log(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"load_seconds": 600})
+
+    def load() -> None:
+        with opened(tmp_path, config):
+            pass
+
+    others = {child.pid for child in psutil.Process().children()}
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load)
+        (child,) = await_engines(os.getpid(), others)
+        child.kill()
+        with pytest.raises(EngineDied, match=r"SIGKILL.*engine\.log") as caught:
+            loading.result(30)
+    assert caught.value.suspects == frozenset()
+
+
+def test_engine_that_takes_too_long_to_load_is_ended(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"load_seconds": 600})
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(EngineTimedOut), opened(tmp_path, config, start_seconds=1.0):
+        pass
+    assert {child.pid for child in psutil.Process().children()} == before
+
+
+# --- nothing outlives the worker ---
+
+WORKER = """
+import sys
+from pathlib import Path
+from engine.config import SimulatedConfig
+from engine.process import ProcessEngine
+from tests.unit.engine.test_process import Requests, LONG
+from tests.builders import make_request
+
+engine = ProcessEngine(
+    SimulatedConfig(load_seconds=float(sys.argv[2])), model="m", log_path=Path(sys.argv[1])
+)
+print("ready", flush=True)
+list(engine.generate(Requests(make_request(1, LONG))))
+"""
+
+
+@pytest.mark.parametrize("load_seconds", [0, 600], ids=["working", "loading"])
+def test_engine_ends_with_its_worker(tmp_path: Path, load_seconds: int) -> None:
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "log"), str(load_seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
+        try:
+            (engine,) = await_engines(worker.pid)
+            if load_seconds:
+                await_true(lambda: len(engine.cmdline()) > 2 and bool(engine.threads()[1:]))
+            else:
+                assert worker.stdout is not None
+                assert worker.stdout.readline() == b"ready\n"
+        finally:
+            worker.kill()
+        psutil.wait_procs([engine], timeout=10)
+        assert not engine.is_running()
+
+
+def await_engines(parent: int, others: Collection[int] = ()) -> list[psutil.Process]:
+    """Return the engine processes of `parent` but `others`, once there are any."""
+    found: list[psutil.Process] = []
+
+    def look() -> bool:
+        children = psutil.Process(parent).children()
+        found[:] = [child for child in children if child.pid not in others and is_engine(child)]
+        return bool(found)
+
+    await_true(look)
+    return found
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return "engine.host" in process.cmdline()
+    except psutil.Error:
+        return False
