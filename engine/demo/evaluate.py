@@ -60,7 +60,8 @@ def answer(
             padding_side="left",
             add_special_tokens=False,
         ).to(model.device)
-        tokens = model.generate(
+        generate: Any = model.generate  # typed as a tensor by the library
+        tokens = generate(
             input_ids=encoded["input_ids"],
             attention_mask=encoded["attention_mask"],
             do_sample=False,
@@ -114,7 +115,8 @@ def load(path: Path, *, nf4: bool = False) -> tuple[PreTrainedModel, PreTrainedT
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
-    return model, AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    return model, tokenizer
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from itertools import count, islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -185,7 +186,7 @@ def answer_loss(
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside the layers and AdamW for everything else.
 
-    Source: Jordan 2024, Muon; here it reaches a given loss in fewer steps than AdamW alone.
+    Source: Jordan 2024, Muon.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]  # noqa: PLR2004
     chosen = {id(parameter) for parameter in matrices}
@@ -253,7 +254,7 @@ def train(
         if now - saved > CHECKPOINT_SECONDS:
             saved = now
             save(average, tokenizer, out)
-    return average
+    return cast("LlamaForCausalLM", average)
 
 
 def _log(**values: float) -> None:
@@ -263,7 +264,8 @@ def _log(**values: float) -> None:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the weights as bfloat16, with the configuration, the tokenizer and the template."""
-    packed = deepcopy(model).to(torch.bfloat16)
+    packed: Any = deepcopy(model)
+    packed.to(torch.bfloat16)
     packed.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=END, pad_token_id=PAD, max_length=None, max_new_tokens=256
     )

@@ -73,7 +73,9 @@ def make_lines(count: int) -> list[bytes]:
 class Arms:
     """Both arms over one running engine process."""
 
-    def __init__(self, app: App, engine: ProcessEngine, sandbox: Sandbox, lines: list[bytes]):
+    def __init__(
+        self, app: App, engine: ProcessEngine, sandbox: Sandbox, lines: list[bytes]
+    ) -> None:
         self._app = app
         self._engine = engine
         self._sandbox = sandbox

@@ -31,6 +31,11 @@ def submit(client: Client, path: Path) -> str:
     return client.create_batch(input_file_id=file.id, endpoint=CHAT).id
 
 
+def await_growth(bench: Bench) -> None:
+    before = bench.generated_tokens()
+    await_true(lambda: bench.generated_tokens() > before)
+
+
 def test_kills_of_the_server_and_its_engine_lose_and_double_nothing(
     bench: Bench, rng: random.Random
 ) -> None:
@@ -42,8 +47,7 @@ def test_kills_of_the_server_and_its_engine_lose_and_double_nothing(
         with serving(bench) as (process, client):
             if not batch_id:
                 batch_id = submit(client, bench.input)
-            before = bench.generated_tokens()
-            await_true(lambda before=before: bench.generated_tokens() > before)
+            await_growth(bench)
             time.sleep(rng.uniform(0.0, 1.0))
             tree = tree_of(process)
             with suppress(psutil.NoSuchProcess):

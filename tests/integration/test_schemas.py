@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import pytest
@@ -28,7 +29,7 @@ def line_of(number: int) -> str:
     return json.dumps({"custom_id": f"s{number}", "method": "POST", "url": url, "body": body})
 
 
-def run(folder: Path, num_lines: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def run(folder: Path, num_lines: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     source, output, errors = (folder / name for name in ("in.jsonl", "out.jsonl", "err.jsonl"))
     source.write_text("".join(line_of(number) + "\n" for number in range(num_lines)))
     done = subprocess.run(
@@ -54,12 +55,12 @@ def check(folder: Path, num_lines: int) -> None:
     assert sorted(ids) == sorted(f"s{number}" for number in range(num_lines))
     misfits = []
     for line in answered:
-        number = int(str(line["custom_id"])[1:])
-        body = line["response"]["body"]  # type: ignore[index]
+        number = int(line["custom_id"][1:])
+        body = line["response"]["body"]
         answer = json.loads(body["choices"][0]["message"]["content"])
         if not jsonschema_rs.is_valid(make_schema(number), answer, validate_formats=True):
             misfits.append(line["custom_id"])
-    codes = Counter(line["response"]["body"]["error"]["code"] for line in failed)  # type: ignore[index]
+    codes = Counter(line["response"]["body"]["error"]["code"] for line in failed)
     share = 100 * len(answered) / num_lines
     print(f"\n{num_lines} schemas: {share:.1f} % answered, {len(misfits)} misfits, {dict(codes)}")
     assert not misfits

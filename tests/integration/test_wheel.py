@@ -22,7 +22,7 @@ def _run(command: Sequence[str | Path], *, folder: Path) -> str:
         for name, value in os.environ.items()
         if name not in hidden and not name.startswith("BATCHCTL_")
     }
-    ran = subprocess.run(  # noqa: S603  our own commands
+    ran = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
         env=environment,
