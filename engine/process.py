@@ -77,6 +77,7 @@ class ProcessEngine:
         self._started: set[int] = set()
         self._progress = 0
         self._credit = 0
+        self._fatal: errors.EngineError | None = None
         self.last_progress = time.monotonic()
         ours, theirs = socket.socketpair()
         self._socket = ours
@@ -157,6 +158,8 @@ class ProcessEngine:
                     elif isinstance(message, wire.End):
                         finished = True
                         return
+                if self._fatal is not None:
+                    raise self._fatal
                 self._drop_aborted(source)
                 self._check_stall()
         finally:
@@ -222,6 +225,10 @@ class ProcessEngine:
         raise errors.EngineTimedOut(f"The engine did not answer in time. See {self._log_path}.")
 
     def _receive_some(self, seconds: float) -> list[wire.FromEngine]:
+        if self._fatal is not None:
+            raise self._fatal
+        if self._socket.fileno() < 0:
+            self._raise_death()
         readable, _, _ = select.select([self._socket], [], [], seconds)
         if not readable:
             return []
@@ -249,8 +256,8 @@ class ProcessEngine:
                 self.last_progress = time.monotonic()
             elif isinstance(message, wire.Fatal):
                 self._kill()
-                kind = _ERRORS.get(message.code, errors.EngineError)
-                raise kind(message.message)
+                # Raised behind the results that came before it.
+                self._fatal = _ERRORS.get(message.code, errors.EngineError)(message.message)
 
     def _check_stall(self) -> None:
         if self._in_flight and time.monotonic() - self.last_progress > self._stall_seconds:
@@ -263,10 +270,9 @@ class ProcessEngine:
             )
 
     def _send(self, message: wire.ToEngine) -> None:
-        try:
+        # Nobody listens any more: the next receive finds that out, behind what was sent before.
+        with contextlib.suppress(OSError):
             self._socket.sendall(wire.encode_frame([message]))
-        except OSError:
-            self._raise_death()
 
     def _raise_death(self) -> None:
         suspects = frozenset(self._started & self._in_flight)

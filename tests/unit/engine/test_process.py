@@ -191,6 +191,40 @@ def test_killed_engine_is_reported_with_what_it_was_at(tmp_path: Path, number: i
         assert not psutil.pid_exists(engine.pid)
 
 
+def test_results_that_were_sent_before_the_end_are_kept(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"slots": 1})
+    asked = [*requests(1, 2), make_request(3, "[[fault=oom]]")]
+    with opened(tmp_path, config) as engine:
+        results = engine.generate(Requests(*asked))
+        assert next(results).id == 1
+        # The engine goes on while nobody reads; then it gives up.
+        await_true(lambda: has_ended(engine))
+        assert next(results).id == 2
+        with pytest.raises(EngineOutOfMemory):
+            next(results)
+
+
+def test_request_whose_result_was_sent_is_no_suspect(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    config = CONFIG.model_copy(update={"ledger": str(ledger)})
+    asked = [make_request(1, "[[tokens=1]]"), make_request(2, "[[tokens=5]]")]
+    with opened(tmp_path, config) as engine:
+        results = engine.generate(Requests(*asked, *requests(3, 30, LONG)))
+        assert next(results).id == 1
+        steps = ledger.stat().st_size // 4
+        await_true(lambda: ledger.stat().st_size // 4 > steps + 20)  # the second is long over
+        os.kill(engine.pid, signal.SIGKILL)
+        await_true(lambda: has_ended(engine))
+        assert next(results).id == 2
+        with pytest.raises(EngineDied) as caught:
+            next(results)
+        assert caught.value.suspects == {3, 4, 5, 6}
+
+
+def has_ended(engine: ProcessEngine) -> bool:
+    return psutil.Process(engine.pid).status() == psutil.STATUS_ZOMBIE
+
+
 def test_killed_engine_that_was_idle_suspects_nobody(tmp_path: Path) -> None:
     with opened(tmp_path) as engine:
         os.kill(engine.pid, signal.SIGKILL)
