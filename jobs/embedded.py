@@ -29,6 +29,7 @@ from jobs.domain.errors import (
     InternalError,
     LeaseLost,
     NotFound,
+    StorageError,
 )
 from jobs.domain.ids import UnitId, WorkerId, mint, mint_worker_id
 from jobs.domain.retry import RetryPolicy, Settlement, decide
@@ -171,7 +172,10 @@ class Embedded:
             try:
                 busy = turn()
             except BatchctlError as error:
-                log.error("loop_failed", loop=turn.__name__, code=error.code, error=error.message)
+                if error.retryable or self._fail_without_engine:  # else `failure` says it
+                    log.error(
+                        "loop_failed", loop=turn.__name__, code=error.code, error=error.message
+                    )
                 if not error.retryable:
                     self._fail(error)
                 self._stop.wait(_FAILURE_PAUSE_SECONDS)
@@ -236,10 +240,10 @@ class Embedded:
         except LeaseLost:
             log.info("lease_lost", unit_id=lease.unit_id)
         except BatchctlError as error:
-            log.error("unit_failed", unit_id=lease.unit_id, kind=lease.kind, error=error.message)
             self._settle(lease, error)
             if not self._fail_without_engine:
                 raise
+            log.error("unit_failed", unit_id=lease.unit_id, kind=lease.kind, error=error.message)
         finally:
             self._keeper.drop(lease.unit_id)
         self.app.doorbell.announce()
@@ -295,11 +299,16 @@ class Embedded:
             self._close_engine()
             if self._stop.is_set():
                 return False
-            log.error("engine_unavailable", model=model, code=error.code, error=error.message)
             if not self._fail_without_engine:
                 self._fail(error)
                 return False
+            log.error("engine_unavailable", model=model, code=error.code, error=error.message)
             self._end_one_shard(model, error)
+        except StorageError as error:
+            if self._fail_without_engine:
+                raise
+            self._fail(error)  # the feed has been patient already
+            return False
         return True
 
     def _next_model(self) -> str | None:

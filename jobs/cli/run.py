@@ -4,6 +4,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import typer
 from jobs.app import App, open_app
 from jobs.cli import exits, options, output, rundir
 from jobs.domain.batch import Batch, BatchStatus
-from jobs.domain.errors import BatchctlError, StorageError
+from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
 from jobs.embedded import Embedded, FolderLock
 from jobs.prepare import Source
@@ -77,8 +78,7 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Run a batch on this machine: requests in, answers out."""
-    options.check_output_place(output_file)
-    options.check_output_place(errors_file)
+    _check_places(input_file, output_file, errors_file)
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
     settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
@@ -266,8 +266,7 @@ def _deliver(
         _tell_problems(batch, as_json=as_json)
         return code
     if errors_file is None and batch.error_file_id is not None:
-        beside = output_file or Path(Path(input_name).name)
-        errors_file = beside.with_name(f"{beside.stem}.errors.jsonl")
+        errors_file = _beside(input_name, output_file)
     if output_file is not None:
         _copy(app, batch.output_file_id, output_file)
     elif not as_json:
@@ -345,13 +344,71 @@ def _copy(app: App, file_id: FileId | None, place: Path | None) -> None:
             with app.blobs.open_reader(key) as reader:
                 output.write_pieces(iter(lambda: reader.read(_COPY_BYTES), b""))
         return
-    if place.exists() and not place.is_file():  # a pipe or a device cannot be replaced
-        target = place
-    else:
-        target = place.with_name(f".{place.name}.part")
-    with target.open("wb") as written:
-        if key is not None:
-            with app.blobs.open_reader(key) as reader:
-                shutil.copyfileobj(reader, written, _COPY_BYTES)
-    if target is not place:
-        target.replace(place)
+    target = place if _is_special(place) else place.with_name(f".{place.name}.part")
+    try:
+        with target.open("wb") as written:
+            if key is not None:
+                with app.blobs.open_reader(key) as reader:
+                    shutil.copyfileobj(reader, written, _COPY_BYTES)
+        if target is not place:
+            target.replace(place)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if target is not place:
+            target.unlink(missing_ok=True)
+        raise StorageError(
+            f"{place} cannot be written: {error.strerror}. The answers are kept; once there is "
+            "room, or with another file, --resume writes them."
+        ) from error
+
+
+def _beside(input_name: str, output_file: Path | None) -> Path:
+    """Return where failed requests go when nobody says: beside the output, else here."""
+    beside = output_file or Path(Path(input_name).name or "in")
+    return beside.with_name(f"{beside.stem}.errors.jsonl")
+
+
+def _is_special(place: Path) -> bool:
+    """Return whether it is a pipe or a device, which cannot be replaced."""
+    return place.exists() and not place.is_file()
+
+
+def _check_places(input_file: str, output_file: Path | None, errors_file: Path | None) -> None:
+    """Check, before any work is done for them, that results can be written and overwrite no input.
+
+    Raises:
+        InvalidInput: they cannot, or would.
+    """
+    for place in (output_file, errors_file):
+        options.check_output_place(place)
+        if place is None or _is_special(place):
+            continue
+        try:
+            with tempfile.TemporaryFile(dir=place.absolute().parent):
+                pass
+        except OSError as error:
+            raise InvalidInput(
+                f"No file can be made beside {place}: {error.strerror}; choose another folder.",
+                param="output",
+            ) from None
+    errors_file = errors_file or _beside(input_file, output_file)
+    for option, place in (("--output", output_file), ("--errors", errors_file)):
+        if place is not None and _is_same(place, Path(input_file)):
+            raise InvalidInput(
+                f"{place} is the input and would be overwritten; choose another file with "
+                f"{option}.",
+                param="output",
+            )
+    if output_file is not None and _is_same(output_file, errors_file):
+        raise InvalidInput(
+            f"{output_file} is given for answers and for errors; choose two files.", param="output"
+        )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if _is_special(one):
+        return False
+    return one.resolve() == other.resolve() or (
+        one.exists() and other.exists() and one.samefile(other)
+    )
