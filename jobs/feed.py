@@ -241,6 +241,7 @@ class Feed:
             else:
                 self._queue.extendleft(reversed(spared))
             self._accuse(accused)
+            self._dry = False  # the reader looks again, behind the suspects
             touched = {h.shard.lease.unit_id: h.shard for h in accused}
         solo = accused[0].position if len(accused) == 1 else None
         for shard in touched.values():
