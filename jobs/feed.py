@@ -240,12 +240,16 @@ class Feed:
                     self._groups.append(spared)
             else:
                 self._queue.extendleft(reversed(spared))
-            self._accuse(accused)
+            convicted = self._accuse(accused)
             self._dry = False  # the reader looks again, behind the suspects
             touched = {h.shard.lease.unit_id: h.shard for h in accused}
         solo = accused[0].position if len(accused) == 1 else None
         for shard in touched.values():
             self._report_suspects(shard, solo)
+        if convicted is not None:
+            # Behind the report: the shard may end with this result.
+            with self._lock:
+                self._keep(*convicted)
 
     @property
     def num_results(self) -> int:
@@ -262,31 +266,25 @@ class Feed:
 
     # --- suspects ---
 
-    def _accuse(self, accused: list[_Held]) -> None:
-        if len(accused) == 1:
-            held = accused[0]
-            shard = held.shard
-            crashes = shard.solo_crashes[held.position] = (
-                shard.solo_crashes.get(held.position, 0) + 1
-            )
-            if crashes >= SOLO_CRASHES:
-                self._keep(
-                    held,
-                    Result(
-                        id=held.request.id,
-                        error=LineError(
-                            code="engine_crash",
-                            message=f"The engine died {crashes} times while it worked on this "
-                            "request alone.",
-                            status_code=500,
-                        ),
-                    ),
-                )
-            else:
-                self._groups.append([held])
-        elif accused:
+    def _accuse(self, accused: list[_Held]) -> tuple[_Held, Result] | None:
+        """Plan the next groups; return the request that is guilty beyond doubt, and its result."""
+        if len(accused) > 1:
             middle = len(accused) // 2
             self._groups.extendleft([accused[middle:], accused[:middle]])
+            return None
+        for held in accused:
+            before = held.shard.solo_crashes.get(held.position, 0)
+            crashes = held.shard.solo_crashes[held.position] = before + 1
+            if crashes < SOLO_CRASHES:
+                self._groups.append([held])
+                continue
+            error = LineError(
+                code="engine_crash",
+                message=f"The engine died {crashes} times while it worked on this request alone.",
+                status_code=500,
+            )
+            return held, Result(id=held.request.id, error=error)
+        return None
 
     def _begin_group(self) -> None:
         group = [h for h in self._groups.popleft() if not (h.shard.lost or h.shard.stopped)]
