@@ -12,6 +12,7 @@ from tests.builders import await_true, make_line, make_lines
 from tests.integration.runs import Ended, Folder
 
 GOOD = make_lines(3)
+SLOW = pytest.mark.slow  # each costs a process; what planning says of them has unit tests too
 
 
 @pytest.fixture
@@ -28,13 +29,14 @@ def folder(tmp_path: Path) -> Iterator[Folder]:
 @pytest.mark.parametrize(
     "content",
     [
-        b"\xef\xbb\xbf" + GOOD,
-        GOOD.replace(b"\n", b"\r\n"),
-        b"\n\n" + GOOD.replace(b"\n", b"\n \t\n"),
-        GOOD.rstrip(b"\n"),
-        b"\xef\xbb\xbf\r\n" + GOOD.replace(b"\n", b"\r\n\r\n").rstrip(),
+        pytest.param(
+            b"\xef\xbb\xbf\r\n" + GOOD.replace(b"\n", b"\r\n\r\n").rstrip(), id="all of it"
+        ),
+        pytest.param(b"\xef\xbb\xbf" + GOOD, id="BOM", marks=SLOW),
+        pytest.param(GOOD.replace(b"\n", b"\r\n"), id="CRLF", marks=SLOW),
+        pytest.param(b"\n\n" + GOOD.replace(b"\n", b"\n \t\n"), id="blank lines", marks=SLOW),
+        pytest.param(GOOD.rstrip(b"\n"), id="no last newline", marks=SLOW),
     ],
-    ids=["BOM", "CRLF", "blank lines", "no last newline", "all of it"],
 )
 def test_harmless_form_is_understood(folder: Folder, content: bytes) -> None:
     ended = folder.run_file(content)
@@ -48,28 +50,43 @@ def test_harmless_form_is_understood(folder: Folder, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "line", "code"),
     [
-        (b"", None, "empty_file"),
-        (GOOD + b"\xe9\n", 4, "invalid_utf8"),
-        (GOOD + b"[" * 10_000 + b"\n", 4, "nesting_too_deep"),
-        (b'{"a":' * 10_000 + b"\n" + GOOD, 1, "nesting_too_deep"),
-        (b"\r\n" + make_line("a").replace(b'"hello"', b"NaN"), 2, "invalid_json_line"),
-        (make_line("a").replace(b'"hello"', b"9" * 5000), 1, "invalid_json_line"),
-        (make_line("a").replace(b'"a"', b'"\\ud800"'), 1, "invalid_json_line"),
-        (GOOD + make_line("x", guided_json={"type": "nothing"}), 4, "invalid_schema"),
-        (GOOD + GOOD, 4, "duplicate_custom_id"),
-        (b"\x00" * 5000, 1, "invalid_json_line"),
-    ],
-    ids=[
-        "empty",
-        "not UTF-8",
-        "nested deeply",
-        "nested deeply at once",
-        "NaN",
-        "huge integer",
-        "lone surrogate",
-        "schema that is none",
-        "duplicates",
-        "zeros",
+        pytest.param(b"", None, "empty_file", id="empty"),
+        pytest.param(GOOD + b"\xe9\n", 4, "invalid_utf8", id="not UTF-8"),
+        pytest.param(
+            b'{"a":' * 10_000 + b"\n" + GOOD, 1, "nesting_too_deep", id="nested deeply at once"
+        ),
+        pytest.param(
+            GOOD + make_line("x", guided_json={"type": "nothing"}),
+            4,
+            "invalid_schema",
+            id="schema that is none",
+        ),
+        pytest.param(
+            GOOD + b"[" * 10_000 + b"\n", 4, "nesting_too_deep", id="nested deeply", marks=SLOW
+        ),
+        pytest.param(
+            b"\r\n" + make_line("a").replace(b'"hello"', b"NaN"),
+            2,
+            "invalid_json_line",
+            id="NaN",
+            marks=SLOW,
+        ),
+        pytest.param(
+            make_line("a").replace(b'"hello"', b"9" * 5000),
+            1,
+            "invalid_json_line",
+            id="huge integer",
+            marks=SLOW,
+        ),
+        pytest.param(
+            make_line("a").replace(b'"a"', b'"\\ud800"'),
+            1,
+            "invalid_json_line",
+            id="lone surrogate",
+            marks=SLOW,
+        ),
+        pytest.param(GOOD + GOOD, 4, "duplicate_custom_id", id="duplicates", marks=SLOW),
+        pytest.param(b"\x00" * 5000, 1, "invalid_json_line", id="zeros", marks=SLOW),
     ],
 )
 def test_bad_line_is_named(folder: Folder, content: bytes, line: int | None, code: str) -> None:
@@ -127,20 +144,31 @@ def run_measured(folder: Folder, *arguments: str) -> tuple[Ended, int]:
         ((".",), 3, ["is a folder", "name a file"]),
         (("utf16.jsonl",), 3, ["UTF-16", "save it as UTF-8"]),
         (("in.jsonl", "--model", "nobody"), 5, ["nobody", "simulated"]),
-        (("in.jsonl", "--model", "."), 3, ["config.json"]),
-        (("in.jsonl", "--endpoint", "/v1/embeddings"), 3, ["/v1/chat/completions"]),
+        pytest.param(("in.jsonl", "--model", "."), 3, ["config.json"], marks=SLOW),
+        pytest.param(
+            ("in.jsonl", "--endpoint", "/v1/embeddings"), 3, ["/v1/chat/completions"], marks=SLOW
+        ),
         (("in.jsonl", "--output", "."), 3, ["is a folder", "name a file"]),
         (("in.jsonl", "--output", "no/out.jsonl"), 3, ["no/out.jsonl", "does not exist"]),
         (("in.jsonl", "--output", "/proc/out.jsonl"), 3, ["/proc/out.jsonl", "another folder"]),
-        (("in.jsonl", "--errors", "/proc/err.jsonl"), 3, ["/proc/err.jsonl", "another folder"]),
+        pytest.param(
+            ("in.jsonl", "--errors", "/proc/err.jsonl"),
+            3,
+            ["/proc/err.jsonl", "another folder"],
+            marks=SLOW,
+        ),
         (("in.jsonl", "--output", "./in.jsonl"), 3, ["is the input", "--output"]),
         (("in.jsonl", "--output", "o", "--errors", "in.jsonl"), 3, ["is the input", "--errors"]),
-        (("x.errors.jsonl", "--output", "x.jsonl"), 3, ["is the input", "--errors"]),
+        pytest.param(
+            ("x.errors.jsonl", "--output", "x.jsonl"), 3, ["is the input", "--errors"], marks=SLOW
+        ),
         (("in.jsonl", "--output", "o", "--errors", "./o"), 3, ["choose two files"]),
         (("in.jsonl", "--schema", "list.json"), 3, ["list.json"]),
-        (("in.jsonl", "--schema", "broken.json"), 3, ["broken.json", "JSON"]),
+        pytest.param(
+            ("in.jsonl", "--schema", "broken.json"), 3, ["broken.json", "JSON"], marks=SLOW
+        ),
         (("table.csv",), 3, ["--prompt"]),
-        (("records.jsonl",), 3, ["--prompt"]),
+        pytest.param(("records.jsonl",), 3, ["--prompt"], marks=SLOW),
         (("in.jsonl", "--data", "in.jsonl"), 6, ["--data"]),
         (("-", "--resume"), 2, ["standard input", "--resume"]),
     ],
