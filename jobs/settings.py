@@ -131,9 +131,6 @@ class LeaseSettings(_Group):
     idle_poll_seconds: float = Field(
         default=1, gt=0, description="pause between looks for work when nothing rang"
     )
-    announce_seconds: float = Field(
-        default=30, gt=0, description="how often workers are told again of work nobody took"
-    )
     drain_seconds: float = Field(
         default=20, gt=0, description="how long a worker that stops may take to write what it has"
     )
@@ -161,7 +158,6 @@ _PROFILES: Mapping[str, Mapping[str, float]] = {
         "stall_seconds": 9,
         "watch_seconds": 0.2,
         "idle_poll_seconds": 0.1,
-        "announce_seconds": 1,
         "drain_seconds": 5,
     },
 }
