@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -16,6 +16,9 @@ from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import LineProblem
 from jobs.domain.errors import EngineMisconfigured, InvalidLine, NotFound
 from jobs.domain.request import Capabilities, Constraint
+
+if TYPE_CHECKING:
+    from engine.config import ConstraintBackend
 
 _SPILL_BUCKETS = 16
 _MAX_VERDICTS = 100_000
@@ -36,6 +39,10 @@ class Problems:
         if len(self.kept) > 2 * self.limit + 100:
             self.kept = self.first()
 
+    def count_more(self, number: int) -> None:
+        """Count further faults of lines that nobody kept."""
+        self.count += number
+
     def add_error(self, error: InvalidLine, line: int | None) -> None:
         """Add what is wrong with a line; None stands for the whole file."""
         self.add(
@@ -55,6 +62,7 @@ class Schemas:
         self._problems = problems
         self._chunk = chunk
         self.refuse = refuse
+        self.backend: ConstraintBackend | None = None
         self._verdicts: dict[bytes, InvalidLine | None] = {}
         self._waiting: dict[bytes, tuple[Constraint, list[int]]] = {}
 
@@ -78,7 +86,8 @@ class Schemas:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, {}
-        verdicts = self._checker.check_many([constraint for constraint, _ in waiting.values()])
+        constraints = [constraint for constraint, _ in waiting.values()]
+        verdicts = self._checker.check_many(constraints, backend=self.backend)
         for (key, (constraint, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
             error = self._judge(constraint, verdict)
             if len(self._verdicts) >= _MAX_VERDICTS:
@@ -157,6 +166,14 @@ class CustomIds:
         self._digests = bytearray()
 
 
+@dataclass(slots=True)
+class _Naming:
+    """The lines that name one model, or one of several: the first ones, and how many."""
+
+    first: list[int] = field(default_factory=list)
+    count: int = 0
+
+
 class Models:
     """Decides which model a file runs on, and which lines name another."""
 
@@ -175,7 +192,9 @@ class Models:
         self._describe = describe
         self._problems = problems
         self._override = override
-        self._lines: dict[str, list[int]] = {}
+        self._foreign: str | None = None
+        # Lines that name the override, the first other model, or (None) any further one.
+        self._naming: dict[str | None, _Naming] = {}
         self.capabilities: Capabilities | None = None
         self._unknown: dict[str, InvalidLine] = {}
         if override is not None:
@@ -185,9 +204,13 @@ class Models:
         """Note that `line` names `name`; return what its model can do, where that is known."""
         if self._override is not None:
             if name is not None:
-                lines = self._lines.setdefault(name, [])
-                if len(lines) < self._problems.limit:
-                    lines.append(line)
+                if self._foreign is None and name != self._override:
+                    self._foreign = name
+                group = name if name in {self._override, self._foreign} else None
+                naming = self._naming.setdefault(group, _Naming())
+                naming.count += 1
+                if len(naming.first) < self._problems.limit:
+                    naming.first.append(line)
             return self.capabilities
         if name is None:
             self._problems.add(
@@ -229,14 +252,15 @@ class Models:
 
     def finish(self) -> None:
         """Report lines that name a model which a chosen model cannot stand in for."""
-        if self._override is None or len(self._lines) <= 1:
+        if self._override is None or len(self._naming) <= 1:
             return
         # One foreign name throughout the file is a file written for another system; two names
         # mean that the caller wants two models.
-        names = list(self._lines)
-        kept = self._override if self._override in self._lines else names[0]
-        for name in names:
-            for line in self._lines[name] if name != kept else ():
+        kept = self._override if self._override in self._naming else self._foreign
+        for name, naming in self._naming.items():
+            if name == kept:
+                continue
+            for line in naming.first:
                 self._problems.add(
                     LineProblem(
                         code="mismatched_model",
@@ -246,3 +270,4 @@ class Models:
                         line=line,
                     )
                 )
+            self._problems.count_more(naming.count - len(naming.first))
