@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from engine import wire
 from engine.base import Source
@@ -55,6 +56,7 @@ class ProcessEngine:
         log_path: Path,
         start_seconds: float = 900.0,
         stall_seconds: float = 180.0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the process and wait until the model is loaded.
 
@@ -62,22 +64,26 @@ class ProcessEngine:
             log_path: where the process's own output goes.
             start_seconds: how long loading may take.
             stall_seconds: how long requests may be in flight without any progress.
+            stop: asked while loading; True gives it up.
 
         Raises:
             EngineMisconfigured: the model cannot be loaded as configured.
             EngineOutOfMemory: it does not fit.
             EngineDied: the process ended while loading.
             EngineTimedOut: loading took too long.
+            EngineUnavailable: it was told to stop.
         """
         self._log_path = log_path
         self._stall_seconds = stall_seconds
+        self._stop = stop
         self._config = config
         self._buffer = wire.FrameBuffer()
         self._in_flight: set[int] = set()
         self._started: set[int] = set()
         self._progress = 0
         self._credit = 0
-        self._fatal: errors.EngineError | None = None
+        self._fatal: wire.Fatal | None = None
+        self._session_over = True
         self.last_progress = time.monotonic()
         ours, theirs = socket.socketpair()
         self._socket = ours
@@ -91,7 +97,11 @@ class ProcessEngine:
                 stderr=log,
             )
         self._send(wire.Open(config.model_dump_json(), model))
-        ready = self._await_ready(time.monotonic() + start_seconds)
+        try:
+            ready = self._await_ready(time.monotonic() + start_seconds)
+        except BaseException:
+            self._kill()
+            raise
         self._capabilities = ready.capabilities
         self._num_slots = ready.num_slots
 
@@ -136,17 +146,17 @@ class ProcessEngine:
         """
         ended = False
         self._credit = 0
+        self._session_over = False
         self._send(wire.Submit([]))
         self.last_progress = time.monotonic()
-        finished = False
         try:
-            while True:
+            while not self._session_over:
                 starved = False
                 if self._credit and not ended:
                     taken = source.take(self._credit)
                     if taken is None:
                         ended = True
-                        self._send(wire.End())
+                        self._end_session()
                     elif taken:
                         self._submit(taken)
                     else:
@@ -155,15 +165,18 @@ class ProcessEngine:
                 for message in self._receive_some(wait):
                     if isinstance(message, wire.Results):
                         yield from self._finish(message.results)
-                    elif isinstance(message, wire.End):
-                        finished = True
-                        return
                 if self._fatal is not None:
-                    raise self._fatal
+                    self._raise_fatal(self._fatal)
                 self._drop_aborted(source)
-                self._check_stall()
+                # Without credit and without anything in flight, it owes us an answer as well.
+                if self._in_flight or ended or not self._credit:
+                    self._check_stall()
         finally:
-            if not finished and self._process.poll() is None and self._socket.fileno() >= 0:
+            if (
+                not self._session_over
+                and self._process.poll() is None
+                and self._socket.fileno() >= 0
+            ):
                 self._leave_session()
 
     def close(self) -> None:
@@ -189,6 +202,11 @@ class ProcessEngine:
                 self._started.discard(result.id)
                 yield result
 
+    def _end_session(self) -> None:
+        if not self._in_flight:
+            self.last_progress = time.monotonic()
+        self._send(wire.End())
+
     def _drop_aborted(self, source: Source) -> None:
         aborted = [i for i in self._in_flight if source.is_aborted(i)]
         if aborted:
@@ -205,8 +223,8 @@ class ProcessEngine:
         try:
             self._send(wire.End())
             deadline = time.monotonic() + self._stall_seconds
-            while not any(isinstance(m, wire.End) for m in self._receive(deadline)):
-                pass
+            while not self._session_over:
+                self._receive(deadline)
         except errors.EngineError:
             self.close()
 
@@ -221,12 +239,14 @@ class ProcessEngine:
             messages = self._receive_some(_WAIT_SECONDS)
             if messages:
                 return messages
+            if self._stop():
+                raise errors.EngineUnavailable("The engine was told to stop.")
         self._kill()
         raise errors.EngineTimedOut(f"The engine did not answer in time. See {self._log_path}.")
 
     def _receive_some(self, seconds: float) -> list[wire.FromEngine]:
         if self._fatal is not None:
-            raise self._fatal
+            self._raise_fatal(self._fatal)
         if self._socket.fileno() < 0:
             self._raise_death()
         readable, _, _ = select.select([self._socket], [], [], seconds)
@@ -256,11 +276,19 @@ class ProcessEngine:
                 self.last_progress = time.monotonic()
             elif isinstance(message, wire.Fatal):
                 self._kill()
-                # Raised behind the results that came before it.
-                self._fatal = _ERRORS.get(message.code, errors.EngineError)(message.message)
+                self._fatal = message  # raised behind the results that came before it
+            elif isinstance(message, wire.End):
+                self._session_over = True
+
+    def _raise_fatal(self, fatal: wire.Fatal) -> NoReturn:
+        """Raise what the engine reported; with requests in flight, one of them may be to blame."""
+        if self._in_flight:
+            suspects = frozenset(self._started & self._in_flight)
+            raise errors.EngineDied(fatal.message, suspects=suspects)
+        raise _ERRORS.get(fatal.code, errors.EngineError)(fatal.message)
 
     def _check_stall(self) -> None:
-        if self._in_flight and time.monotonic() - self.last_progress > self._stall_seconds:
+        if time.monotonic() - self.last_progress > self._stall_seconds:
             suspects = frozenset(self._started & self._in_flight)
             self._kill()
             raise errors.EngineTimedOut(

@@ -103,6 +103,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         or int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS),
         constraints=CONSTRAINT_KINDS,
         parameters=PARAMETERS,
+        constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"hf-{digest.hexdigest()}",
     )

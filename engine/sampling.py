@@ -40,9 +40,10 @@ def resolve_sampling(
     """
     asked = request.sampling
     model = model or OPENAI_DEFAULTS
+    temperature = float(_first(asked.temperature, defaults.temperature, model.temperature, 1.0))
     return SamplingParams(
         max_tokens=asked.max_tokens if asked.max_tokens is not None else defaults.max_tokens,
-        temperature=float(_first(asked.temperature, defaults.temperature, model.temperature, 1.0)),
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=float(_first(asked.top_p, defaults.top_p, model.top_p, 1.0)),
         top_k=max(0, int(_first(asked.top_k, defaults.top_k, model.top_k, 0))),
         seed=asked.seed if asked.seed is not None else defaults.seed,
@@ -54,6 +55,10 @@ def resolve_sampling(
 def is_greedy(resolved: SamplingParams) -> bool:
     """Return whether the same question always gets the same answer."""
     return resolved.temperature == 0 or resolved.top_k == 1
+
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: logits divided by it leave the range of float32."""
 
 
 def _first(*values: float | None) -> float:

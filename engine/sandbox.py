@@ -107,13 +107,19 @@ class Sandbox:
         """Return the verdict on one constraint."""
         return self.check_many([constraint])[0]
 
-    def check_many(self, constraints: Sequence[Constraint]) -> list[Verdict]:
+    def check_many(
+        self, constraints: Sequence[Constraint], *, backend: ConstraintBackend | None = None
+    ) -> list[Verdict]:
         """Return a verdict for each constraint, in their order; equal ones are compiled once.
+
+        Args:
+            backend: the library that will keep them; None: the sandbox's own.
 
         Raises:
             EngineUnavailable: the helper cannot be started.
         """
-        keys = [key_of(constraint) for constraint in constraints]
+        backend = backend or self._backend
+        keys = [backend.encode() + key_of(constraint) for constraint in constraints]
         with self._lock:
             verdicts: dict[bytes, Verdict | None] = {key: self._known.find(key) for key in keys}
             missing: dict[bytes, Constraint] = {
@@ -121,7 +127,7 @@ class Sandbox:
                 for key, constraint in zip(keys, constraints, strict=True)
                 if verdicts[key] is None
             }
-            compiled = self._compile(list(missing.values()))
+            compiled = self._compile(list(missing.values()), backend)
             for key, made in zip(missing, compiled, strict=True):
                 verdicts[key] = self._known.keep(key, made, weight=128 + len(made.message))
         return [verdict for key in keys if (verdict := verdicts[key]) is not None]
@@ -137,13 +143,13 @@ class Sandbox:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _compile(self, constraints: list[Constraint]) -> list[Verdict]:
+    def _compile(self, constraints: list[Constraint], backend: ConstraintBackend) -> list[Verdict]:
         verdicts: list[Verdict] = []
         died_at = -1
         while len(verdicts) < len(constraints):
             helper = self._start()
             try:
-                self._feed(helper, constraints, verdicts)
+                self._feed(helper, constraints, backend, verdicts)
             except TimeoutError:
                 # The item whose turn it was is the one that takes too long.
                 self._stop()
@@ -159,7 +165,11 @@ class Sandbox:
         return verdicts
 
     def _feed(
-        self, helper: subprocess.Popen[bytes], constraints: list[Constraint], into: list[Verdict]
+        self,
+        helper: subprocess.Popen[bytes],
+        constraints: list[Constraint],
+        backend: ConstraintBackend,
+        into: list[Verdict],
     ) -> None:
         """Keep a window of items in the pipe and collect their verdicts."""
         if helper.stdin is None:
@@ -168,7 +178,7 @@ class Sandbox:
         sizes: list[int] = []
         while len(into) < len(constraints):
             while sent < len(constraints) and len(sizes) < _IN_FLIGHT:
-                frame = _encode((constraints[sent], self._backend))
+                frame = _encode((constraints[sent], backend))
                 if sizes and sum(sizes) + len(frame) > _IN_FLIGHT_BYTES:
                     break
                 helper.stdin.write(_LENGTH.pack(len(frame)) + frame)

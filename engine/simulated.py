@@ -229,6 +229,7 @@ def describe(config: SimulatedConfig, model: str) -> Capabilities:
         engine="simulated",
         context_tokens=config.context_tokens,
         parameters=PARAMETERS,
+        constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"simulated-{zlib.crc32(config.model_dump_json().encode()):08x}",
     )

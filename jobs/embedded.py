@@ -11,8 +11,10 @@ import fcntl
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -22,6 +24,7 @@ from engine.sandbox import Sandbox
 from engine.supervisor import EngineSupervisor
 from jobs import finalizer, intake, runner, sweeper
 from jobs.app import App
+from jobs.domain.batch import LineProblem
 from jobs.domain.errors import (
     AlreadyLocked,
     BatchctlError,
@@ -37,9 +40,18 @@ from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.feed import FeedSettings
 from jobs.leases import LeaseKeeper, LeaseTimes
 from jobs.telemetry import log
-from storage import units
+from storage import batches, units
 
+MODEL_STAY_SECONDS = 60.0
+"""How long a model keeps the engine while another one waits for it."""
 _FAILURE_PAUSE_SECONDS = 1.0
+_STAY_LOOK_SECONDS = 5.0
+
+
+class Stopped(BatchctlError):
+    """The process is to end; what was begun is given back."""
+
+    code = "stopped"
 
 
 class FolderLock:
@@ -117,6 +129,11 @@ class Embedded:
         self._stop = threading.Event()
         self._supervisor: EngineSupervisor | None = None
         self._model: str | None = None
+        self._model_since = 0.0
+        self._may_stay = (0.0, True)
+        self._engine_failures = 0
+        self._swept_at: tuple[float, float] | None = None
+        self._reap_after = 0.0
         self._stack = ExitStack()
         self._threads = [
             threading.Thread(target=self._loop, args=(self._control,), name="control"),
@@ -143,7 +160,7 @@ class Embedded:
         """Flush what is finished, give the rest back, end the engine."""
         self.stop()
         for thread in self._threads:
-            thread.join(timeout=self.app.settings.leases.drain_seconds + 30)
+            thread.join()  # each looks at `_stop` often, and every wait of theirs is bounded
         if self._supervisor is not None:
             self._supervisor.close()
         self._keeper.close()
@@ -209,36 +226,20 @@ class Embedded:
         )
         if lease is None:
             return False
-        lines = [0]
-
-        def count(phase: str) -> Callable[[int], None]:
-            def note(n: int) -> None:
-                lines[0] = n
-                if self._on_progress is not None:
-                    self._on_progress(phase, n)
-
-            return note
-
+        progress = _Progress(self)
         self._keeper.hold(
-            lease, progress=lambda: lines[0], on_lost=_ignore, on_stopping=lambda _u, _s: None
+            lease, progress=progress.read, on_lost=_ignore, on_stopping=lambda _u, _s: None
         )
         try:
-            if lease.kind is UnitKind.PLAN:
-                intake.plan(
-                    self.app.db,
-                    self.app.blobs,
-                    lease,
-                    describe=self.app.describe,
-                    checker=self._sandbox,
-                    limits=self.app.plan_limits(),
-                    on_progress=count("planning"),
-                )
-            else:
-                finalizer.finalize(
-                    self.app.db, self.app.blobs, lease, on_progress=count("finalizing")
-                )
+            self._run_unit(lease, progress)
         except LeaseLost:
             log.info("lease_lost", unit_id=lease.unit_id)
+        except Stopped:
+            self._release(lease)
+        except finalizer.InputLost as error:
+            log.error("batch_failed", batch_id=lease.batch_id, code=error.code)
+            problem = LineProblem(code=error.code, message=error.message)
+            batches.give_up(self.app.db, lease, errors=[problem])
         except BatchctlError as error:
             self._settle(lease, error)
             if not self._fail_without_engine:
@@ -248,6 +249,33 @@ class Embedded:
             self._keeper.drop(lease.unit_id)
         self.app.doorbell.announce()
         return True
+
+    def _run_unit(self, lease: Lease, progress: "_Progress") -> None:
+        app = self.app
+        if lease.kind is UnitKind.FINALIZE:
+            note = progress.phase("finalizing")
+            finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
+            return
+        intake.plan(
+            app.db,
+            app.blobs,
+            lease,
+            describe=app.describe,
+            checker=self._sandbox,
+            limits=app.plan_limits(),
+            on_progress=progress.phase("planning"),
+        )
+
+    def note_progress(self, phase: str, num_lines: int) -> None:
+        """Pass on how far a plan or finalize unit is.
+
+        Raises:
+            Stopped: it is to be given back.
+        """
+        if self._stop.is_set():
+            raise Stopped("Told to stop.")
+        if self._on_progress is not None:
+            self._on_progress(phase, num_lines)
 
     def _settle(self, lease: Lease, error: BatchctlError) -> None:
         settlement = decide(
@@ -263,15 +291,32 @@ class Embedded:
         with suppress(LeaseLost):
             units.settle(self.app.db, lease, settlement)
 
+    def _release(self, lease: Lease) -> None:
+        with suppress(LeaseLost):
+            units.settle(self.app.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
+
     # --- sweep ---
 
     def _sweep(self) -> bool:
-        swept = sweeper.tick(self.app.db, rng=self._rng)
+        swept = sweeper.tick(self.app.db, rng=self._rng, reap=self._may_reap())
         if swept.reaped or swept.expired or swept.finished:
             log.info("swept", reaped=swept.reaped, expired=swept.expired, done=swept.finished)
             self.app.doorbell.announce()
-        self._stop.wait(self._times.lease_seconds / 6)
+        self._stop.wait(self.app.settings.leases.reap_seconds)
         return True
+
+    def _may_reap(self) -> bool:
+        """Return False for one lease after the machine slept, the clock jumped or we starved.
+
+        Until then, whoever holds a lease may not have had the time to renew it.
+        """
+        now, wall = time.monotonic(), self.app.db.now().timestamp()
+        if self._swept_at is not None:
+            gap = max(now - self._swept_at[0], wall - self._swept_at[1])
+            if gap > self._times.lease_seconds / 2 + self.app.settings.leases.reap_seconds:
+                self._reap_after = now + self._times.lease_seconds
+        self._swept_at = (now, wall)
+        return now >= self._reap_after
 
     # --- run shards ---
 
@@ -290,15 +335,18 @@ class Embedded:
                     worker_id=self._worker_id,
                     boot_id=self._boot_id,
                     settings=self._feed_settings(),
+                    may_claim=self._may_claim,
                 ),
                 supervisor,
                 model_keys=[model],
                 stop=self._stop,
             )
+            self._engine_failures = 0
         except (EngineError, NotFound) as error:
             self._close_engine()
             if self._stop.is_set():
                 return False
+            self._engine_failures += 1
             if not self._fail_without_engine:
                 self._fail(error)
                 return False
@@ -311,19 +359,37 @@ class Embedded:
             return False
         return True
 
-    def _next_model(self) -> str | None:
-        """Return a model that has work now: the present one if it has, else who waits longest."""
+    def _waiting_models(self) -> dict[str, datetime]:
+        """Return which models have shards that may run now, and since when."""
         now = self.app.db.now()
-        waiting = [
-            (one.oldest_at, one.model_key)
+        return {
+            one.model_key: one.oldest_at
             for one in units.list_pending(self.app.db)
             if one.kind is UnitKind.SHARD and one.model_key is not None and one.oldest_at <= now
-        ]
-        if not waiting:
-            return None
-        if any(model == self._model for _, model in waiting):
+        }
+
+    def _next_model(self) -> str | None:
+        """Return a model that has work now: the present one if it may stay, else the next."""
+        waiting = self._waiting_models()
+        if self._model in waiting and not self._is_stay_over(waiting):
             return self._model
-        return min(waiting)[1]
+        others = {model: since for model, since in waiting.items() if model != self._model}
+        return min(others or waiting, key=lambda model: waiting[model], default=None)
+
+    def _is_stay_over(self, waiting: dict[str, datetime]) -> bool:
+        """Return whether another model has waited long enough behind the present one."""
+        if time.monotonic() - self._model_since < MODEL_STAY_SECONDS:
+            return False
+        patience = self.app.db.now() - timedelta(seconds=MODEL_STAY_SECONDS)
+        return any(model != self._model and since < patience for model, since in waiting.items())
+
+    def _may_claim(self) -> bool:
+        """Return whether the present model may begin another shard; looks every few seconds."""
+        looked_at, may_stay = self._may_stay
+        if time.monotonic() - looked_at > _STAY_LOOK_SECONDS:
+            may_stay = not self._is_stay_over(self._waiting_models())
+            self._may_stay = (time.monotonic(), may_stay)
+        return may_stay
 
     def _engine_for(self, model: str) -> EngineSupervisor:
         if self._supervisor is None or self._model != model:
@@ -331,13 +397,17 @@ class Embedded:
             config = self.app.engine_config(model)
             leases = self.app.settings.leases
             self._model = model
+            self._model_since = time.monotonic()
+            self._may_stay = (self._model_since, True)
             self._supervisor = EngineSupervisor(
                 lambda: ProcessEngine(
                     config,
                     model=model,
                     log_path=self.app.folder / "engine.log",
                     stall_seconds=leases.stall_seconds,
-                )
+                    stop=self._stop.is_set,
+                ),
+                wait=self._stop.wait,
             )
         return self._supervisor
 
@@ -363,7 +433,7 @@ class Embedded:
             finished=False,
             stopped=None,
             retryable=error.retryable,
-            attempt=lease.attempt,
+            attempt=self._engine_failures,  # claims that a restart gave back are nobody's fault
             policy=self._policy,
             rng=self._rng,
             reason=f"{error.code}: {error.message}",
@@ -383,6 +453,26 @@ class Embedded:
             poll_seconds=min(0.5, leases.idle_poll_seconds),
             lease_seconds=leases.lease_seconds,
         )
+
+
+class _Progress:
+    """How many lines a plan or finalize unit has gone through."""
+
+    def __init__(self, owner: Embedded) -> None:
+        self._owner = owner
+        self._num_lines = 0
+
+    def read(self) -> int:
+        return self._num_lines
+
+    def phase(self, name: str) -> Callable[[int], None]:
+        """Return what to call with the number of lines."""
+
+        def note(num_lines: int) -> None:
+            self._num_lines = num_lines
+            self._owner.note_progress(name, num_lines)
+
+        return note
 
 
 def _ignore(_unit_id: UnitId) -> None:

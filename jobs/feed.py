@@ -46,6 +46,8 @@ READ_CHUNK_LINES = 64
 SOLO_CRASHES = 3
 """How often a line kills the engine alone, on the only worker, before it gets an error."""
 _TICK_SECONDS = 0.05
+_READ_CHUNK_BYTES = 8 << 20
+_MAX_QUEUED_BYTES = 64 << 20
 _MAX_BUFFERED_BYTES = 64 << 20
 
 
@@ -100,6 +102,7 @@ class _Held:
     position: int
     custom_id: str
     request: Request
+    num_bytes: int = 0
 
 
 class Feed:
@@ -118,8 +121,15 @@ class Feed:
         num_slots: int,
         progress: Callable[[], object],
         settings: FeedSettings,
+        may_claim: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Prepare to feed an engine of `num_slots` with shards of `model_keys`."""
+        """Prepare to feed an engine of `num_slots` with shards of `model_keys`.
+
+        Args:
+            progress: something that changes while the engine works; see LeaseKeeper.hold.
+            may_claim: asked before every claim; False lets the feed come to its end.
+        """
+        self._may_claim = may_claim
         self._db = db
         self._blobs = blobs
         self._keeper = keeper
@@ -403,9 +413,10 @@ class Feed:
             lease_seconds=self._settings.lease_seconds,
         )
         with self._lock:
-            shard.writing = None
-            shard.sequence += 1
-            self._buffered_bytes -= writing.num_bytes
+            if not shard.lost:  # else its bytes have been counted out
+                shard.writing = None
+                shard.sequence += 1
+                self._buffered_bytes -= writing.num_bytes
             self._lock.notify_all()
         if done:
             self._keeper.drop(lease.unit_id)
@@ -451,7 +462,8 @@ class Feed:
         failing_since: float | None = None
         while not self._stopping:
             with self._lock:
-                if len(self._queue) >= self._target:
+                num_bytes = sum(held.num_bytes for held in self._queue)
+                if len(self._queue) >= self._target or num_bytes >= _MAX_QUEUED_BYTES:
                     self._lock.wait(_TICK_SECONDS)
                     continue
                 # Suspects wait until everything else that is held has run, and run by themselves.
@@ -461,7 +473,7 @@ class Feed:
                     continue
             try:
                 rings = self._doorbell.wait(0)
-                if current is None:
+                if current is None and self._may_claim():
                     current = self._claim()
                 if current is None:
                     with self._lock:
@@ -530,8 +542,11 @@ class Feed:
         read: list[_Held] = []
         suspects: list[_Held] = []
         refused: list[tuple[_Held, LineError]] = []
+        more = False
         position = -1
+        num_bytes = 0
         for position, _, content in shard.lines:
+            num_bytes += len(content)
             self._next_id += 1
             try:
                 line = parse_line(content, endpoint=shard.batch.endpoint)
@@ -543,9 +558,11 @@ class Feed:
                 )
                 refused.append((_Held(shard, position, custom_id_of(content), request), refusal))
                 continue
-            held = _Held(shard, position, line.custom_id, line.to_request(self._next_id))
+            request = line.to_request(self._next_id)
+            held = _Held(shard, position, line.custom_id, request, len(content))
             (suspects if position in shard.suspects else read).append(held)
-            if len(read) >= READ_CHUNK_LINES:
+            more = len(read) >= READ_CHUNK_LINES or num_bytes >= _READ_CHUNK_BYTES
+            if more:
                 break
         with self._lock:
             for held, refusal in refused:
@@ -555,7 +572,7 @@ class Feed:
             if suspects:
                 middle = max(1, len(suspects) // 2)
                 self._groups.extend(g for g in (suspects[:middle], suspects[middle:]) if g)
-            return len(read) >= READ_CHUNK_LINES and not (shard.lost or shard.stopped)
+            return more and not (shard.lost or shard.stopped)
 
     def _give_up(self, shard: _OpenShard, error: StorageError) -> None:
         """End a shard whose lines cannot be read, now or ever; the others go on."""

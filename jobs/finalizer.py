@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from jobs.domain.batch import Batch
-from jobs.domain.errors import BatchctlError, BlobCorrupt
+from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing
 from jobs.domain.ids import mint_file_id
 from jobs.domain.request import custom_id_of
 from jobs.domain.result import LineError, Result, Usage, render_result
@@ -22,6 +22,13 @@ from storage.jsonl import UNLIMITED, decode_segment, read_lines
 
 OUTPUT_SECONDS = 30 * 86_400
 """How long output files are kept unless the batch says otherwise."""
+_MESSAGES = {
+    "engine_misconfigured": "The model of this batch cannot be loaded.",
+    "engine_out_of_memory": "The model of this batch does not fit in memory.",
+    "engine_unavailable": "The engine of this batch's model could not be kept running.",
+    "blob_missing": "The input of this batch is gone.",
+    "blob_corrupt": "The input of this batch changed after it was planned.",
+}
 _REASONS = {
     UnitState.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request ran."),
     UnitState.EXPIRED: ("batch_expired", "The batch's window ended before this request ran."),
@@ -32,6 +39,12 @@ class CountMismatch(BatchctlError):
     """The results do not add up to the lines; nothing is published."""
 
     code = "count_mismatch"
+
+
+class InputLost(BatchctlError):
+    """Lines without a result cannot be named, because the input is gone or changed."""
+
+    code = "input_lost"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,6 +75,7 @@ def finalize(
 
     Raises:
         CountMismatch: a line is missing or doubled.
+        InputLost: lines have no result, and the input that would name them cannot be read.
         LeaseLost: another worker finalizes this batch.
         BlobCorrupt, BlobMissing: a segment is not what was written.
     """
@@ -106,7 +120,13 @@ def _write_shard(writing: _Writing, shard: Shard, state: UnitState) -> None:
     if len(entries) < shard.num_lines:
         failed = state is UnitState.FAILED
         reason = units.get_exit(writing.db, shard.unit_id) if failed else None
-        entries += _missing(blobs, batch, shard, state, reason)
+        try:
+            entries += _missing(blobs, batch, shard, state, reason)
+        except (BlobMissing, BlobCorrupt) as error:
+            raise InputLost(
+                f"The input of batch {batch.id} cannot be read any more, and some of its requests "
+                "have no result. What is finished is kept in segments."
+            ) from error
     entries.sort(key=lambda entry: entry[0])
     lines: tuple[list[bytes], list[bytes]] = ([], [])
     for expected, (index, kind, line) in enumerate(entries, start=shard.first_index):
@@ -128,7 +148,9 @@ def _missing(
 ) -> Iterator[tuple[int, int, bytes]]:
     code, message = _REASONS.get(state, ("attempts_exhausted", "The request could not be run."))
     if exit_reason and ": " in exit_reason:
-        code, _, message = exit_reason.partition(": ")
+        # The rest is for the operator's log: it may name folders and hosts.
+        code = exit_reason.partition(": ")[0]
+        message = _MESSAGES.get(code, message)
     error = LineError(code=code, message=message)
     for position, _, content in read_lines(blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED):
         index = shard.first_index + position

@@ -142,6 +142,7 @@ class _Reading:
                 if capabilities is not None:
                     self._check(capabilities, content, number)
                     schemas.refuse = refuse or capabilities.refuses_unenforceable
+                    schemas.backend = capabilities.constraint_backend
                 if line.constraint is not None:
                     schemas.add(line.constraint, number)
                 ids.add(line.custom_id)

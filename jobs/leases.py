@@ -99,6 +99,8 @@ class LeaseKeeper:
                     self._renew()
             except StorageError as error:
                 log.warning("lease_renewal_failed", code=error.code)
+            except Exception:  # noqa: BLE001  without this thread every lease would be lost
+                log.exception("lease_renewal_crashed")
             self._fence()
 
     def _watch(self) -> None:

@@ -1,7 +1,7 @@
 """Feeds one engine from shard after shard until there is nothing left to claim."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ _STOP_POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
-    """What a worker works with."""
+    """What a worker works with; while `may_claim` says no, no further shard is begun."""
 
     db: Database
     blobs: BlobStore
@@ -29,6 +29,7 @@ class WorkerContext:
     worker_id: WorkerId
     boot_id: str
     settings: FeedSettings
+    may_claim: Callable[[], bool] = lambda: True
 
 
 def work(
@@ -59,6 +60,7 @@ def work(
         model_keys=model_keys,
         num_slots=engine.num_slots,
         progress=supervisor.progress,
+        may_claim=context.may_claim,
         settings=context.settings,
     )
     with feed, _stopped_by(stop, feed):
@@ -73,9 +75,13 @@ def work(
                     break
                 log.warning("engine_died", error=death.message, suspects=len(death.suspects))
                 feed.note_death(death.suspects)
-                supervisor.note_death(productive=feed.num_results > before or bool(death.suspects))
+                supervisor.note_death(
+                    productive=feed.num_results > before, suspects=bool(death.suspects)
+                )
                 engine = supervisor.open()
             else:
+                if feed.num_results > before:
+                    supervisor.note_work()
                 break
     return feed.num_results
 

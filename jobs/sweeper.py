@@ -16,13 +16,16 @@ class Swept:
     finished: int
 
 
-def tick(db: Database, *, rng: random.Random, limit: int = 100) -> Swept:
+def tick(db: Database, *, rng: random.Random, reap: bool = True, limit: int = 100) -> Swept:
     """Reap expired leases, stop overdue batches, hand finished ones to the finalizer.
 
     Any number of processes may do this at the same time; each turn is bounded by `limit`.
+
+    Args:
+        reap: whether expired leases are given up in this turn.
     """
     now = db.now()
-    reaped = units.reap(db, now=now, limit=limit, rng=rng)
+    reaped = units.reap(db, now=now, limit=limit, rng=rng) if reap else []
     expired = batches.expire_overdue(db, now=now, limit=limit)
     finished = batches.advance_finished(db, limit=limit, now=now)
     return Swept(reaped=len(reaped), expired=len(expired), finished=len(finished))

@@ -430,6 +430,38 @@ def complete(
     return _reload(tx, batch.id)
 
 
+@writes
+def give_up(
+    tx: Transaction,
+    lease: Lease,
+    *,
+    errors: Sequence[LineProblem],
+    now: datetime | None = None,
+) -> Batch:
+    """Return the batch after failing it: its files cannot be written, now or ever.
+
+    A repeated call changes nothing. Segments stay where they are.
+
+    Raises:
+        LeaseLost: the finalize unit is no longer ours.
+    """
+    held = lock_unit(tx, lease)
+    batch = lock_batch(tx, lease.batch_id)
+    if batch is None:
+        raise _no_such_batch(lease.batch_id)
+    if held:
+        now = now or tx.now()
+        batch = replace(
+            advance(batch, BatchEvent.INPUT_LOST, now=now),
+            errors=tuple(errors),
+            num_errors=len(errors),
+        )
+        save_batch(tx, batch)
+        insert_event(tx, batch, now=now)
+        end_unit(tx, lease, UnitState.DONE, reason="input_lost")
+    return _reload(tx, batch.id)
+
+
 def find_stopping(
     tx: Transaction, batch_ids: Collection[BatchId], *, now: datetime
 ) -> dict[BatchId, UnitState]:

@@ -9,8 +9,10 @@ Checksums = Literal["when_required", "when_supported"]
 
 
 class DatabaseSettings(BaseModel):
-    """Where the database is and how patient its clients are; the pool and the timeouts of
-    statements are Postgres's, SQLite has only `busy_timeout_seconds`.
+    """Where the database is and how patient its clients are.
+
+    The pool and the timeouts of statements are Postgres's; SQLite has only
+    `busy_timeout_seconds`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -113,6 +113,8 @@ class Stepper:
         """Drop a sequence, running or queued, before the next step."""
         self._scheduler.set_request_cancellation(key)
         self._scheduler.cached_tokens.pop(key, None)
+        # Offloading blocks new sequences until one ends; this one may have been the last to.
+        self._scheduler.block_new_requests = False
 
     def end(self, key: str, *, is_tainted: bool = False) -> int:
         """Free the cache of a sequence; return how much of its prompt was found there.

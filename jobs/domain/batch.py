@@ -5,6 +5,7 @@
         │  └────────────┴─► cancelling ─────────► cancelled
         └─► failed
 
+A batch whose input is gone before its missing lines could be named fails at the end as well.
 A batch past its deadline keeps its status until its shards have ended; `ending` says how the
 batch will end once its files are written.
 
@@ -53,6 +54,7 @@ class BatchEvent(StrEnum):
     CANCEL_REQUESTED = "cancel_requested"
     DEADLINE_PASSED = "deadline_passed"
     WRITTEN = "written"
+    INPUT_LOST = "input_lost"
 
 
 class BatchEnding(StrEnum):
@@ -138,6 +140,9 @@ _NEXT: dict[tuple[BatchStatus, BatchEvent], BatchStatus] = {
     (_S.CANCELLING, _E.DEADLINE_PASSED): _S.CANCELLING,
     (_S.CANCELLING, _E.SHARDS_ENDED): _S.CANCELLING,
     (_S.CANCELLING, _E.WRITTEN): _S.CANCELLED,
+    # The lines without a result cannot even be named any more.
+    (_S.FINALIZING, _E.INPUT_LOST): _S.FAILED,
+    (_S.CANCELLING, _E.INPUT_LOST): _S.FAILED,
 }
 _ENDED = {
     BatchEnding.COMPLETED: _S.COMPLETED,

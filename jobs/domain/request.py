@@ -85,6 +85,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         engine: "hf", "simulated", ...
         context_tokens: prompt and answer together.
         parameters: names of the body's fields that the engine obeys.
+        constraint_backend: which library keeps constraints while generating.
         refuses_unenforceable: whether a schema that cannot be kept while generating is refused,
             and not only validated after.
         fingerprint: changes whenever answers could change.
@@ -96,6 +97,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     context_tokens: int = 2048
     constraints: tuple[ConstraintKind, ...] = CONSTRAINT_KINDS
     parameters: tuple[str, ...] = ()
+    constraint_backend: Literal["llguidance", "outlines_core"] = "llguidance"
     refuses_unenforceable: bool = False
     fingerprint: str = ""
 

@@ -93,6 +93,31 @@ def test_a_line_that_kills_the_engine_costs_only_itself(bench: Bench) -> None:
     assert '"code":"engine_crash"' in error
 
 
+def test_a_line_that_exhausts_the_memory_costs_only_itself(bench: Bench) -> None:
+    bench.model_options = {"step_seconds": 0.001}
+
+    def line(number: int) -> str:
+        return request_line(number, "[[fault=oom]]" if number == 30 else "hello")
+
+    bench.write_input(100, line)
+    process = bench.start_run()
+    assert process.wait(timeout=180) == 4, bench.stderr()
+    assert sorted(bench.custom_ids()) == sorted(f"r{n}" for n in range(100))
+    (error,) = bench.errors.read_text().splitlines()
+    assert '"custom_id":"r30"' in error
+
+
+def test_ctrl_c_while_the_model_loads_ends_at_once(bench: Bench) -> None:
+    bench.model_options = {"load_seconds": 60}
+    bench.write_input(10)
+    process = bench.start_run()
+    await_true(lambda: any("engine.host" in p.cmdline() for p in tree_of(process)))
+    tree = tree_of(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=15) == 130, bench.stderr()
+    await_gone(tree)
+
+
 def test_a_line_that_hangs_the_engine_costs_only_itself(bench: Bench) -> None:
     bench.model_options = {"step_seconds": 0.001}
     bench.settings = {**FAST, "BATCHCTL_LEASES__STALL_SECONDS": "1.5"}

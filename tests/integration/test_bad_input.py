@@ -228,13 +228,6 @@ def test_engine_that_is_configured_badly_is_one_line(folder: Folder) -> None:
     folder.run_file(GOOD).assert_refused(9, "ledger")
 
 
-def test_engine_out_of_memory_stops_the_run_and_keeps_what_is_finished(folder: Folder) -> None:
-    content = GOOD + make_line("oom", "[[fault=oom]]") + b"\n"
-    folder.options = {"slots": 1}
-    ended = folder.run_file(content)
-    ended.assert_refused(9, "out of memory", "3 of 4", "--resume")
-
-
 def test_run_of_another_process_is_left_alone(folder: Folder) -> None:
     folder.options = {"step_seconds": 1.0}
     name = folder.write("in.jsonl", GOOD)

@@ -18,8 +18,8 @@ from engine.process import ProcessEngine
 from jobs.domain.errors import (
     EngineDied,
     EngineMisconfigured,
-    EngineOutOfMemory,
     EngineTimedOut,
+    EngineUnavailable,
 )
 from jobs.domain.request import Request
 from jobs.domain.result import Result
@@ -200,8 +200,9 @@ def test_results_that_were_sent_before_the_end_are_kept(tmp_path: Path) -> None:
         # The engine goes on while nobody reads; then it gives up.
         await_true(lambda: has_ended(engine))
         assert next(results).id == 2
-        with pytest.raises(EngineOutOfMemory):
+        with pytest.raises(EngineDied) as caught:
             next(results)
+        assert caught.value.suspects == {3}
 
 
 def test_request_whose_result_was_sent_is_no_suspect(tmp_path: Path) -> None:
@@ -257,9 +258,31 @@ def test_slow_engine_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
         assert set(collect(engine, make_request(1, "[[tokens=40]]"))) == {1}
 
 
-def test_engine_out_of_memory_says_so(tmp_path: Path) -> None:
-    with opened(tmp_path) as engine, pytest.raises(EngineOutOfMemory, match="out of memory"):
+def test_engine_out_of_memory_while_it_works_suspects_what_it_held(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine, pytest.raises(EngineDied, match="out of memory") as caught:
         collect(engine, make_request(1, "[[fault=oom]]"))
+    assert caught.value.suspects == {1}
+
+
+def test_engine_that_hangs_is_ended_even_when_nobody_waits_any_more(tmp_path: Path) -> None:
+    with opened(tmp_path, stall_seconds=0.5) as engine:
+        source = Requests(make_request(1, "[[fault=hang]]"), held_open=True)
+        source.aborted.add(1)
+        source.held_open = False
+        with pytest.raises(EngineTimedOut):
+            list(engine.generate(source))
+        assert not psutil.pid_exists(engine.pid)
+
+
+def test_loading_is_given_up_when_told_to_stop(tmp_path: Path) -> None:
+    slow = CONFIG.model_copy(update={"load_seconds": 60.0})
+    told = threading.Event()
+    threading.Timer(0.3, told.set).start()
+    log_path = tmp_path / "engine.log"
+    before = psutil.Process().children()
+    with pytest.raises(EngineUnavailable):
+        ProcessEngine(slow, model="m", log_path=log_path, stop=told.is_set)
+    assert psutil.Process().children() == before
 
 
 # --- starting ---

@@ -4,14 +4,14 @@ from datetime import timedelta
 import pytest
 
 from jobs import finalizer
-from jobs.domain.batch import Batch, BatchStatus
+from jobs.domain.batch import Batch, BatchStatus, LineProblem
 from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing, LeaseLost
 from jobs.domain.result import Result, Usage, render_result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Lease, Segment, UnitKind, UnitState, bitmap
-from jobs.finalizer import CountMismatch
+from jobs.finalizer import CountMismatch, InputLost
 from storage import batches, files, segments, units
-from storage.blobs.base import segment_key
+from storage.blobs.base import input_key, segment_key
 from storage.jsonl import encode_segment
 from tests.builders import Bench, ScriptedEngine, Worker, ids_of, make_lines
 
@@ -111,7 +111,7 @@ def test_results_that_do_not_add_up_are_not_published(
 @pytest.mark.parametrize(
     ("reason", "code", "message"),
     [
-        ("engine_misconfigured: There is no GPU: none.", "engine_misconfigured", "There is no GPU"),
+        ("engine_misconfigured: /srv/m: none.", "engine_misconfigured", "cannot be loaded."),
         ("attempts_exhausted", "attempts_exhausted", "could not be run"),
         ("stuck", "attempts_exhausted", "could not be run"),
     ],
@@ -184,3 +184,20 @@ def test_progress_is_told_shard_by_shard(bench: Bench) -> None:
     lease = bench.claim(UnitKind.FINALIZE)
     finalizer.finalize(bench.db, bench.blobs, lease, on_progress=told.append)
     assert told == [2, 4, 5]
+
+
+def test_input_that_is_gone_with_lines_unanswered_is_said_and_ends_the_batch(bench: Bench) -> None:
+    batch = bench.submit_planned(make_lines(2))
+    lease = bench.claim(UnitKind.SHARD)
+    reason = "blob_missing: There is no blob."
+    units.settle(bench.db, lease, Settlement(state=UnitState.FAILED, exit=reason))
+    bench.blobs.delete(input_key(batch.input_file_id))
+    finalize_lease = bench.claim(UnitKind.FINALIZE)
+    with pytest.raises(InputLost):
+        finalizer.finalize(bench.db, bench.blobs, finalize_lease)
+    problem = LineProblem(code="input_lost", message="gone")
+    batches.give_up(bench.db, finalize_lease, errors=[problem])
+    ended = batches.get(bench.db, batch.id)
+    assert ended.status is BatchStatus.FAILED
+    assert ended.errors == (problem,)
+    assert ended.output_file_id is None
