@@ -15,6 +15,7 @@ from jobs.settings import Settings, resolve_model
 from jobs.wakeups import Doorbell
 from storage.blobs import open_blobs
 from storage.blobs.base import BlobStore
+from storage.blobs.local import FolderBlobs
 from storage.database import Database, check_schema, open_database, upgrade
 
 
@@ -63,6 +64,14 @@ class App:
                 f"{', '.join(models)}.",
                 param="model",
             )
+
+    def remove_leftovers(self) -> None:
+        """Free what killed writers left among the blobs; only for the holder of the folder's lock.
+
+        Blobs outside the folder may have other writers, so nothing is done about those.
+        """
+        if isinstance(self.blobs, FolderBlobs) and self.settings.blobs.folder is None:
+            self.blobs.remove_leftovers()
 
     def plan_limits(self) -> PlanLimits:
         """Return what the settings say about inputs and shards."""

@@ -1,12 +1,13 @@
 """`batchctl run`: one batch, here and now, without a server."""
 
+import json
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,12 +15,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from jobs import fields
 from jobs.app import App, open_app
+from jobs.catalogue import EngineChoice
 from jobs.cli import exits, options, output, rundir
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
-from jobs.embedded import Embedded, FolderLock
+from jobs.embedded import Embedded
 from jobs.prepare import Source
 from jobs.settings import Settings, resolve_model
 from storage import batches, files
@@ -53,8 +56,8 @@ def run(
         ),
     ] = None,
     engine: Annotated[
-        Literal["auto", "hf", "simulated"], typer.Option(help="What runs the model.")
-    ] = "auto",
+        EngineChoice | None, typer.Option(help="What runs the model; auto if nothing says.")
+    ] = None,
     quantization: Annotated[
         Literal["none", "nf4"] | None, typer.Option(help="nf4 keeps weights in 4 bits.")
     ] = None,
@@ -82,7 +85,7 @@ def run(
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
     settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
-    name, settings, told = _choose_model(settings, model, engine, quantization, prompt)
+    name, settings, told = _choose_model(settings, model, engine or "auto", quantization, prompt)
     making = options.Making.of(
         prompt=prompt,
         system=system,
@@ -109,9 +112,12 @@ def run(
         def pieces() -> Iterator[bytes]:
             return making.prepare(source, endpoint)
 
-        folder = _find_or_create(settings, plan, source, pieces, resume=resume)
-    with FolderLock(folder), open_app(settings, folder=folder, any_model=True) as app:
-        batch = _execute(app, folder, quiet=as_json)
+        held = _find_or_create(settings, plan, source, pieces, resume=resume)
+    with held.lock, open_app(settings, folder=held.folder, any_model=True) as app:
+        app.remove_leftovers()
+        if held.told is not None:
+            output.say(held.told)
+        batch = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
         code = _deliver(app, batch, source.name, output_file, errors_file, as_json=as_json)
     raise typer.Exit(code)
 
@@ -119,21 +125,31 @@ def run(
 def _choose_model(
     settings: Settings,
     model: str | None,
-    engine: Literal["auto", "hf", "simulated"],
+    engine: EngineChoice,
     quantization: str | None,
     prompt: str | None,
 ) -> tuple[str | None, Settings, dict[str, str]]:
     """Return the model that everything runs on (None: what the lines name), and what it means."""
     if model is None and prompt is None and quantization is None:
-        return None, settings, {"model": "", "engine": engine}
+        catalogue = settings.model_dump(include={"models", "hf"}, exclude_defaults=True)
+        return None, settings, {"model": "", "engine": settings.engine, **_told_of(catalogue)}
     name, entry = resolve_model(settings, model, engine=engine, quantization=quantization)
     changed = settings.model_copy(update={"models": {**settings.models, name: entry}})
     told = {
         "model": name,
         "engine": entry.engine,
-        "settings": entry.model_dump_json(exclude={"token", "engine"}, exclude_defaults=True),
+        **_told_of(entry.model_dump(exclude={"engine"}, exclude_defaults=True)),
     }
     return name, changed, told
+
+
+def _told_of(values: Mapping[str, object]) -> dict[str, str]:
+    """Return each setting by its name that may decide answers: no token, nor a cache's place."""
+    return {
+        ".".join(("settings", *path)): value if isinstance(value, str) else json.dumps(value)
+        for path, value in fields.leaves(values)
+        if value is not None and path[-1] not in {"token", "cache_folder"}
+    }
 
 
 def _find_or_create(
@@ -143,25 +159,25 @@ def _find_or_create(
     pieces: Callable[[], Iterator[bytes]],
     *,
     resume: bool,
-) -> Path:
+) -> rundir.Held:
     runs = settings.data / "runs"
-    if resume and source.repeatable:
-        found = rundir.find(runs, rundir.hash_pieces(pieces()), plan)
-        if found is not None:
-            return found
-    elif resume:
-        raise typer.BadParameter("standard input cannot be resumed", param_hint="--resume")
-    folder, kept = rundir.create(runs, settings, plan, pieces())
-    if kept is not None:
-        output.say(
-            f"An unfinished run of this input is kept in {kept}; --resume would have gone on "
-            "with it."
+    if resume and not source.repeatable:
+        raise typer.BadParameter(
+            "standard input cannot be read a second time; save the same lines to a file and give "
+            "that, with --resume",
+            param_hint="--resume",
         )
-    return folder
+    found = None
+    if resume:
+        found = rundir.find(runs, settings, rundir.hash_pieces(pieces()), plan)
+    return found or rundir.create(runs, settings, plan, pieces())
 
 
-def _execute(app: App, folder: Path, *, quiet: bool) -> Batch:
+def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
     """Work until the batch has ended.
+
+    Args:
+        again: the command that goes on with it.
 
     Raises:
         BatchctlError: it cannot be worked on; what is finished is kept.
@@ -191,11 +207,11 @@ def _execute(app: App, folder: Path, *, quiet: bool) -> Batch:
             failure = embedded.failure if not batch.status.is_terminal else None
         except KeyboardInterrupt:
             batch = batches.get(app.db, batch_id)
-            _say_resumable(batch)
+            _say_resumable(batch, again)
             raise typer.Exit(exits.INTERRUPTED) from None
     if failure is not None:
         if batch.request_counts.completed or batch.request_counts.failed:
-            _say_resumable(batch)
+            _say_resumable(batch, again)
         raise failure
     return batch
 
@@ -221,14 +237,21 @@ def _show(
     )
 
 
-def _say_resumable(batch: Batch) -> None:
+def _say_resumable(batch: Batch, again: str) -> None:
     counts = batch.request_counts
-    command = shlex.join([part for part in sys.argv[1:] if part != "--resume"])
     done = counts.completed + counts.failed
     output.say(
         f"Stopped with {output.count(done)} of {output.count(counts.total)} requests done; they "
-        f"are kept. Go on with:\n  batchctl {command} --resume"
+        f"are kept. Go on with:\n  {again}"
     )
+
+
+def _command_again(input_file: str) -> str:
+    """Return the command that resumes this one; standard input has to be in a file by then."""
+    parts = [part for part in sys.argv[1:] if part != "--resume"]
+    if input_file == "-":
+        parts = ["FILE-WITH-THE-SAME-LINES" if part == "-" else part for part in parts]
+    return f"batchctl {shlex.join(parts)} --resume"
 
 
 @contextmanager
@@ -265,8 +288,9 @@ def _deliver(
     if batch.status is BatchStatus.FAILED:
         _tell_problems(batch, as_json=as_json)
         return code
+    beside = _beside(input_name, output_file)
     if errors_file is None and batch.error_file_id is not None:
-        errors_file = _beside(input_name, output_file)
+        errors_file = beside
     if output_file is not None:
         _copy(app, batch.output_file_id, output_file)
     elif not as_json:
@@ -275,8 +299,8 @@ def _deliver(
         _copy(app, batch.error_file_id, errors_file)
     for key in list(app.blobs.list_keys(segments_prefix(batch.id))):
         app.blobs.delete(key)  # the files hold everything now
-    usage = batch.usage
     if as_json:
+        usage = batch.usage
         output.print_json(
             {
                 "status": batch.status,
@@ -294,6 +318,14 @@ def _deliver(
             }
         )
         return code
+    _sum_up(batch, output_file, errors_file)
+    if errors_file is None and beside.exists():  # perhaps ours, perhaps not: it stays
+        output.say(f"{beside} is of an earlier run: nothing failed in this one.")
+    return code
+
+
+def _sum_up(batch: Batch, output_file: Path | None, errors_file: Path | None) -> None:
+    counts, usage = batch.request_counts, batch.usage
     told = [
         ("requests", output.count(counts.total)),
         ("completed", output.count(counts.completed)),
@@ -308,7 +340,6 @@ def _deliver(
         told.append(("errors", str(errors_file)))
     for name, value in told:
         output.say(f"{name:<10} {value}")
-    return code
 
 
 def _tell_problems(batch: Batch, *, as_json: bool) -> None:

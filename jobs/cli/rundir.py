@@ -1,24 +1,27 @@
 """The folder of one local run: DATA/runs/<identity of input and options>/, and how it comes to be.
 
 A run is made in a folder of another name and renamed when it is whole, so that a kill at any
-moment leaves either a run that can be resumed or one that never began.
+moment leaves either a run that can be resumed or one that never began. Unfinished runs that made
+way for a new one stand beside it as <identity>.old-1, .old-2, ...
 """
 
 import contextlib
+import errno
 import hashlib
-import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
-import psutil
 
 from jobs.app import open_app
 from jobs.domain.batch import Batch, BatchStatus
-from jobs.domain.errors import IdentityChanged, StorageError
+from jobs.domain.errors import AlreadyLocked, IdentityChanged, StorageError
 from jobs.domain.ids import BatchId, mint_batch_id, mint_file_id
 from jobs.embedded import FolderLock
 from jobs.settings import Settings
@@ -28,6 +31,9 @@ from storage.files import File
 
 _RECORD = "run.json"
 _INCOMING = ".incoming-"
+_KEPT = ".old-"
+_MAX_TOLD = 5
+"""Changed options in one message."""
 _DEADLINE = timedelta(days=3650)
 """A local run has no deadline that anybody could mean."""
 
@@ -64,31 +70,61 @@ def hash_pieces(pieces: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def find(runs: Path, sha256: str, plan: RunPlan) -> Path | None:
-    """Return the folder of an earlier run of this input with these options, or None.
+class Held(NamedTuple):
+    """A run that this process works on until the lock is given back, and what to say of it."""
+
+    folder: Path
+    lock: FolderLock
+    told: str | None
+
+
+def find(runs: Path, settings: Settings, sha256: str, plan: RunPlan) -> Held | None:
+    """Return the earlier run of this input with these options that has most requests done, or None.
+
+    One that was kept under another name is moved back; the one that stands there makes way.
 
     Raises:
         IdentityChanged: there is one of this input, with other options.
+        AlreadyLocked: another process is at one of them.
     """
     folder = runs / _identity(sha256, plan.options)
-    if read_record(folder) is not None:
-        return folder
+    places = [place for place in (folder, *_kept_of(folder)) if read_record(place) is not None]
+    if not places:
+        _check_options(runs, sha256, plan)
+        return None
+    best = max(places, key=lambda place: _num_done(place, settings))  # of equal ones the first
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(FolderLock(best))
+        told = None
+        if best != folder:
+            kept = _make_way(folder, settings)
+            _move(best, folder)
+            told = f"Going on with the run that was kept as {best.name}: it has most requests done"
+            told += f". The later one is kept in {kept}." if kept is not None else "."
+        stack.pop_all()
+    return Held(folder, lock, told)
+
+
+def _check_options(runs: Path, sha256: str, plan: RunPlan) -> None:
     for other in sorted(runs.glob(f"{sha256[:16]}-*")):
         record = read_record(other)
         if record is None or other.suffix or record.sha256 != sha256:
             continue
-        changed = [
-            f"{name} (then {record.options.get(name) or 'unset'}, now "
-            f"{plan.options.get(name) or 'unset'})"
-            for name in sorted({*record.options, *plan.options})
-            if record.options.get(name) != plan.options.get(name)
+        then, now = record.options, plan.options
+        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
+        # Settings of a model follow from its name and engine, so these are told first.
+        chosen = [name for name in changed if "." not in name] or changed
+        told = [
+            f"{name} (then {then.get(name) or 'unset'}, now {now.get(name) or 'unset'})"
+            for name in chosen[:_MAX_TOLD]
         ]
+        if len(chosen) > _MAX_TOLD:
+            told.append(f"and {len(chosen) - _MAX_TOLD} more")
         raise IdentityChanged(
-            f"This input was run before with other options: {', '.join(changed)}. Resume it with "
-            "the same options, or leave --resume out to start afresh.",
+            f"This input was run before with other options or settings: {', '.join(told)}. "
+            "Resume it with the same ones, or leave --resume out to start afresh.",
             param="resume",
         )
-    return None
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -99,17 +135,15 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
 
 
-def create(
-    runs: Path, settings: Settings, plan: RunPlan, pieces: Iterator[bytes]
-) -> tuple[Path, Path | None]:
-    """Make a run of the request lines in `pieces`; return its folder.
+def create(runs: Path, settings: Settings, plan: RunPlan, pieces: Iterator[bytes]) -> Held:
+    """Make a run of the request lines in `pieces`.
 
-    An unfinished run that stood there is kept under another name, which is returned too; a
-    finished one makes way.
+    An unfinished run that stood there is kept under another name if any request of it is done;
+    any other makes way.
 
     Raises:
         StorageError: it cannot be written.
-        AlreadyLocked: another process is at the run that stands there.
+        AlreadyLocked: another process is at the run that stands there, or has just begun it.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -119,16 +153,22 @@ def create(
             "--data or BATCHCTL_DATA."
         ) from error
     _remove_leftovers(runs)
-    incoming = runs / f"{_INCOMING}{os.getpid()}"
-    try:
+    incoming, lock = _open_incoming(runs)
+    with contextlib.ExitStack() as stack:
+        stack.push(lock)
+        stack.callback(shutil.rmtree, incoming, ignore_errors=True)
         sha256 = _fill(incoming, settings, plan, pieces)
         folder = runs / _identity(sha256, plan.options)
         kept = _make_way(folder, settings)
-        incoming.rename(folder)
-    except BaseException:
-        shutil.rmtree(incoming, ignore_errors=True)
-        raise
-    return folder, kept
+        _move(incoming, folder)
+        stack.pop_all()
+    told = None
+    if kept is not None:
+        told = (
+            f"An unfinished run of this input is kept in {kept}; --resume goes on with the one "
+            "that has most requests done."
+        )
+    return Held(folder, lock, told)
 
 
 def _fill(incoming: Path, settings: Settings, plan: RunPlan, pieces: Iterator[bytes]) -> str:
@@ -171,29 +211,84 @@ def _fill(incoming: Path, settings: Settings, plan: RunPlan, pieces: Iterator[by
     return info.sha256
 
 
+def _open_incoming(runs: Path) -> tuple[Path, FolderLock]:
+    """Return a new folder, with its lock by which it is told from a leftover."""
+    while True:
+        try:
+            incoming = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=runs))
+            return incoming, FolderLock(incoming)
+        except AlreadyLocked:
+            continue  # somebody who removes leftovers saw it before it had its lock
+        except OSError as error:
+            raise StorageError(
+                f"No folder can be made in {runs}: {error.strerror}. Choose another data folder "
+                "with --data or BATCHCTL_DATA."
+            ) from error
+
+
 def _make_way(folder: Path, settings: Settings) -> Path | None:
+    """Free the name `folder`; return where what stood there is kept, if it is worth keeping."""
+    if not folder.exists():
+        return None
+    with FolderLock(folder):
+        if read_record(folder) is not None:
+            batch = _read_batch(folder, settings)
+            if _done(batch) and not batch.status.is_terminal:
+                number = 1 + max((_number_of(one) for one in _kept_of(folder)), default=0)
+                kept = folder.with_suffix(f"{_KEPT}{number}")
+                _move(folder, kept)
+                return kept
+        # Gone at once for whoever looks; a kill now leaves what the next run removes.
+        gone = folder.with_name(f"{_INCOMING}{secrets.token_hex(8)}")
+        _move(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return None
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)  # onto an empty folder at most
+    except OSError as error:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise AlreadyLocked(
+                f"Another batchctl has just begun the same run in {target}; wait for it or end "
+                "it, then go on with --resume."
+            ) from error
+        raise StorageError(f"{source} cannot be moved to {target}: {error.strerror}.") from error
+
+
+def _kept_of(folder: Path) -> list[Path]:
+    """Return the runs that made way for others at `folder`, the latest first."""
+    return sorted(folder.parent.glob(f"{folder.name}{_KEPT}*"), key=_number_of, reverse=True)
+
+
+def _number_of(kept: Path) -> int:
+    number = kept.suffix.removeprefix(_KEPT)
+    return int(number) if number.isdecimal() else 0
+
+
+def _num_done(folder: Path, settings: Settings) -> int:
+    with FolderLock(folder):
+        return _done(_read_batch(folder, settings))
+
+
+def _done(batch: Batch) -> int:
+    return batch.request_counts.completed + batch.request_counts.failed
+
+
+def _read_batch(folder: Path, settings: Settings) -> Batch:
     record = read_record(folder)
     if record is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    with FolderLock(folder), open_app(settings, folder=folder) as app:
-        batch = batches.get(app.db, BatchId(record.batch_id))
-    if batch.status.is_terminal:
-        shutil.rmtree(folder)
-        return None
-    kept = folder.with_suffix(".old")
-    shutil.rmtree(kept, ignore_errors=True)
-    folder.rename(kept)
-    return kept
+        raise StorageError(f"{folder} is no run.")
+    with open_app(settings, folder=folder) as app:
+        return batches.get(app.db, BatchId(record.batch_id))
 
 
 def _remove_leftovers(runs: Path) -> None:
     """Remove what processes that died while they took in their input have left."""
     for folder in runs.glob(f"{_INCOMING}*"):
-        number = folder.name.removeprefix(_INCOMING)
-        if number.isdigit() and not psutil.pid_exists(int(number)):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(folder)
+        with contextlib.suppress(AlreadyLocked, OSError), FolderLock(folder):
+            shutil.rmtree(folder)
 
 
 def _identity(sha256: str, options: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """`batchctl serve`: the API and the workers of one machine, in one process tree."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -52,8 +53,10 @@ def serve(
         open_listener(settings.server.host, settings.server.port) as listener,
         FolderLock(folder),
         open_app(settings, folder=folder) as app,
-        Embedded(app),
+        ExitStack() as stack,
     ):
+        app.remove_leftovers()
+        stack.enter_context(Embedded(app))
         serve_api(
             app,
             settings.server.host,
