@@ -28,7 +28,7 @@ TOUCHES_ENVIRONMENT = {
 }
 # What the core is installed without: the extras.
 EXTRAS = (
-    *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors"),
+    *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "psutil"),
     *("outlines", "outlines_core", "boto3", "botocore", "psycopg", "psycopg_pool"),
 )
 
