@@ -277,6 +277,18 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
+def average_of(folders: list[Path]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Return a model whose weights are the mean of others', and their tokenizer.
+
+    Source: Wortsman et al. 2022, model soups.
+    """
+    models = [LlamaForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders]
+    with torch.no_grad():
+        for parts in zip(*(model.parameters() for model in models), strict=True):
+            parts[0].copy_(torch.stack(list(parts)).mean(dim=0))
+    return models[0], PreTrainedTokenizerFast.from_pretrained(folders[0])
+
+
 def main(arguments: Iterable[str] | None = None) -> None:
     """Train, save and print how the result scores."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -284,7 +296,17 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2400.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="go on from the model in this folder")
+    parser.add_argument(
+        "--average",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="train nothing; save the mean of these models, all resumed from the same one",
+    )
     options = parser.parse_args(None if arguments is None else list(arguments))
+    if options.average:
+        save(*average_of(options.average), options.out)
+        return
     torch.manual_seed(options.seed)
     torch.set_num_threads(2)
     if options.resume:
