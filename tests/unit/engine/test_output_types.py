@@ -56,7 +56,7 @@ def move(x: int, *, fast: bool = False) -> None:
         (types.integer, "regex", "12", "x"),
         (types.either("a", "b") + types.digit, "regex", "a1", "a"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # no addresses: xdist compares
 )
 def test_shape_becomes_a_constraint(shape: object, kind: str, good: str, bad: str) -> None:
     constraint = to_constraint(shape)
