@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from jobs.cli import exits, options, output
+from jobs.cli import exits, interrupts, options, output
 from jobs.client import Batch, Client, Upload, write_atomically
 from jobs.domain.batch import BatchStatus
 from jobs.prepare import Source
@@ -163,8 +163,10 @@ def results(
     with options.open_client(config, base_url, api_key) as client:
         if not output_file and not errors_file:
             try:
-                for line in client.results(batch_id, follow=follow):
-                    output.write_line(line, flush=follow)
+                with interrupts.noticed() as check:
+                    for line in client.results(batch_id, follow=follow):
+                        check()
+                        output.write_line(line, flush=follow)
             except KeyboardInterrupt:
                 _say_goes_on(batch_id, "results --follow" if follow else "results")
                 raise typer.Exit(exits.INTERRUPTED) from None
@@ -300,8 +302,9 @@ def _wait(client: Client, batch_id: str, *, quiet: bool, stream: bool = False) -
     """
     last = Batch(id=batch_id, status="")
     try:
-        with output.BatchProgress(quiet=quiet or stream) as progress:
+        with interrupts.noticed() as check, output.BatchProgress(quiet=quiet or stream) as progress:
             for batch in _polls(client, batch_id):
+                check()
                 if stream and batch != last:
                     output.print_json_line(msgspec.to_builtins(batch))
                 last = batch

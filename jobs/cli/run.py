@@ -8,9 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -18,7 +16,7 @@ import typer
 from jobs import fields
 from jobs.app import App, open_app
 from jobs.catalogue import EngineChoice
-from jobs.cli import exits, options, output, rundir
+from jobs.cli import exits, interrupts, options, output, rundir
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
@@ -192,7 +190,12 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
         return batch
     lines: dict[str, int] = {}
     failure: BatchctlError | None = None
-    with _interruptible(), output.BatchProgress(quiet=quiet) as progress:
+    both = (signal.SIGINT, signal.SIGTERM)
+    with (
+        # Nothing here blocks for long, so looking is enough.
+        interrupts.noticed(both, at_once=False, on_first=_say_stopping) as check,
+        output.BatchProgress(quiet=quiet) as progress,
+    ):
         embedded = Embedded(
             app, fail_without_engine=False, on_progress=lambda phase, n: lines.update({phase: n})
         )
@@ -201,6 +204,7 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
                 while not batch.status.is_terminal and embedded.failure is None:
                     _show(progress, batch, embedded, lines)
                     time.sleep(_POLL_SECONDS)
+                    check()
                     batch = batches.get(app.db, batch_id)
             batch = batches.get(app.db, batch_id)
             _show(progress, batch, embedded, lines)
@@ -237,6 +241,10 @@ def _show(
     )
 
 
+def _say_stopping() -> None:
+    output.say("\nStopping: writing what is finished ...")
+
+
 def _say_resumable(batch: Batch, again: str) -> None:
     counts = batch.request_counts
     done = counts.completed + counts.failed
@@ -252,25 +260,6 @@ def _command_again(input_file: str) -> str:
     if input_file == "-":
         parts = ["FILE-WITH-THE-SAME-LINES" if part == "-" else part for part in parts]
     return f"batchctl {shlex.join(parts)} --resume"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block SIGTERM is a Ctrl-C, and a second one of either ends us at once."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        output.say("\nStopping: writing what is finished ...")
-        raise KeyboardInterrupt
-
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _deliver(
