@@ -87,7 +87,8 @@ class EngineSupervisor:
     def progress(self) -> object:
         """Return something that changes while the engine works or loads."""
         engine = self._engine  # read once: the worker's thread may forget it meanwhile
-        return time.monotonic() if engine is None else engine.progress()
+        # A new life is progress, even when its first count is where the last one stopped.
+        return time.monotonic() if engine is None else (self.num_starts, engine.progress())
 
     def close(self) -> None:
         """End the engine process."""

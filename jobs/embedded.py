@@ -116,7 +116,8 @@ class Embedded:
             lease_seconds=leases.lease_seconds,
             renew_seconds=leases.renew_seconds,
             watch_seconds=leases.watch_seconds,
-            stall_seconds=leases.stall_seconds,
+            # The engine's own limit comes first; its restart has a lease's time to show itself.
+            stall_seconds=leases.stall_seconds + leases.lease_seconds,
         )
         retries = app.settings.retries
         self._policy = RetryPolicy(

@@ -120,7 +120,7 @@ def test_ctrl_c_while_the_model_loads_ends_at_once(bench: Bench) -> None:
 
 def test_a_line_that_hangs_the_engine_costs_only_itself(bench: Bench) -> None:
     bench.model_options = {"step_seconds": 0.001}
-    bench.settings = {**FAST, "BATCHCTL_LEASES__STALL_SECONDS": "3"}
+    bench.settings = {**FAST, "BATCHCTL_LEASES__STALL_SECONDS": "1.5"}
 
     def line(number: int) -> str:
         return request_line(number, "[[fault=hang]]" if number == 5 else "hello")

@@ -119,7 +119,16 @@ def test_loading_counts_as_progress() -> None:
     supervisor = EngineSupervisor(start)
     supervisor.open()
     assert seen[0] != seen[1], "so that leases are kept while a model loads"
-    assert supervisor.progress() == 7
+
+
+def test_another_life_is_progress_although_its_count_is_the_same() -> None:
+    supervisor = supervise(Lives())
+    supervisor.open()
+    before = supervisor.progress()
+    assert supervisor.progress() == before
+    supervisor.note_death(productive=False, suspects=True)
+    supervisor.open()
+    assert supervisor.progress() != before, "else the leases run out behind a second hang"
 
 
 def test_closing_ends_the_engine_and_may_be_repeated() -> None:
