@@ -150,3 +150,21 @@ def test_dropped_lease_is_left_to_run_out(bench: Bench) -> None:
         bench.clock.advance(50)
         await_true(lambda: bool(units.reap(bench.db)))
         assert holder.lost == []
+
+
+def test_keeper_goes_on_after_a_fault_of_what_it_asks(bench: Bench) -> None:
+    bench.submit_planned(make_lines(2), shard_lines=1)
+    asked: list[int] = []
+
+    def fail_once() -> int:
+        asked.append(1)
+        if len(asked) == 1:
+            raise AttributeError("a fault of ours")
+        return len(asked)
+
+    with keeping(bench) as holder:
+        holder.hold(bench.claim(UnitKind.SHARD), progress=fail_once)
+        holder.hold(bench.claim(UnitKind.SHARD))
+        holder.await_turns()
+    assert len(asked) > 1
+    assert holder.lost == []

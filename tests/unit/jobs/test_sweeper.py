@@ -59,3 +59,11 @@ def test_turn_is_bounded(bench: Bench) -> None:
         bench.claim(UnitKind.SHARD)
     bench.clock.advance(100)
     assert [tick(bench, limit=2).reaped for _ in range(4)] == [2, 2, 1, 0]
+
+
+def test_turn_that_may_not_reap_leaves_an_expired_lease_to_its_holder(bench: Bench) -> None:
+    bench.submit_planned(make_lines(3))
+    bench.claim(UnitKind.SHARD)
+    bench.clock.advance(61)
+    assert sweeper.tick(bench.db, rng=random.Random(0), reap=False).reaped == 0
+    assert tick(bench).reaped == 1
