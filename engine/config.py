@@ -1,10 +1,15 @@
 """One frozen settings model per engine, told apart by `kind`; they cross to its process."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Quantization = Literal["none", "nf4"]
+HfQuantization = Literal["none", "nf4"]
+VllmQuantization = Literal[
+    "none", "nf4", "awq", "awq_marlin", "gptq", "gptq_marlin", "marlin", "fp8", "nvfp4"
+]
+VllmDtype = Literal["auto", "bfloat16", "float16", "float32"]
+NativeConstraints = Literal["openai", "vllm", "none"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 ConstraintBackend = Literal["llguidance", "outlines_core"]
 OnUnsupportedSchema = Literal["validate", "refuse"]
@@ -65,7 +70,7 @@ class HfConfig(_Config):
     model: str = Field(description="a local folder or a hub id")
     revision: str | None = None
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
-    quantization: Quantization = "none"
+    quantization: HfQuantization = "none"
     compute_dtype: ComputeDtype = "bfloat16"
     flash_attention: bool = False
     context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
@@ -80,4 +85,74 @@ class HfConfig(_Config):
     asking: AskingConfig = AskingConfig()
 
 
-EngineConfig = Annotated[SimulatedConfig | HfConfig, Field(discriminator="kind")]
+class VllmConfig(_Config):
+    """vLLM in the engine process; what it does not name itself goes in `engine_args`."""
+
+    kind: Literal["vllm"] = "vllm"
+    model: str = Field(description="a local folder or a hub id")
+    revision: str | None = None
+    quantization: VllmQuantization = "none"
+    dtype: VllmDtype = "auto"
+    context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
+    slots: int = Field(default=256, ge=1, description="sequences generated at once")
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="token budget of one step; unset: vLLM's choice"
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share each layer")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="groups that share layers")
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of the GPU's memory that is taken"
+    )
+    prefix_caching: bool = Field(default=True, description="reuse the cache of equal beginnings")
+    enforce_eager: bool = Field(
+        default=False, description="no compilation and no CUDA graphs: quicker start, slower steps"
+    )
+    adapter: str | None = Field(
+        default=None, description="folder of a LoRA adapter; this model's name then means it"
+    )
+    cache_folder: str | None = Field(default=None, description="where hub models are kept")
+    token: str | None = Field(default=None, repr=False, description="hub token")
+    engine_args: dict[str, Any] = Field(
+        default={}, description="any further vLLM engine argument, by its Python name"
+    )
+    defaults: GenerationDefaults = GenerationDefaults()
+    asking: AskingConfig = AskingConfig()
+
+
+class RemoteConfig(_Config):
+    """A vLLM server or any other with OpenAI's API, here or far away."""
+
+    kind: Literal["remote"] = "remote"
+    url: str = Field(description="base URL of the API, with or without /v1")
+    api_key: str | None = Field(default=None, repr=False, description="sent as bearer token")
+    served_model: str | None = Field(
+        default=None, description="what the server calls the model; unset: as clients do"
+    )
+    timeout_seconds: float = Field(
+        default=600.0, gt=0, description="how long a request may go without any progress"
+    )
+    slots: int = Field(default=64, ge=1, description="most requests at once")
+    context_tokens: int | None = Field(
+        default=None, ge=1, description="prompt and answer together; unset: the server judges"
+    )
+    native_constraints: NativeConstraints = Field(
+        default="openai",
+        description="how constraints are sent: response_format only, vLLM's structured_outputs "
+        "as well, or none",
+    )
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, description="limit of the server, shared by all workers"
+    )
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="limit of the server, shared by all workers"
+    )
+    limiter_url: str | None = Field(
+        default=None, repr=False, description="Redis that workers share the limits in"
+    )
+    defaults: GenerationDefaults = GenerationDefaults()
+    asking: AskingConfig = AskingConfig()
+
+
+EngineConfig = Annotated[
+    SimulatedConfig | HfConfig | VllmConfig | RemoteConfig, Field(discriminator="kind")
+]

@@ -1,6 +1,8 @@
 """Opens engines, importing only the one that was asked for, and describes models without torch."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import xxhash
 
 from engine.asking import Asking
 from engine.base import Engine
-from engine.config import EngineConfig, HfConfig, SimulatedConfig
+from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import (
     CHAT,
@@ -45,16 +47,30 @@ def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
         from engine.simulated import SimulatedEngine  # noqa: PLC0415
 
         inner = SimulatedEngine(config, model=model or "simulated")
+    elif isinstance(config, RemoteConfig):
+        from engine.remote import RemoteEngine  # noqa: PLC0415
+
+        inner = RemoteEngine(config, model=model or config.served_model or "remote")
+    elif isinstance(config, VllmConfig):
+        with _needing("vllm"):
+            from engine.vllm import VllmEngine  # noqa: PLC0415
+        inner = VllmEngine(config, model=model)
     else:
-        try:
+        with _needing("hf"):
             from engine.hf.engine import HfEngine  # noqa: PLC0415
-        except ImportError as error:
-            raise EngineMisconfigured(
-                f"The hf engine needs packages that are missing ({error.name}); install "
-                "`batchctl[hf]`."
-            ) from error
         inner = HfEngine(config, model=model)
     return Asking(inner, config.asking)
+
+
+@contextmanager
+def _needing(extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise EngineMisconfigured(
+            f"The {extra} engine needs packages that are missing ({error.name}); install "
+            f"`batchctl[{extra}]`."
+        ) from error
 
 
 def describe_model(config: EngineConfig, model: str) -> Capabilities:
@@ -70,6 +86,10 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         from engine.simulated import describe  # noqa: PLC0415
 
         return describe(config, model)
+    if isinstance(config, RemoteConfig):
+        from engine.remote import describe_remote  # noqa: PLC0415
+
+        return describe_remote(config, model)
     folder = find_folder(config)
     files = {name: _read(folder / name) for name in _DESCRIBING_FILES}
     if files["config.json"] is None:
@@ -92,12 +112,20 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         digest.update(content or b"")
     digest.update(
         config.model_dump_json(
-            include={"quantization", "compute_dtype", "context_tokens", "defaults", "asking"}
+            include={
+                "quantization",
+                "compute_dtype",
+                "dtype",
+                "adapter",
+                "context_tokens",
+                "defaults",
+                "asking",
+            }
         ).encode()
     )
     return Capabilities(
         model=model,
-        engine="hf",
+        engine=config.kind,
         endpoints=(CHAT, COMPLETIONS) if has_template else (COMPLETIONS,),
         context_tokens=config.context_tokens
         or int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS),
@@ -105,11 +133,11 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         parameters=PARAMETERS,
         constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
-        fingerprint=f"hf-{digest.hexdigest()}",
+        fingerprint=f"{config.kind}-{digest.hexdigest()}",
     )
 
 
-def find_folder(config: HfConfig) -> Path:
+def find_folder(config: HfConfig | VllmConfig) -> Path:
     """Return the folder with a model's describing files, fetching them from the hub if need be.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.registry import describe_model
-from jobs.catalogue import did_you_mean
+from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import NotFound, StorageError
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
@@ -43,7 +43,7 @@ class App:
         """
         self._check_known(name)
         _, model = resolve_model(self.settings, name, check_installed=False)
-        return describe_model(model.to_engine_config(), name)
+        return describe_model(self._config_of(model), name)
 
     def engine_config(self, name: str) -> EngineConfig:
         """Return how to start an engine for the model of this name.
@@ -54,7 +54,10 @@ class App:
         """
         self._check_known(name)
         _, model = resolve_model(self.settings, name)
-        return model.to_engine_config()
+        return self._config_of(model)
+
+    def _config_of(self, model: ModelSettings) -> EngineConfig:
+        return model.to_engine_config(limiter_url=self.settings.broker.url)
 
     def _check_known(self, name: str) -> None:
         models = self.settings.models

@@ -22,16 +22,26 @@ from engine.config import (
     EngineConfig,
     GenerationDefaults,
     HfConfig,
-    Quantization,
+    NativeConstraints,
+    RemoteConfig,
     SimulatedConfig,
+    VllmConfig,
+    VllmDtype,
 )
 from engine.demo import model_path
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
 
-EngineChoice = Literal["auto", "hf", "simulated"]
+EngineKind = Literal["hf", "vllm", "remote", "simulated"]
+EngineChoice = Literal["auto", "hf", "vllm", "remote", "simulated"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_NEEDED = {"hf": ("torch", "transformers")}
+_NEEDED = {"hf": ("torch", "transformers"), "vllm": ("torch", "vllm")}
+_CONFIGS: Mapping[EngineKind, type[BaseModel]] = {
+    "hf": HfConfig,
+    "vllm": VllmConfig,
+    "remote": RemoteConfig,
+    "simulated": SimulatedConfig,
+}
 # Fields of an engine's own settings that a model entry spells itself.
 _SPELLED = frozenset(
     {
@@ -41,10 +51,19 @@ _SPELLED = frozenset(
         "quantization",
         "context_tokens",
         "token",
+        "url",
+        "api_key",
+        "served_model",
+        "limiter_url",
         "defaults",
         "asking",
     }
 )
+# Words of other tools for options that their makers have dropped since, and why.
+_DROPPED = {
+    "squeezellm": "vLLM has no squeezellm since 0.7",
+    "swap_space": "vLLM recomputes what it preempts since its first engine was removed",
+}
 
 
 def _spelled_quantization(value: object) -> object:
@@ -55,7 +74,7 @@ def _spelled_quantization(value: object) -> object:
     return value
 
 
-QuantizationChoice = Annotated[Quantization, BeforeValidator(_spelled_quantization)]
+QuantizationChoice = Annotated[str, BeforeValidator(_spelled_quantization)]
 
 
 class HfSettings(BaseModel):
@@ -79,6 +98,73 @@ class HfSettings(BaseModel):
     token: SecretStr | None = Field(default=None, description="hub token, for gated models")
 
 
+class VllmSettings(BaseModel):
+    """What every model on the vllm engine starts from; a model's own entry goes before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share each layer")
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="groups of GPUs that share the layers"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes"
+    )
+    quantization: QuantizationChoice = Field(
+        default="none",
+        description="none, nf4, awq, awq_marlin, gptq, gptq_marlin, marlin, fp8 or nvfp4",
+    )
+    context_tokens: int | None = Field(
+        default=None, ge=1, description="prompt and answer together; unset: the model's own"
+    )
+    prefix_caching: bool = Field(
+        default=True, description="compute equal beginnings of prompts once"
+    )
+    dtype: VllmDtype = Field(default="auto", description="auto, bfloat16, float16 or float32")
+    engine_args: dict[str, Any] = Field(
+        default={}, description="any further argument of vLLM's engine, by its Python name"
+    )
+
+
+class RemoteSettings(BaseModel):
+    """What every model on the remote engine starts from; a model's own entry goes before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = Field(
+        default=None, description="base URL of an OpenAI-compatible server, with or without /v1"
+    )
+    api_key: SecretStr | None = Field(default=None, description="its key")
+    model: str | None = Field(
+        default=None, description="what that server calls the model; unset: as the lines do"
+    )
+    timeout_seconds: float = Field(
+        default=600.0, gt=0, description="how long a request may go without any progress"
+    )
+    native_constraints: NativeConstraints = Field(
+        default="openai",
+        description="how schemas are sent: openai (response_format), vllm (structured_outputs as "
+        "well) or none; answers are validated in every case",
+    )
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, description="limit of that server, for all workers together"
+    )
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="limit of that server, for all workers together"
+    )
+
+
+class EngineGroups(BaseModel):
+    """The settings that the models on each engine start from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hf: HfSettings = HfSettings()
+    vllm: VllmSettings = VllmSettings()
+    remote: RemoteSettings = RemoteSettings()
+    limiter_url: SecretStr | None = None
+
+
 class ModelSettings(BaseModel):
     """One model of the catalogue: what to load, on which engine, and how it answers."""
 
@@ -91,9 +177,18 @@ class ModelSettings(BaseModel):
     revision: str | None = Field(
         default=None, description="branch, tag or commit of a hub id; a commit is reproducible"
     )
-    engine: EngineChoice = Field(default="auto", description="auto, hf or simulated")
+    engine: EngineChoice = Field(default="auto", description="auto, hf, vllm, remote or simulated")
+    url: str | None = Field(
+        default=None, description="the server of a remote model; unset: `remote.url`"
+    )
+    api_key: SecretStr | None = Field(default=None, description="its key; unset: `remote.api_key`")
+    served_model: str | None = Field(
+        default=None, description="what that server calls the model; unset: `remote.model`"
+    )
     quantization: QuantizationChoice | None = Field(
-        default=None, description="none or nf4; unset: what `hf.quantization` says"
+        default=None,
+        description="none, nf4 or another that the engine has; unset: what `hf.quantization` or "
+        "`vllm.quantization` says",
     )
     context_tokens: int | None = Field(
         default=None, ge=1, description="prompt and answer together; unset: the model's own"
@@ -106,50 +201,78 @@ class ModelSettings(BaseModel):
         description="sampling parameters of lines that leave them out",
     )
     asking: AskingConfig = AskingConfig()
-    options: dict[str, bool | int | float | str] = Field(
+    options: dict[str, Any] = Field(
         default={}, description="further settings of the engine, by their names"
     )
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        kind = _concrete(self.engine)
-        known = _option_names(kind)
+        known = self._known_options()
         for name in self.options:
-            if name not in known:
-                raise ValueError(
-                    f"the {kind} engine has no option {name!r}.{did_you_mean(name, known)}"
-                )
+            if name in known:
+                continue
+            if name in _DROPPED:
+                raise ValueError(f"there is no option {name!r}: {_DROPPED[name]}; leave it out.")
+            which = f"the {self.engine} engine has" if self.engine != "auto" else "no engine has"
+            no = "no " if self.engine != "auto" else ""
+            raise ValueError(f"{which} {no}option {name!r}.{did_you_mean(name, known)}")
+        if self.engine == "auto" and not self.url:
+            return self  # which engine's they are is known when one has been chosen
         try:
             self.to_engine_config()
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"option {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"option {where}: {first['msg']}{_why_dropped(first)}") from None
         except InvalidInput:  # no source yet: asked for when the model is used
             pass
         return self
 
-    def to_engine_config(self) -> EngineConfig:
-        """Return what the engine process is started with; "auto" means hf.
+    def _known_options(self) -> frozenset[str]:
+        if self.engine != "auto":
+            return _option_names(self.engine)
+        return _option_names("hf") | _option_names("vllm") | _option_names("remote")
+
+    def to_engine_config(self, *, limiter_url: SecretStr | None = None) -> EngineConfig:
+        """Return what the engine process is started with; "auto" means remote with a url, else hf.
+
+        Args:
+            limiter_url: the Redis in which workers share a remote server's limits.
 
         Raises:
-            InvalidInput: an hf model without a source.
+            InvalidInput: a model without a source or a url, as its engine needs it.
         """
-        shared: dict[str, Any] = {"defaults": self.defaults, "asking": self.asking}
+        kind = concrete(self.engine, url=self.url)
+        shared: dict[str, Any] = {**self.options, "defaults": self.defaults, "asking": self.asking}
         if self.context_tokens is not None:
             shared["context_tokens"] = self.context_tokens
-        if _concrete(self.engine) == "simulated":
-            return SimulatedConfig.model_validate({**self.options, **shared})
+        if kind == "simulated":
+            return SimulatedConfig.model_validate(shared)
+        if kind == "remote":
+            if self.url is None:
+                raise InvalidInput(
+                    "A model of the remote engine needs a `url` (or set `remote.url`).", param="url"
+                )
+            return RemoteConfig.model_validate(
+                {
+                    **shared,
+                    "url": self.url,
+                    "api_key": self.api_key.get_secret_value() if self.api_key else None,
+                    "served_model": self.served_model,
+                    "limiter_url": limiter_url.get_secret_value() if limiter_url else None,
+                }
+            )
         if self.source is None:
-            raise InvalidInput("A model of the hf engine needs a `source`.", param="source")
-        return HfConfig.model_validate(
-            {
-                **self.options,
-                **shared,
-                "model": self.source,
-                "revision": self.revision,
-                "quantization": self.quantization or "none",
-                "token": self.token.get_secret_value() if self.token else None,
-            }
+            raise InvalidInput(f"A model of the {kind} engine needs a `source`.", param="source")
+        loaded = {
+            **shared,
+            "model": self.source,
+            "revision": self.revision,
+            "quantization": self.quantization or "none",
+            "token": self.token.get_secret_value() if self.token else None,
+        }
+        return (
+            VllmConfig.model_validate(loaded) if kind == "vllm" else HfConfig.model_validate(loaded)
         )
 
 
@@ -164,16 +287,18 @@ def resolve(
     models: Mapping[str, ModelSettings],
     name: str,
     *,
-    hf: HfSettings,
+    groups: EngineGroups,
     engine: EngineChoice,
     quantization: str | None = None,
     check_installed: bool = True,
 ) -> tuple[str, ModelSettings]:
     """Return the name and the completed settings of a model: nothing in them says "auto".
 
-    `name` is a name of the catalogue, a local folder or a hub id, tried in this order.
+    `name` is a name of the catalogue, a local folder or a hub id, tried in this order; on the
+    remote engine it may be anything that its server knows.
 
     Args:
+        groups: what the models of each engine start from.
         engine: goes before the entry's own, unless it is "auto".
         quantization: likewise, unless it is None.
         check_installed: whether the engine will run here, so that it has to be installed.
@@ -183,38 +308,62 @@ def resolve(
         InvalidInput: the folder holds no model, or the quantization is none that is known.
         EngineMisconfigured: what the engine needs is not installed.
     """
-    entry = models.get(name) or _from_source(models, name, simulated=engine == "simulated")
-    kind = _concrete(entry.engine if engine == "auto" else engine)
+    entry = models.get(name) or _from_source(models, name, engine=engine, remote=groups.remote)
+    kind = concrete(entry.engine if engine == "auto" else engine, url=entry.url)
     if check_installed:
         _require_installed(kind, name)
-    changes: dict[str, Any] = {"engine": kind}
-    if kind == "hf":
+    changes: dict[str, Any] = {"engine": kind, "options": _options_for(kind, entry, groups)}
+    if kind == "remote":
+        changes |= {
+            "url": entry.url or groups.remote.url,
+            "api_key": entry.api_key or groups.remote.api_key,
+            "served_model": entry.served_model or groups.remote.model,
+        }
+        if changes["url"] is None:
+            raise InvalidInput(
+                f"The model {name} on the remote engine needs the url of a server: set "
+                "`remote.url` (BATCHCTL_REMOTE__URL) or the model's `url`.",
+                param="model",
+            )
+    elif kind != "simulated":
         if entry.source is None:
             raise InvalidInput(f"The model {name} has no `source`.", param="model")
         folder = Path(entry.source).expanduser()
+        group = groups.hf if kind == "hf" else groups.vllm
         changes |= {
             "source": str(folder.resolve()) if folder.is_dir() else entry.source,
-            "quantization": quantization or entry.quantization or hf.quantization,
-            "token": entry.token or hf.token,
-            "options": {
-                **hf.model_dump(
-                    include={"device", "flash_attention", "cache_folder"}, exclude_none=True
-                ),
-                **entry.options,
-            },
+            "quantization": quantization or entry.quantization or group.quantization,
+            "token": entry.token or groups.hf.token,
         }
-    else:
-        names = _option_names(kind)
-        changes["options"] = {key: value for key, value in entry.options.items() if key in names}
+        if kind == "vllm":
+            changes["context_tokens"] = entry.context_tokens or groups.vllm.context_tokens
     unset = {key: getattr(entry, key) for key in type(entry).model_fields}
     try:
         return name, ModelSettings.model_validate(unset | changes)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(
-            f"The model {name} cannot run so: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"The model {name} cannot run so: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg'].removeprefix('Value error, ')}",
             param="model",
         ) from None
+
+
+def _options_for(kind: EngineKind, entry: ModelSettings, groups: EngineGroups) -> dict[str, Any]:
+    """Return the engine's options: those of its group, then the entry's own that it has."""
+    names = _option_names(kind)
+    group: Mapping[str, Any] = {}
+    if kind == "hf":
+        group = groups.hf.model_dump(exclude_none=True)
+    elif kind == "vllm":
+        group = {
+            **groups.hf.model_dump(include={"cache_folder"}, exclude_none=True),
+            **groups.vllm.model_dump(exclude_none=True),
+        }
+    elif kind == "remote":
+        group = groups.remote.model_dump(exclude_none=True)
+    options = {key: value for key, value in group.items() if key in names}
+    return options | {key: value for key, value in entry.options.items() if key in names}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -223,20 +372,33 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _concrete(engine: EngineChoice) -> Literal["hf", "simulated"]:
-    return "hf" if engine == "auto" else engine
+def concrete(engine: EngineChoice, *, url: str | None) -> EngineKind:
+    """Return the engine that is meant: "auto" is remote where there is a url, else hf."""
+    if engine != "auto":
+        return engine
+    return "remote" if url else "hf"
 
 
-def _option_names(kind: Literal["hf", "simulated"]) -> frozenset[str]:
-    config = HfConfig if kind == "hf" else SimulatedConfig
-    return frozenset(config.model_fields) - _SPELLED
+def _why_dropped(problem: Any) -> str:  # noqa: ANN401  pydantic's
+    reason = _DROPPED.get(str(problem.get("input")))
+    return f" ({reason})" if reason else ""
+
+
+def _option_names(kind: EngineKind) -> frozenset[str]:
+    return frozenset(_CONFIGS[kind].model_fields) - _SPELLED
 
 
 def _from_source(
-    models: Mapping[str, ModelSettings], name: str, *, simulated: bool
+    models: Mapping[str, ModelSettings],
+    name: str,
+    *,
+    engine: EngineChoice,
+    remote: RemoteSettings,
 ) -> ModelSettings:
-    if simulated:
+    if engine == "simulated":
         return ModelSettings(engine="simulated")
+    if engine == "remote":
+        return ModelSettings(engine="remote", url=remote.url)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -244,6 +406,8 @@ def _from_source(
                 f"The folder {name} holds no model: it has no config.json.", param="model"
             )
         return ModelSettings(source=str(folder.resolve()))
+    if remote.url is not None and engine == "auto":
+        return ModelSettings(engine="remote", url=remote.url)
     if _HUB_ID.fullmatch(name):
         return ModelSettings(source=name)
     raise NotFound(
@@ -253,7 +417,7 @@ def _from_source(
     )
 
 
-def _require_installed(kind: str, name: str) -> None:
+def _require_installed(kind: EngineKind, name: str) -> None:
     missing = [one for one in _NEEDED.get(kind, ()) if importlib.util.find_spec(one) is None]
     if missing:
         raise EngineMisconfigured(

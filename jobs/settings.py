@@ -41,8 +41,11 @@ from jobs import fields
 from jobs.catalogue import (
     BUILT_IN,
     EngineChoice,
+    EngineGroups,
     HfSettings,
     ModelSettings,
+    RemoteSettings,
+    VllmSettings,
     did_you_mean,
     resolve,
 )
@@ -175,6 +178,52 @@ class RetrySettings(_Group):
     max_seconds: float = Field(default=60, ge=0, description="longest pause")
 
 
+class BrokerSettings(_Group):
+    """Redis or Valkey: rings for work, cancellation and watchers, and limits that are shared."""
+
+    url: SecretStr | None = Field(
+        default=None,
+        description="`redis://`, `rediss://` (TLS) or `sentinel://`; unset: workers only poll",
+    )
+    sentinel_master: str = Field(
+        default="mymaster", description="name of the master, with `sentinel://`"
+    )
+    prefix: str = Field(
+        default="batchctl",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="what queues and keys begin with; two systems on one Redis need two",
+    )
+
+
+class WorkerSettings(_Group):
+    """What `batchctl worker` starts, and how workers show that they are there."""
+
+    gpus: str = Field(default="all", description="all, none, or indices such as 0,1")
+    models: tuple[str, ...] = Field(
+        default=(), description="models to serve; empty: every model of the catalogue"
+    )
+    role: Literal["engine", "control", "all"] = Field(
+        default="all", description="engine, control (plans, finalizes, sweeps) or all"
+    )
+    engines: int = Field(default=1, ge=1, description="engine workers on a machine without GPUs")
+    heartbeat_seconds: float = Field(
+        default=5, gt=0, description="pause between a worker's signs of life"
+    )
+    model_stay_seconds: float = Field(
+        default=60, gt=0, description="how long a model keeps an engine while another one waits"
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", description="address of a worker's metrics and health"
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="port of the first worker's metrics and health, the next ones follow; "
+        "unset: none; 0 takes free ones",
+    )
+
+
 class SandboxSettings(_Group):
     """What the trial compilation of one schema, regex or grammar may use."""
 
@@ -219,16 +268,21 @@ class Settings(BaseSettings):
         default=None, description="the key that the client sends and the API asks for"
     )
     engine: EngineChoice = Field(
-        default="auto", description="engine of models that say auto: auto, hf or simulated"
+        default="auto",
+        description="engine of models that say auto: auto, hf, vllm, remote or simulated",
     )
     default_model: str = Field(default="demo", description="model where none is named")
     models: dict[str, ModelSettings] = Field(
         default={}, description="the catalogue; `demo` and `simulated` are always in it"
     )
     hf: HfSettings = HfSettings()
+    vllm: VllmSettings = VllmSettings()
+    remote: RemoteSettings = RemoteSettings()
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
     blobs: BlobSettings = BlobSettings()
+    broker: BrokerSettings = BrokerSettings()
+    worker: WorkerSettings = WorkerSettings()
     limits: LimitSettings = LimitSettings()
     shards: ShardSettings = ShardSettings()
     segments: SegmentSettings = SegmentSettings()
@@ -277,6 +331,13 @@ class Settings(BaseSettings):
         }
         return fields.merge(BUILT_IN, entries)
 
+    @property
+    def engine_groups(self) -> EngineGroups:
+        """What the models of each engine start from."""
+        return EngineGroups(
+            hf=self.hf, vllm=self.vllm, remote=self.remote, limiter_url=self.broker.url
+        )
+
     def check_serving(self) -> None:
         """Check that an API with these settings is not open to the world.
 
@@ -299,10 +360,19 @@ def _same(value: str) -> object:
 
 
 def _backend(value: str) -> object:
-    if value.lower() in {"huggingface", "hf"}:
-        return "hf"
-    later = "vllm_local, vllm_remote and remote_openai are not in this version"
-    raise ValueError(f"should be huggingface; {later}")
+    known = {
+        "huggingface": "hf",
+        "hf": "hf",
+        "vllm_local": "vllm",
+        "vllm_remote": "remote",
+        "remote_openai": "remote",
+    }
+    try:
+        return known[value.lower()]
+    except KeyError:
+        raise ValueError(
+            "should be huggingface, vllm_local, vllm_remote or remote_openai"
+        ) from None
 
 
 def _four_bit(value: str) -> object:
@@ -337,8 +407,7 @@ ALIASES = (
         name="LLM_BACKEND",
         path=("engine",),
         parse=_backend,
-        note="`huggingface`; `vllm_local`, `vllm_remote` and `remote_openai` are refused: "
-        "their engines are not in this version",
+        note="`huggingface`, `vllm_local`, `vllm_remote` or `remote_openai`",
     ),
     Alias(name="HF_DEVICE", path=("hf", "device"), note="auto, cpu, cuda, cuda:N or mps"),
     Alias(
@@ -358,8 +427,29 @@ ALIASES = (
         note="models are kept in its folder `hub`",
     ),
     Alias(name="HF_TOKEN", path=("hf", "token"), note="hub token"),
+    Alias(name="VLLM_TENSOR_PARALLEL_SIZE", path=("vllm", "tensor_parallel_size"), note="a number"),
+    Alias(
+        name="VLLM_GPU_MEMORY_UTILIZATION",
+        path=("vllm", "gpu_memory_utilization"),
+        note="a share, such as 0.9",
+    ),
+    Alias(name="VLLM_QUANTIZATION", path=("vllm", "quantization"), note="as the setting"),
+    Alias(name="VLLM_MAX_MODEL_LEN", path=("vllm", "context_tokens"), note="tokens"),
+    Alias(
+        name="VLLM_PREFIX_CACHING",
+        path=("vllm", "prefix_caching"),
+        parse=_switch,
+        note="true, false",
+    ),
+    Alias(name="OPENAI_API_KEY", path=("remote", "api_key"), note="key of a remote server"),
+    Alias(name="VLLM_REMOTE_URL", path=("remote", "url"), note="a vLLM server"),
+    Alias(name="VLLM_REMOTE_API_KEY", path=("remote", "api_key"), note="its key"),
+    Alias(name="VLLM_REMOTE_TIMEOUT", path=("remote", "timeout_seconds"), note="seconds"),
+    Alias(name="REMOTE_OPENAI_URL", path=("remote", "url"), note="any OpenAI-compatible API"),
+    Alias(name="REMOTE_OPENAI_API_KEY", path=("remote", "api_key"), note="its key"),
+    Alias(name="REMOTE_OPENAI_MODEL", path=("remote", "model"), note="its name for the model"),
 )
-"""In ascending order of precedence; the names of other engines come with these engines."""
+"""In ascending order of precedence."""
 
 
 # --- loading ---
@@ -427,7 +517,7 @@ def resolve_model(
     return resolve(
         settings.models,
         name,
-        hf=settings.hf,
+        groups=settings.engine_groups,
         engine=engine,
         quantization=quantization,
         check_installed=check_installed,

@@ -57,7 +57,8 @@ def run(
         EngineChoice | None, typer.Option(help="What runs the model; auto if nothing says.")
     ] = None,
     quantization: Annotated[
-        Literal["none", "nf4"] | None, typer.Option(help="nf4 keeps weights in 4 bits.")
+        str | None,
+        typer.Option(metavar="KIND", help="nf4 keeps weights in 4 bits; none; vLLM has more."),
     ] = None,
     resume: Annotated[
         bool,
@@ -129,7 +130,8 @@ def _choose_model(
 ) -> tuple[str | None, Settings, dict[str, str]]:
     """Return the model that everything runs on (None: what the lines name), and what it means."""
     if model is None and prompt is None and quantization is None:
-        catalogue = settings.model_dump(include={"models", "hf"}, exclude_defaults=True)
+        groups = {"models", "hf", "vllm", "remote"}
+        catalogue = settings.model_dump(include=groups, exclude_defaults=True)
         return None, settings, {"model": "", "engine": settings.engine, **_told_of(catalogue)}
     name, entry = resolve_model(settings, model, engine=engine, quantization=quantization)
     changed = settings.model_copy(update={"models": {**settings.models, name: entry}})
@@ -146,7 +148,7 @@ def _told_of(values: Mapping[str, object]) -> dict[str, str]:
     return {
         ".".join(("settings", *path)): value if isinstance(value, str) else json.dumps(value)
         for path, value in fields.leaves(values)
-        if value is not None and path[-1] not in {"token", "cache_folder"}
+        if value is not None and path[-1] not in {"token", "api_key", "cache_folder"}
     }
 
 

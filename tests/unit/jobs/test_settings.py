@@ -164,14 +164,23 @@ def test_names_of_the_field_are_understood(
     assert _origin(load(), name).value == value
 
 
-@pytest.mark.parametrize("backend", ["vllm_local", "vllm_remote", "remote_openai"])
-def test_backend_of_a_later_version_is_refused(
-    monkeypatch: pytest.MonkeyPatch, backend: str
+@pytest.mark.parametrize(
+    ("backend", "engine"),
+    [("vllm_local", "vllm"), ("vllm_remote", "remote"), ("remote_openai", "remote")],
+)
+def test_backend_of_another_name_is_an_engine(
+    monkeypatch: pytest.MonkeyPatch, backend: str, engine: str
 ) -> None:
     _set(monkeypatch, {"LLM_BACKEND": backend})
-    with pytest.raises(InvalidInput, match="not in this version"):
+    assert load().engine == engine
+
+
+def test_unknown_backend_is_refused_with_those_that_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _set(monkeypatch, {"LLM_BACKEND": "triton"})
+    with pytest.raises(InvalidInput, match="should be huggingface, vllm_local"):
         load()
-    assert load(engine="simulated").engine == "simulated"
 
 
 def test_secrets_are_masked_wherever_settings_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
