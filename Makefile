@@ -2,7 +2,8 @@
 # 3.13 and make. PYTHON=/path/to/python chooses the interpreter, WORKERS=4 the test processes.
 
 WORKERS ?= 2
-PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
+  --ignore=tests/vllm --ignore=tests/remote --ignore=tests/airflow
 
 .PHONY: help install demo test test-all check bench clean
 
@@ -20,9 +21,9 @@ test: ## what takes no more than minutes
 	@sh scripts/bootstrap.sh test
 	@$(PYTEST) -m "not slow"
 
-test-all: ## everything, slow tests included
+test-all: ## everything: slow tests, vLLM on the CPU, a real vllm serve, Airflow
 	@sh scripts/bootstrap.sh test
-	@$(PYTEST)
+	@WORKERS=$(WORKERS) .venv/bin/python scripts/test_all.py
 
 check: ## style, types and the direction of imports
 	@sh scripts/bootstrap.sh lint
@@ -37,4 +38,4 @@ bench: ## each script in tests/benchmarks; they write JSON and assert nothing
 	  [ -e "$$script" ] || continue; echo "== $$script"; PYTHONPATH=. .venv/bin/python "$$script"; done
 
 clean: ## remove what was built here, the environment included
-	rm -rf .venv .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-airflow .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

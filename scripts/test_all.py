@@ -1,0 +1,155 @@
+"""Runs every suite, each in the environment it needs, and ends with one line for each.
+
+An environment that cannot be built makes its suite "not run", which is no success: the exit code
+is 3 then, and 1 where a test failed. BATCHCTL_ALLOW_NOT_RUN=1 lets such a machine pass all the
+same; the lines still say it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = ROOT / ".venv" / "bin" / "python"
+REPORTS = ROOT / "build" / "reports"
+NOT_RUN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tests that run together, and the script that makes the environment they need."""
+
+    name: str
+    python: Path
+    arguments: tuple[str, ...]
+    environment: Path | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a suite ended."""
+
+    name: str
+    words: str
+    is_failure: bool = False
+    is_missing: bool = False
+
+
+_ALONE = ("vllm", "remote", "airflow")
+SUITES = (
+    Suite(
+        name="core, hf bf16 and nf4, fleet",
+        python=MAIN,
+        arguments=(
+            *("-n", os.environ.get("WORKERS", "2"), "--dist", "loadfile", "tests"),
+            *(f"--ignore=tests/{folder}" for folder in _ALONE),
+        ),
+    ),
+    Suite(
+        name="vllm (CPU)",
+        python=ROOT / ".venv-vllm" / "bin" / "python",
+        arguments=("tests/vllm",),
+        environment=ROOT / "scripts" / "vllm_env.sh",
+    ),
+    Suite(
+        name="remote (vllm serve)",
+        python=MAIN,
+        arguments=("tests/remote",),
+        environment=ROOT / "scripts" / "vllm_env.sh",
+    ),
+    Suite(
+        name="airflow",
+        python=ROOT / ".venv-airflow" / "bin" / "python",
+        arguments=("--confcutdir=tests/airflow", "tests/airflow"),
+        environment=ROOT / "scripts" / "airflow_env.sh",
+    ),
+)
+
+
+def run(suite: Suite) -> Outcome:
+    """Build what the suite needs, run it, and say how it went."""
+    if suite.environment is not None:
+        built = subprocess.run(  # noqa: S603  our own script
+            ["/bin/sh", str(suite.environment)], cwd=ROOT, check=False
+        )
+        if built.returncode == NOT_RUN:
+            return Outcome(
+                name=suite.name,
+                words=f"not run: {suite.environment.name} could not make its environment",
+                is_missing=True,
+            )
+        if built.returncode:
+            return Outcome(
+                name=suite.name,
+                words=f"failed: {suite.environment.name} ended with {built.returncode}",
+                is_failure=True,
+            )
+    report = REPORTS / f"{suite.name.split()[0].strip(',')}.xml"
+    report.unlink(missing_ok=True)
+    began = time.monotonic()
+    ended = subprocess.run(  # noqa: S603  our own tests
+        [str(suite.python), "-m", "pytest", "-q", f"--junitxml={report}", *suite.arguments],
+        cwd=ROOT,
+        env=os.environ | suite.variables,
+        check=False,
+    ).returncode
+    return _read(suite, report, ended, time.monotonic() - began)
+
+
+def _read(suite: Suite, report: Path, ended: int, seconds: float) -> Outcome:
+    """Say what the report holds; a suite that ran nothing has not passed."""
+    try:
+        totals = [one.attrib for one in ET.parse(report).getroot().iter("testsuite")]  # noqa: S314  ours
+    except (OSError, ET.ParseError):
+        return Outcome(name=suite.name, words=f"failed: pytest ended with {ended}", is_failure=True)
+    counts = {
+        name: sum(int(one.get(name, 0)) for one in totals)
+        for name in ("tests", "failures", "errors", "skipped")
+    }
+    bad = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - bad - counts["skipped"]
+    words = f"{passed} passed, {bad} failed, {counts['skipped']} skipped in {seconds:.0f} s"
+    if ended or bad:
+        return Outcome(name=suite.name, words=f"FAILED: {words}", is_failure=True)
+    if not passed:
+        return Outcome(name=suite.name, words=f"not run: {words}", is_missing=True)
+    return Outcome(name=suite.name, words=words)
+
+
+def _never_here() -> list[Outcome]:
+    """What this machine cannot run, whatever was built."""
+    found = []
+    if shutil.which("nvidia-smi") is None:
+        found.append(Outcome(name="CUDA, NVML, FlashAttention", words="not run: no NVIDIA GPU"))
+    if shutil.which("docker") is None:
+        found.append(Outcome(name="docker compose", words="not run: no docker"))
+    return found
+
+
+def main(wanted: list[str]) -> int:
+    """Run the suites whose names begin with one of `wanted` (all, if empty)."""
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for suite in SUITES:
+        if wanted and not suite.name.startswith(tuple(wanted)):
+            continue
+        print(f"\n== {suite.name}", flush=True)
+        outcomes.append(run(suite))
+    print("\n== all suites")
+    width = max(len(one.name) for one in (*outcomes, *_never_here()))
+    for one in (*outcomes, *_never_here()):
+        print(f"{one.name:<{width}}  {one.words}")
+    if any(one.is_failure for one in outcomes):
+        return 1
+    missing = any(one.is_missing for one in outcomes)
+    return NOT_RUN if missing and os.environ.get("BATCHCTL_ALLOW_NOT_RUN") != "1" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
