@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.registry import describe_model
+from engine.sandbox import Sandbox
 from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import NotFound, StorageError
 from jobs.domain.request import Capabilities
@@ -67,6 +68,15 @@ class App:
                 f"{', '.join(models)}.",
                 param="model",
             )
+
+    def open_sandbox(self) -> Sandbox:
+        """Return the process that tries schemas, within the limits of the settings; close it."""
+        limits = self.settings.sandbox
+        return Sandbox(
+            cpu_seconds=limits.cpu_seconds,
+            wall_seconds=limits.wall_seconds,
+            memory_bytes=limits.memory_bytes,
+        )
 
     def remove_leftovers(self) -> None:
         """Free what killed writers left among the blobs; only for the holder of the folder's lock.

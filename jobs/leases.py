@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs.domain.errors import StorageError
 from jobs.domain.ids import BatchId, UnitId
-from jobs.domain.shard import Lease, UnitState
+from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.telemetry import log
 from storage import units
 from storage.database import Database
@@ -88,6 +88,11 @@ class LeaseKeeper:
         """Stop renewing a lease."""
         with self._lock:
             self._held.pop(unit_id, None)
+
+    def num_held(self, kind: UnitKind) -> int:
+        """Return how many leases of a kind are kept now."""
+        with self._lock:
+            return sum(held.lease.kind is kind for held in self._held.values())
 
     def _run(self) -> None:
         renew_at = time.monotonic() + self._times.renew_seconds

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from engine.supervisor import EngineSupervisor
 from jobs.domain.errors import EngineDied
 from jobs.domain.ids import WorkerId
+from jobs.domain.result import Result
 from jobs.feed import Feed, FeedSettings
 from jobs.leases import LeaseKeeper
 from jobs.telemetry import log
@@ -20,7 +21,12 @@ _STOP_POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerContext:
-    """What a worker works with; while `may_claim` says no, no further shard is begun."""
+    """What a worker works with.
+
+    Attributes:
+        may_claim: while it says no, no further shard is begun.
+        on_result: called with each result as it comes, before it is durable.
+    """
 
     db: Database
     blobs: BlobStore
@@ -30,6 +36,7 @@ class WorkerContext:
     boot_id: str
     settings: FeedSettings
     may_claim: Callable[[], bool] = lambda: True
+    on_result: Callable[[Result], None] | None = None
 
 
 def work(
@@ -70,6 +77,8 @@ def work(
                 with closing(engine.generate(feed)) as results:
                     for result in results:
                         feed.append(result)
+                        if context.on_result is not None:
+                            context.on_result(result)
             except EngineDied as death:
                 if stop.is_set():
                     break

@@ -1,0 +1,144 @@
+"""Plans batches and writes their files: one claimed unit in a turn."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from engine.sandbox import Sandbox
+from jobs import finalizer, intake
+from jobs.domain.batch import LineProblem
+from jobs.domain.errors import BatchctlError, LeaseLost
+from jobs.domain.ids import UnitId
+from jobs.domain.retry import Settlement, decide
+from jobs.domain.shard import Lease, UnitKind, UnitState
+from jobs.loops.turns import Crew, Stopped
+from jobs.telemetry import log
+from storage import batches, units
+
+
+class ControlLoop:
+    """Runs plan and finalize units."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        *,
+        checker: Sandbox,
+        on_progress: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """Work with the leases of `crew`.
+
+        Args:
+            checker: tries the schemas of a batch while it is planned.
+            on_progress: called with "planning" or "finalizing" and a number of lines.
+        """
+        self._crew = crew
+        self._app = crew.app
+        self._checker = checker
+        self._on_progress = on_progress
+
+    def turn(self) -> bool:
+        """Claim and run one unit; return whether there was one."""
+        crew = self._crew
+        lease = units.claim(
+            self._app.db,
+            worker_id=crew.worker_id,
+            boot_id=crew.boot_id,
+            kinds=(UnitKind.PLAN, UnitKind.FINALIZE),
+            model_keys=None,
+            lease_seconds=crew.times.lease_seconds,
+        )
+        if lease is None:
+            return False
+        progress = _Progress(self._note_progress)
+        crew.keeper.hold(
+            lease, progress=progress.read, on_lost=_ignore, on_stopping=lambda _u, _s: None
+        )
+        try:
+            self._run(lease, progress)
+        except LeaseLost:
+            log.info("lease_lost", unit_id=lease.unit_id)
+        except Stopped:
+            self._release(lease)
+        except finalizer.InputLost as error:
+            log.error("batch_failed", batch_id=lease.batch_id, code=error.code)
+            problem = LineProblem(code=error.code, message=error.message)
+            batches.give_up(self._app.db, lease, errors=[problem])
+        except BatchctlError as error:
+            self._settle(lease, error)
+            if not crew.fail_without_engine:
+                raise
+            log.error("unit_failed", unit_id=lease.unit_id, kind=lease.kind, error=error.message)
+        finally:
+            crew.keeper.drop(lease.unit_id)
+        self._app.doorbell.announce()
+        return True
+
+    def _run(self, lease: Lease, progress: "_Progress") -> None:
+        app = self._app
+        if lease.kind is UnitKind.FINALIZE:
+            note = progress.phase("finalizing")
+            finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
+            return
+        intake.plan(
+            app.db,
+            app.blobs,
+            lease,
+            describe=app.describe,
+            checker=self._checker,
+            limits=app.plan_limits(),
+            on_progress=progress.phase("planning"),
+        )
+
+    def _note_progress(self, phase: str, num_lines: int) -> None:
+        """Pass on how far a unit is.
+
+        Raises:
+            Stopped: it is to be given back.
+        """
+        if self._crew.stopping.is_set():
+            raise Stopped("Told to stop.")
+        if self._on_progress is not None:
+            self._on_progress(phase, num_lines)
+
+    def _settle(self, lease: Lease, error: BatchctlError) -> None:
+        policy = self._crew.policy
+        settlement = decide(
+            finished=False,
+            stopped=None,
+            # A plan or a file can always be written later; only lines ever end with an error.
+            retryable=True,
+            attempt=min(lease.attempt, policy.max_attempts - 1),
+            policy=policy,
+            rng=self._crew.rng,
+            reason=f"{error.code}: {error.message}",
+        )
+        with suppress(LeaseLost):
+            units.settle(self._app.db, lease, settlement)
+
+    def _release(self, lease: Lease) -> None:
+        with suppress(LeaseLost):
+            units.settle(self._app.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
+
+
+class _Progress:
+    """How many lines a unit has gone through."""
+
+    def __init__(self, note: Callable[[str, int], None]) -> None:
+        self._note = note
+        self._num_lines = 0
+
+    def read(self) -> int:
+        return self._num_lines
+
+    def phase(self, name: str) -> Callable[[int], None]:
+        """Return what to call with the number of lines."""
+
+        def note(num_lines: int) -> None:
+            self._num_lines = num_lines
+            self._note(name, num_lines)
+
+        return note
+
+
+def _ignore(_unit_id: UnitId) -> None:
+    """Leave it to the fence: every write of a lost lease is refused."""

@@ -1,0 +1,42 @@
+"""Looks after forgotten work at intervals, and reaps nobody who could not have renewed."""
+
+import time
+
+from jobs import sweeper
+from jobs.loops.turns import Crew
+from jobs.telemetry import log
+
+
+class SweepLoop:
+    """Reaps expired leases, stops overdue batches, hands finished ones to the finalizer."""
+
+    def __init__(self, crew: Crew) -> None:
+        """Sweep the database of `crew`."""
+        self._crew = crew
+        self._app = crew.app
+        self._swept_at: tuple[float, float] | None = None
+        self._reap_after = 0.0
+
+    def turn(self) -> bool:
+        """Sweep once, then wait until the next turn is due."""
+        swept = sweeper.tick(self._app.db, rng=self._crew.rng, reap=self.may_reap())
+        if swept.reaped or swept.expired or swept.finished:
+            log.info("swept", reaped=swept.reaped, expired=swept.expired, done=swept.finished)
+            self._app.doorbell.announce()
+        self._crew.stopping.wait(self._app.settings.leases.reap_seconds)
+        return True
+
+    def may_reap(self) -> bool:
+        """Return False for one lease after the machine slept, the clock jumped or we starved.
+
+        Until then, whoever holds a lease may not have had the time to renew it. A database that
+        was away shows as such a gap too.
+        """
+        now, wall = time.monotonic(), self._app.db.now().timestamp()
+        lease_seconds = self._crew.times.lease_seconds
+        if self._swept_at is not None:
+            gap = max(now - self._swept_at[0], wall - self._swept_at[1])
+            if gap > lease_seconds / 2 + self._app.settings.leases.reap_seconds:
+                self._reap_after = now + lease_seconds
+        self._swept_at = (now, wall)
+        return now >= self._reap_after

@@ -1,0 +1,279 @@
+"""Runs shards on one engine process at a time: of one model, then of the next one that waits."""
+
+import time
+from collections.abc import Callable, Collection
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from engine.process import ProcessEngine
+from engine.supervisor import EngineSupervisor
+from jobs import runner
+from jobs.domain.errors import BatchctlError, EngineError, NotFound, StorageError
+from jobs.domain.result import Result
+from jobs.domain.retry import Settlement, decide
+from jobs.domain.shard import UnitKind, UnitState
+from jobs.feed import FeedSettings
+from jobs.loops.turns import Crew
+from jobs.telemetry import log
+from storage import units
+
+WorkState = Literal["idle", "loading", "working", "draining"]
+
+_STAY_LOOK_SECONDS = 5.0
+_MAX_AVOID_SECONDS = 60.0
+
+
+class WorkLoop:
+    """Owns the engine of a worker and keeps it in work."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        *,
+        models: Collection[str] | None = None,
+        engine_log: Path | None = None,
+        others_serve: Callable[[str], bool] = lambda _model: False,
+        on_result: Callable[[str, Result], None] | None = None,
+    ) -> None:
+        """Work with the leases of `crew`.
+
+        Args:
+            models: the only models to serve; None: any that has work.
+            engine_log: where the engine's own output goes; by default `engine.log` in the folder.
+            others_serve: whether another worker may be able to run a model that this one cannot
+                start; then its shards are left to that one instead of ending with errors.
+            on_result: called with the model and each result, before it is durable.
+        """
+        self._crew = crew
+        self._app = crew.app
+        self._models = None if models is None else frozenset(models)
+        self._engine_log = engine_log or crew.app.folder / "engine.log"
+        self._others_serve = others_serve
+        self._on_result = on_result
+        self._stay_seconds = crew.app.settings.worker.model_stay_seconds
+        self._supervisor: EngineSupervisor | None = None
+        self._model: str | None = None
+        self._model_since = 0.0
+        self._may_stay = (0.0, True)
+        self._engine_failures = 0
+        self._avoided: dict[str, tuple[float, int]] = {}
+        self._busy = False
+        self._num_tokens = 0
+        self._past_starts = 0
+
+    # --- what others see ---
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The process id of the engine, or None while there is none."""
+        supervisor = self._supervisor
+        return supervisor.pid if supervisor is not None else None
+
+    @property
+    def num_engine_starts(self) -> int:
+        """How many engine lives this loop has begun, of all its models together."""
+        supervisor = self._supervisor
+        return self._past_starts + (supervisor.num_starts if supervisor is not None else 0)
+
+    @property
+    def model(self) -> str | None:
+        """The model that the engine has, or is loading."""
+        return self._model
+
+    @property
+    def state(self) -> WorkState:
+        """What the loop is doing."""
+        if self._crew.stopping.is_set():
+            return "draining"
+        if not self._busy:
+            return "idle"
+        return "loading" if self.engine_pid is None else "working"
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards are leased now."""
+        return self._crew.keeper.num_held(UnitKind.SHARD)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were generated since the start."""
+        return self._num_tokens
+
+    @property
+    def unavailable_models(self) -> frozenset[str]:
+        """The models whose engine could not be had at the last try."""
+        return frozenset(self._avoided)
+
+    # --- one turn ---
+
+    def turn(self) -> bool:
+        """Run shards of one model until there are none, or another's turn; return if there were."""
+        model = self._next_model()
+        if model is None:
+            return False
+        self._busy = True
+        try:
+            return self._work(model)
+        finally:
+            self._busy = False
+
+    def close(self) -> None:
+        """End the engine process."""
+        if self._supervisor is not None:
+            self._past_starts += self._supervisor.num_starts
+            self._supervisor.close()
+        self._supervisor = None
+        self._model = None
+
+    def _work(self, model: str) -> bool:
+        crew = self._crew
+        try:
+            supervisor = self._engine_for(model)
+            runner.work(
+                runner.WorkerContext(
+                    db=self._app.db,
+                    blobs=self._app.blobs,
+                    keeper=crew.keeper,
+                    doorbell=self._app.doorbell,
+                    worker_id=crew.worker_id,
+                    boot_id=crew.boot_id,
+                    settings=self._feed_settings(),
+                    may_claim=self._may_claim,
+                    on_result=self._note_result,
+                ),
+                supervisor,
+                model_keys=[model],
+                stop=crew.stopping,
+            )
+            self._engine_failures = 0
+            self._avoided.pop(model, None)
+        except (EngineError, NotFound) as error:
+            self.close()
+            if crew.stopping.is_set():
+                return False
+            if not crew.fail_without_engine:
+                crew.fail(error)
+                return False
+            self._go_without_engine(model, error)
+        except StorageError as error:
+            if crew.fail_without_engine:
+                raise
+            crew.fail(error)  # the feed has been patient already
+            return False
+        return True
+
+    def _note_result(self, result: Result) -> None:
+        self._num_tokens += result.usage.completion_tokens
+        if self._on_result is not None and self._model is not None:
+            self._on_result(self._model, result)
+
+    # --- which model ---
+
+    def _waiting_models(self) -> dict[str, datetime]:
+        """Return which models of ours have shards that may run now, and since when."""
+        now, clock = self._app.db.now(), time.monotonic()
+        return {
+            one.model_key: one.oldest_at
+            for one in units.list_pending(self._app.db)
+            if one.kind is UnitKind.SHARD
+            and one.model_key is not None
+            and (self._models is None or one.model_key in self._models)
+            and one.oldest_at <= now
+            and self._avoided.get(one.model_key, (0.0, 0))[0] <= clock
+        }
+
+    def _next_model(self) -> str | None:
+        """Return a model that has work now: the present one if it may stay, else the next."""
+        waiting = self._waiting_models()
+        if self._model in waiting and not self._is_stay_over(waiting):
+            return self._model
+        others = {model: since for model, since in waiting.items() if model != self._model}
+        return min(others or waiting, key=lambda model: waiting[model], default=None)
+
+    def _is_stay_over(self, waiting: dict[str, datetime]) -> bool:
+        """Return whether another model has waited long enough behind the present one."""
+        if time.monotonic() - self._model_since < self._stay_seconds:
+            return False
+        patience = self._app.db.now() - timedelta(seconds=self._stay_seconds)
+        return any(model != self._model and since < patience for model, since in waiting.items())
+
+    def _may_claim(self) -> bool:
+        """Return whether the present model may begin another shard; looks every few seconds."""
+        looked_at, may_stay = self._may_stay
+        if time.monotonic() - looked_at > min(_STAY_LOOK_SECONDS, self._stay_seconds):
+            may_stay = not self._is_stay_over(self._waiting_models())
+            self._may_stay = (time.monotonic(), may_stay)
+        return may_stay
+
+    # --- the engine ---
+
+    def _engine_for(self, model: str) -> EngineSupervisor:
+        if self._supervisor is None or self._model != model:
+            self.close()
+            config = self._app.engine_config(model)
+            stall_seconds = self._app.settings.leases.stall_seconds
+            self._model = model
+            self._model_since = time.monotonic()
+            self._may_stay = (self._model_since, True)
+            self._supervisor = EngineSupervisor(
+                lambda: ProcessEngine(
+                    config,
+                    model=model,
+                    log_path=self._engine_log,
+                    stall_seconds=stall_seconds,
+                    stop=self._crew.stopping.is_set,
+                ),
+                wait=self._crew.stopping.wait,
+            )
+        return self._supervisor
+
+    def _go_without_engine(self, model: str, error: BatchctlError) -> None:
+        """Leave a model whose engine cannot be had to others, or let its shards end."""
+        self._engine_failures += 1
+        log.error("engine_unavailable", model=model, code=error.code, error=error.message)
+        if self._others_serve(model):
+            num_tries = self._avoided.get(model, (0.0, 0))[1] + 1
+            seconds = min(_MAX_AVOID_SECONDS, 2.0 ** min(num_tries, 10))
+            self._avoided[model] = (time.monotonic() + seconds, num_tries)
+            return
+        self._avoided[model] = (0.0, self._avoided.get(model, (0.0, 0))[1] + 1)
+        self._end_one_shard(model, error)
+
+    def _end_one_shard(self, model: str, error: BatchctlError) -> None:
+        """Let a shard whose engine cannot be had wait, or end it after enough attempts."""
+        crew = self._crew
+        lease = units.claim(
+            self._app.db,
+            worker_id=crew.worker_id,
+            boot_id=crew.boot_id,
+            kinds=(UnitKind.SHARD,),
+            model_keys=[model],
+            lease_seconds=crew.times.lease_seconds,
+        )
+        if lease is None:
+            return
+        settlement: Settlement = decide(
+            finished=False,
+            stopped=None,
+            retryable=error.retryable,
+            attempt=self._engine_failures,  # claims that a restart gave back are nobody's fault
+            policy=crew.policy,
+            rng=crew.rng,
+            reason=f"{error.code}: {error.message}",
+        )
+        if settlement.state is not UnitState.PENDING:
+            log.error("shard_failed", unit_id=lease.unit_id, code=error.code)
+        units.settle(self._app.db, lease, settlement)
+        self._app.doorbell.announce()
+
+    def _feed_settings(self) -> FeedSettings:
+        segments = self._app.settings.segments
+        leases = self._app.settings.leases
+        return FeedSettings(
+            flush_results=segments.max_results,
+            flush_bytes=segments.max_bytes,
+            flush_seconds=segments.max_age_seconds,
+            poll_seconds=min(0.5, leases.idle_poll_seconds),
+            lease_seconds=leases.lease_seconds,
+        )
