@@ -12,12 +12,13 @@ Source: transitions T3, T4, T6 and T7 of the unit protocol (see DECISIONS.md).
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from jobs import metrics
 from jobs.domain.batch import Batch
 from jobs.domain.errors import InvalidLine, LeaseLost, StorageError
 from jobs.domain.ids import BatchId, UnitId, WorkerId
@@ -73,6 +74,8 @@ class _Buffer:
     usage: Usage = field(default_factory=Usage)
     num_bytes: int = 0
     num_failed: int = 0
+    failed_usage: Usage = field(default_factory=Usage)
+    codes: Counter[str] = field(default_factory=Counter)
     oldest_at: float = 0.0
 
 
@@ -92,6 +95,7 @@ class _OpenShard:
     stopped: UnitState | None = None
     exit: str = ""
     lost: bool = False
+    opened_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(slots=True, eq=False)
@@ -338,7 +342,10 @@ class Feed:
         buffer.entries.append((index, int(failed), line))
         buffer.positions.append(held.position)
         buffer.usage += result.usage
-        buffer.num_failed += failed
+        if result.error is not None:
+            buffer.num_failed += 1
+            buffer.failed_usage += result.usage
+            buffer.codes[result.error.code] += 1
         buffer.num_bytes += len(line)
         self._buffered_bytes += len(line)
         shard.num_left -= 1
@@ -392,6 +399,7 @@ class Feed:
                 shard.writing, shard.buffer = shard.buffer, _Buffer()
             writing = shard.writing
         lease = shard.lease
+        began = time.monotonic()
         content = encode_segment(sorted(writing.entries))
         key = segment_key(lease, shard.sequence, hash_bytes(content))
         info = self._blobs.put(key, content)
@@ -412,6 +420,17 @@ class Feed:
             ),
             lease_seconds=self._settings.lease_seconds,
         )
+        metrics.count_segment(
+            shard.lease.model_key,
+            outcomes={
+                metrics.COMPLETED: len(writing.entries) - writing.num_failed,
+                **writing.codes,
+            },
+            usage=writing.usage,
+            failed_usage=writing.failed_usage,
+            num_bytes=info.num_bytes,
+            seconds=time.monotonic() - began,
+        )
         with self._lock:
             if not shard.lost:  # else its bytes have been counted out
                 shard.writing = None
@@ -419,6 +438,7 @@ class Feed:
                 self._buffered_bytes -= writing.num_bytes
             self._lock.notify_all()
         if done:
+            self._count(shard, "done")
             self._keeper.drop(lease.unit_id)
             with self._lock:
                 self._open.pop(lease.unit_id, None)
@@ -440,6 +460,7 @@ class Feed:
         """Return since when it fails; end the feed when that is too long, or will not pass."""
         now = time.monotonic()
         since = now if since is None else since
+        metrics.count_storage_failure(error.code)
         log.warning("storage_failed", code=error.code, error=error.message)
         if not error.retryable or now - since > self._settings.write_patience_seconds:
             self._fail(error)
@@ -595,9 +616,18 @@ class Feed:
             if shard is None:
                 return
             shard.lost = True
+            self._count(shard, "lost")
             self._buffered_bytes -= shard.buffer.num_bytes
             self._buffered_bytes -= shard.writing.num_bytes if shard.writing else 0
             self._drop_requests(shard)
+
+    def _count(self, shard: _OpenShard, outcome: str) -> None:
+        metrics.count_unit(
+            UnitKind.SHARD,
+            shard.lease.model_key,
+            outcome=outcome,
+            seconds=time.monotonic() - shard.opened_at,
+        )
 
     def _drop_requests(self, shard: _OpenShard) -> None:
         for request_id in [i for i, held in self._in_flight.items() if held.shard is shard]:
@@ -610,6 +640,7 @@ class Feed:
         with self._lock:
             if self._open.pop(shard.lease.unit_id, None) is None:
                 return
+        self._count(shard, str(state or "released"))
         settlement = Settlement(
             state=state or UnitState.PENDING, exit=shard.exit or str(state or "released")
         )

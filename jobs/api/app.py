@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from jobs.api import batches, files, health, models
+from jobs.api import batches, files, health, metrics, models
 from jobs.api.context import Context
 from jobs.api.edge import Edge
 from jobs.api.problems import ErrorEnvelope, answer_error
@@ -50,6 +50,7 @@ def create_api(
     api.state.context = Context(
         app=app, on_work=on_work, started_at=datetime.now(UTC), stall_seconds=stall_seconds
     )
+    api.state.system = metrics.SystemCollector(app.db)
     for handled in (BatchctlError, RequestValidationError, HTTPException):
         api.add_exception_handler(handled, answer_error)
     api.add_middleware(Edge, api_key=api_key, host_names=host_names)
@@ -59,6 +60,7 @@ def create_api(
     key = Security(HTTPBearer(auto_error=False, description="The server's api_key, if it has one."))
     for router in (files.router, batches.router, models.router):
         api.include_router(router, responses=failures, dependencies=[key])
+    api.include_router(metrics.router, dependencies=[key])
     api.include_router(health.router)
     return api
 

@@ -14,7 +14,7 @@ from jobs.domain.ids import mint
 MAX_BODY_BYTES = 1 << 20
 """Of every body but that of an upload."""
 UPLOAD_PATH = "/v1/files"
-_GUARDED = "/v1/"
+_GUARDED = ("/v1/", "/metrics")
 
 
 class Edge:

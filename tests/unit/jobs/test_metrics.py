@@ -1,0 +1,96 @@
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import metrics
+from jobs.domain.result import Usage
+
+NO_USAGE = Usage()
+
+
+def value(name: str, **labels: str) -> float:
+    return prometheus_client.REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def count_segment(model: str, **outcomes: int) -> None:
+    metrics.count_segment(
+        model, outcomes=outcomes, usage=NO_USAGE, failed_usage=NO_USAGE, num_bytes=10, seconds=0.1
+    )
+
+
+def test_a_segment_counts_its_requests_by_outcome() -> None:
+    count_segment("m-outcomes", completed=3, truncated=1, schema_mismatch=0)
+    count_segment("m-outcomes", completed=2)
+    name = "batchctl_requests_total"
+    assert value(name, model="m-outcomes", outcome="completed") == 5
+    assert value(name, model="m-outcomes", outcome="truncated") == 1
+    assert value(name, model="m-outcomes", outcome="schema_mismatch") == 0
+
+
+def test_tokens_of_failed_requests_are_not_those_of_completed_ones() -> None:
+    metrics.count_segment(
+        "m-tokens",
+        outcomes={"completed": 1, "truncated": 1},
+        usage=Usage(prompt_tokens=100, completion_tokens=50, cached_tokens=30),
+        failed_usage=Usage(prompt_tokens=40, completion_tokens=45, cached_tokens=10),
+        num_bytes=10,
+        seconds=0.1,
+    )
+    found = {
+        (kind, outcome): value(
+            "batchctl_tokens_total", model="m-tokens", kind=kind, outcome=outcome
+        )
+        for kind in ("prompt", "completion", "cached")
+        for outcome in ("completed", "failed")
+    }
+    assert found == {
+        ("prompt", "completed"): 60,
+        ("completion", "completed"): 5,
+        ("cached", "completed"): 20,
+        ("prompt", "failed"): 40,
+        ("completion", "failed"): 45,
+        ("cached", "failed"): 10,
+    }
+
+
+def test_codes_that_a_server_makes_up_become_one_series() -> None:
+    for number in range(2 * metrics.MAX_OUTCOMES):
+        count_segment("m-many", **{f"invented_{number}": 1})
+    count_segment("m-many", **{"a prompt, perhaps": 1})
+    outcomes = {
+        sample.labels["outcome"]
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if sample.name == "batchctl_requests_total" and sample.labels["model"] == "m-many"
+    }
+    assert 1 < len(outcomes) <= metrics.MAX_OUTCOMES + 1
+    assert "other" in outcomes
+    assert "a prompt, perhaps" not in outcomes
+
+
+def test_a_unit_is_timed_by_kind_model_and_how_it_ended() -> None:
+    metrics.count_unit("shard", "m-unit", outcome="done", seconds=42)
+    labels = {"kind": "shard", "model": "m-unit", "outcome": "done"}
+    assert value("batchctl_unit_seconds_sum", **labels) == 42
+    assert value("batchctl_unit_seconds_bucket", **labels, le="30.0") == 0
+    assert value("batchctl_unit_seconds_bucket", **labels, le="60.0") == 1
+
+
+def test_an_engine_that_does_not_start_has_no_loading_time() -> None:
+    with metrics.engine_start("m-engine"):
+        pass
+    with pytest.raises(OSError, match="no device"), metrics.engine_start("m-engine"):
+        raise OSError("no device")
+    assert value("batchctl_engine_starts_total", model="m-engine") == 2
+    assert value("batchctl_engine_loading_seconds_count", model="m-engine") == 1
+
+
+def test_every_metric_of_ours_has_our_prefix_and_a_description() -> None:
+    ours = [
+        family
+        for family in text_string_to_metric_families(metrics.render().decode())
+        if not family.name.startswith(("python_", "process_"))
+    ]
+    assert ours
+    assert all(family.name.startswith("batchctl_") for family in ours)
+    assert all(family.documentation.endswith(".") for family in ours)
