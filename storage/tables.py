@@ -278,6 +278,13 @@ workers = sa.Table(
     sa.Column("draining", sa.Boolean, nullable=False),
     _count("engine_epoch"),
     _count("recent_deaths"),
+    sa.Column("host", sa.Text, nullable=False, server_default=sa.text("''")),
+    _count("pid"),
+    sa.Column("role", sa.Text, nullable=False, server_default="engine"),
+    sa.Column("models", Json, nullable=False, server_default="[]"),
+    sa.Column("state", sa.Text, nullable=False, server_default="idle"),
+    _count("num_shards"),
+    sa.Column("tokens_per_second", sa.Double, nullable=False, server_default="0"),
 )
 
 models = sa.Table(
@@ -287,4 +294,5 @@ models = sa.Table(
     sa.Column("fingerprint", sa.Text, nullable=False),
     sa.Column("capabilities", Json, nullable=False),
     sa.Column("published_at", Instant, nullable=False),
+    sa.Column("published_by", sa.Text),
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
+from typing import Literal
 
 import sqlalchemy as sa
 
@@ -9,17 +10,35 @@ from jobs.domain.ids import WorkerId
 from storage.database import Transaction, reads, writes
 from storage.tables import workers
 
+WorkerRole = Literal["engine", "control"]
+WorkerState = Literal["starting", "loading", "idle", "working", "draining"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process that runs units, as of its last heartbeat."""
+    """A process that runs units, as of its last heartbeat.
+
+    Attributes:
+        gpu: what the device is called, such as "cuda:0 NVIDIA H100 (GPU-...)" or "cpu".
+        model_key: the model that is loaded.
+        models: names of the models that it serves.
+        num_shards: shards that it holds now.
+        tokens_per_second: computed tokens, over the last seconds.
+    """
 
     id: WorkerId
     boot_id: str
     started_at: datetime
     heartbeat_at: datetime
+    host: str = ""
+    pid: int = 0
+    role: WorkerRole = "engine"
     gpu: str | None = None
+    models: tuple[str, ...] = ()
     model_key: str | None = None
+    state: WorkerState = "starting"
+    num_shards: int = 0
+    tokens_per_second: float = 0.0
     draining: bool = False
     engine_epoch: int = 0
     recent_deaths: int = 0
@@ -29,7 +48,8 @@ _NAMES = tuple(field.name for field in fields(Worker))
 
 
 def _from_row(row: sa.RowMapping) -> Worker:
-    return Worker(**{name: row[name] for name in _NAMES})
+    values = {name: row[name] for name in _NAMES}
+    return Worker(**values | {"models": tuple(row["models"])})
 
 
 @writes
@@ -46,7 +66,7 @@ def heartbeat(tx: Transaction, worker: Worker) -> None:
 
 @reads
 def list_recent(tx: Transaction, *, since: datetime) -> list[Worker]:
-    """Return the workers heard of since then, in the order they started."""
+    """Return the workers heard of since then, by their ids."""
     rows = tx.execute(
         sa.select(workers).where(workers.c.heartbeat_at >= since).order_by(workers.c.id)
     ).mappings()
@@ -57,3 +77,9 @@ def list_recent(tx: Transaction, *, since: datetime) -> list[Worker]:
 def remove(tx: Transaction, worker_id: WorkerId) -> None:
     """Forget a worker that ended."""
     tx.execute(sa.delete(workers).where(workers.c.id == worker_id))
+
+
+@writes
+def remove_silent(tx: Transaction, *, before: datetime) -> int:
+    """Forget the workers last heard of before then; return how many."""
+    return tx.execute(sa.delete(workers).where(workers.c.heartbeat_at < before)).rowcount

@@ -4,11 +4,9 @@ from datetime import timedelta
 import pytest
 
 from jobs.domain.errors import Conflict, NotFound
-from jobs.domain.ids import FileId, TenantId, WorkerId
+from jobs.domain.ids import FileId, TenantId
 from jobs.domain.shard import UnitKind
-from storage import batches, files, models, workers
-from storage.models import Model
-from storage.workers import Worker
+from storage import batches, files
 from tests.conformance.storage.bench import Bench
 
 US = TenantId("default")
@@ -85,27 +83,3 @@ def test_files_past_their_expiry_are_listed(bench: Bench) -> None:
     for file in (kept, gone):
         files.insert(bench.db, file)
     assert files.list_expired(bench.db, now=now) == [gone]
-
-
-def test_a_model_is_published_in_place_of_its_older_self(bench: Bench) -> None:
-    model = Model(
-        name="demo", fingerprint="a", capabilities={"n": [1]}, published_at=bench.clock.now
-    )
-    models.upsert(bench.db, model)
-    models.upsert(bench.db, replace(model, fingerprint="b"))
-    assert models.get(bench.db, "demo") == replace(model, fingerprint="b")
-    assert len(models.list_all(bench.db)) == 1
-    with pytest.raises(NotFound, match="The model 'x' does not exist"):
-        models.get(bench.db, "x")
-
-
-def test_a_worker_is_seen_while_its_heart_beats(bench: Bench) -> None:
-    start = bench.clock.now
-    worker = Worker(id=WorkerId("worker_a"), boot_id="b", started_at=start, heartbeat_at=start)
-    workers.heartbeat(bench.db, worker)
-    later = replace(worker, heartbeat_at=start + timedelta(seconds=10), draining=True)
-    workers.heartbeat(bench.db, later)
-    assert workers.list_recent(bench.db, since=start + timedelta(seconds=5)) == [later]
-    assert workers.list_recent(bench.db, since=start + timedelta(seconds=11)) == []
-    workers.remove(bench.db, worker.id)
-    assert workers.list_recent(bench.db, since=start) == []

@@ -199,7 +199,7 @@ def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
                 check_schema(db)
         finally:
             db.run(
-                lambda tx: tx.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+                lambda tx: tx.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
             )
 
 

@@ -1,4 +1,9 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import alembic.command
@@ -8,8 +13,15 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from jobs.domain.batch import BatchStatus
+from jobs.domain.shard import UnitKind, UnitState
+from jobs.feed import FeedSettings
+from storage import batches, models, shards, units, workers
+from storage.blobs import open_blobs
+from storage.config import BlobSettings
 from storage.database import Database, alembic_config, check_schema, open_database, upgrade
 from storage.tables import metadata
+from tests.builders import Bench, Clock, ScriptedEngine, Worker, await_set, await_true, make_lines
 from tests.conftest import PostgresServer
 
 
@@ -92,3 +104,148 @@ def test_a_plain_engine_or_a_url_may_be_handed_in(tmp_path: Path) -> None:
     alembic.command.downgrade(config, "base")
     assert sa.inspect(engine).get_table_names() == ["alembic_version"]
     engine.dispose()
+
+
+FLUSH_EACH = FeedSettings(flush_results=1, flush_bytes=1, flush_seconds=0, poll_seconds=0.02)
+
+
+@contextmanager
+def bench_of(db: Database, folder: Path) -> Iterator[Bench]:
+    with open_blobs(BlobSettings(), folder) as blobs:
+        bench = Bench(db=db, blobs=blobs, clock=Clock())
+        with bench.stack:
+            yield bench
+
+
+def test_a_batch_in_flight_goes_on_over_the_upgrade(empty: Database, tmp_path: Path) -> None:
+    upgrade(empty, revision="0001")
+    with bench_of(empty, tmp_path) as bench:
+        batch = bench.submit_planned(make_lines(6), shard_lines=3)
+        engine = ScriptedEngine(slots=2)
+        engine.pause_after(2)
+        with Worker(bench, engine, settings=FLUSH_EACH) as worker:
+            await_set(engine.paused)
+            await_true(lambda: batches.get(empty, batch.id).request_counts.completed == 2)
+            assert UnitState.LEASED in bench.states(batch)
+            upgrade(empty)
+            check_schema(empty)
+            engine.go_on()
+            assert worker.result() == 6
+        finished = bench.finalize()
+        assert finished.status is BatchStatus.COMPLETED
+        assert {line["custom_id"] for line in bench.output_of(finished)} == {
+            f"r{number}" for number in range(6)
+        }
+        assert len(bench.output_of(finished)) == 6
+
+
+def test_a_batch_whose_worker_was_killed_before_the_upgrade_is_finished_by_another(
+    empty: Database, tmp_path: Path
+) -> None:
+    upgrade(empty, revision="0001")
+    with bench_of(empty, tmp_path) as bench:
+        batch = bench.submit_planned(make_lines(3))
+        bench.claim(UnitKind.SHARD)
+        upgrade(empty)
+        [(_, state)] = shards.list_for_batch(empty, batch.id)
+        assert state is UnitState.LEASED
+        assert len(units.reap_other_boots(empty, boot_id="another")) == 1
+        with Worker(bench, ScriptedEngine()) as worker:
+            assert worker.result() == 3
+        assert bench.finalize().status is BatchStatus.COMPLETED
+
+
+def test_rows_of_the_older_version_stay_good(empty: Database) -> None:
+    upgrade(empty, revision="0001")
+    now = empty.now()
+    instant = now if empty.is_postgres else int(now.timestamp() * 1_000_000)
+    with empty.transaction() as tx:
+        for name in ("worker_before", "worker_after"):
+            if name == "worker_after":
+                config = alembic_config()
+                config.attributes["connection"] = tx.connection
+                alembic.command.upgrade(config, "head")
+            tx.execute(
+                sa.text(
+                    "INSERT INTO workers (id, boot_id, started_at, heartbeat_at, draining) "
+                    "VALUES (:name, 'b', :now, :now, false)"
+                ),
+                {"name": name, "now": instant},
+            )
+        tx.execute(
+            sa.text(
+                "INSERT INTO models (name, fingerprint, capabilities, published_at) "
+                "VALUES ('demo', 'f', '{}', :now)"
+            ),
+            {"now": instant},
+        )
+    found = workers.list_recent(empty, since=now - timedelta(seconds=1))
+    assert [(one.id, one.models, one.host, one.role, one.state) for one in found] == [
+        ("worker_after", (), "", "engine", "idle"),
+        ("worker_before", (), "", "engine", "idle"),
+    ]
+    assert models.get(empty, "demo").published_by is None
+
+
+def test_going_back_by_one_keeps_the_batches(empty: Database, tmp_path: Path) -> None:
+    upgrade(empty)
+    with bench_of(empty, tmp_path) as bench:
+        batch = bench.submit_planned(make_lines(3))
+        config = alembic_config()
+        with empty.transaction() as tx:
+            config.attributes["connection"] = tx.connection
+            alembic.command.downgrade(config, "0001")
+        assert batches.get(empty, batch.id) == batch
+        upgrade(empty)
+        check_schema(empty)
+
+
+@pytest.mark.slow
+def test_of_two_upgrades_at_once_both_end_well(empty: Database, tmp_path: Path) -> None:
+    upgrade(empty, revision="0001")
+    url = empty.engine.url.render_as_string(hide_password=False)
+    with ExitStack() as stack:
+        with empty.transaction() as tx:
+            # Both have to wait for this transaction, and so meet each other behind it.
+            if empty.is_postgres:
+                tx.execute(sa.text("LOCK TABLE alembic_version IN ACCESS EXCLUSIVE MODE"))
+            processes = [stack.enter_context(start_upgrade(url, tmp_path)) for _ in range(2)]
+            await_true(lambda: count_waiting(empty, processes) == 2, 60)
+        said = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+    check_schema(empty)
+
+
+@contextmanager
+def start_upgrade(url: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli.main", "db", "upgrade"],
+        env={**os.environ, "BATCHCTL_DATABASE__URL": url, "BATCHCTL_DATA": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def count_waiting(db: Database, processes: list["subprocess.Popen[str]"]) -> int:
+    if db.is_postgres:
+        with db.read() as tx:
+            query = (
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            return int(tx.execute(sa.text(query)).scalar_one())
+    # SQLite names nobody who waits; having the file open is as near as one can look.
+    return sum(opens(process.pid, str(db.engine.url.database)) for process in processes)
+
+
+def opens(pid: int, path: str) -> bool:
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            if descriptor.readlink() == Path(path):
+                return True
+    return False
