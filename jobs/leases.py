@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from jobs import metrics
 from jobs.domain.errors import StorageError
 from jobs.domain.ids import BatchId, UnitId
 from jobs.domain.shard import Lease, UnitKind, UnitState
@@ -150,6 +151,7 @@ class LeaseKeeper:
         with self._lock:
             if self._held.pop(held.lease.unit_id, None) is None:
                 return
+        metrics.count_lost_lease()
         log.warning("lease_lost", unit_id=held.lease.unit_id, epoch=held.lease.epoch)
         held.on_lost(held.lease.unit_id)
 

@@ -66,9 +66,12 @@ _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this p
 _storage_failures = Counter(
     "batchctl_storage_failures", "Reads and writes of work that failed, by error code.", ("code",)
 )
+_loop_failures = Counter(
+    "batchctl_loop_failures", "Turns of the control, sweep and work loops that failed.", ("loop",)
+)
 _KNOWN = frozenset(
     (
-        *(COMPLETED, "done", "released", "lost", "cancelled", "expired", "failed"),
+        *(COMPLETED, "done", "released", "lost", "retried", "cancelled", "expired", "failed"),
         *("truncated", "schema_mismatch", "schema_unsupported", "context_length_exceeded"),
         *("engine_crash", "attempts_exhausted"),
     )
@@ -141,6 +144,11 @@ def count_reaped(number: int) -> None:
     """Count leases of others that were given up."""
     if number:
         _leases_reaped.inc(number)
+
+
+def count_loop_failure(loop: str) -> None:
+    """Count a turn of a loop that failed."""
+    _loop_failures.labels(loop).inc()
 
 
 def count_storage_failure(code: str) -> None:

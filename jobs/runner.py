@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from engine.supervisor import EngineSupervisor
+from jobs import metrics
 from jobs.domain.errors import EngineDied
 from jobs.domain.ids import WorkerId
 from jobs.domain.result import Result
@@ -83,6 +84,7 @@ def work(
                 if stop.is_set():
                     break
                 log.warning("engine_died", error=death.message, suspects=len(death.suspects))
+                metrics.count_engine_death(model_keys[0])
                 feed.note_death(death.suspects)
                 supervisor.note_death(
                     productive=feed.num_results > before, suspects=bool(death.suspects)

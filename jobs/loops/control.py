@@ -1,10 +1,11 @@
 """Plans batches and writes their files: one claimed unit in a turn."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from engine.sandbox import Sandbox
-from jobs import finalizer, intake
+from jobs import finalizer, intake, metrics
 from jobs.domain.batch import LineProblem
 from jobs.domain.errors import BatchctlError, LeaseLost
 from jobs.domain.ids import UnitId
@@ -53,23 +54,31 @@ class ControlLoop:
         crew.keeper.hold(
             lease, progress=progress.read, on_lost=_ignore, on_stopping=lambda _u, _s: None
         )
+        began, outcome = time.monotonic(), "done"
         try:
             self._run(lease, progress)
         except LeaseLost:
+            outcome = "lost"
             log.info("lease_lost", unit_id=lease.unit_id)
         except Stopped:
+            outcome = "released"
             self._release(lease)
         except finalizer.InputLost as error:
+            outcome = "failed"
             log.error("batch_failed", batch_id=lease.batch_id, code=error.code)
             problem = LineProblem(code=error.code, message=error.message)
             batches.give_up(self._app.db, lease, errors=[problem])
         except BatchctlError as error:
+            outcome = "retried"
             self._settle(lease, error)
             if not crew.fail_without_engine:
                 raise
             log.error("unit_failed", unit_id=lease.unit_id, kind=lease.kind, error=error.message)
         finally:
             crew.keeper.drop(lease.unit_id)
+            metrics.count_unit(
+                lease.kind, lease.model_key, outcome=outcome, seconds=time.monotonic() - began
+            )
         self._app.doorbell.announce()
         return True
 

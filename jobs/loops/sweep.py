@@ -2,7 +2,7 @@
 
 import time
 
-from jobs import sweeper
+from jobs import metrics, sweeper
 from jobs.loops.turns import Crew
 from jobs.telemetry import log
 
@@ -20,6 +20,7 @@ class SweepLoop:
     def turn(self) -> bool:
         """Sweep once, then wait until the next turn is due."""
         swept = sweeper.tick(self._app.db, rng=self._crew.rng, reap=self.may_reap())
+        metrics.count_reaped(swept.reaped)
         if swept.reaped or swept.expired or swept.finished:
             log.info("swept", reaped=swept.reaped, expired=swept.expired, done=swept.finished)
             self._app.doorbell.announce()

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+from jobs import metrics
 from jobs.app import App
 from jobs.domain.errors import BatchctlError, InternalError
 from jobs.domain.ids import WorkerId, mint, mint_worker_id
@@ -99,13 +100,17 @@ class Crew:
         try:
             return turn()
         except BatchctlError as error:
-            self.num_failures[name] += 1
+            self._note_failure(name)
             if error.retryable or self.fail_without_engine:  # else `failure` says it
                 log.error("loop_failed", loop=name, code=error.code, error=error.message)
             if not error.retryable:
                 self.fail(error)
         except Exception as error:  # noqa: BLE001  a fault of ours; the other loops go on
-            self.num_failures[name] += 1
+            self._note_failure(name)
             log.exception("loop_crashed", loop=name)
             self.fail(InternalError(f"{type(error).__name__} in the {name} loop; see the log."))
         return None
+
+    def _note_failure(self, name: str) -> None:
+        self.num_failures[name] += 1
+        metrics.count_loop_failure(name)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from engine.process import ProcessEngine
 from engine.supervisor import EngineSupervisor
-from jobs import runner
+from jobs import metrics, runner
 from jobs.domain.errors import BatchctlError, EngineError, NotFound, StorageError
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement, decide
@@ -213,17 +213,22 @@ class WorkLoop:
             self.close()
             config = self._app.engine_config(model)
             stall_seconds = self._app.settings.leases.stall_seconds
+
+            def start() -> ProcessEngine:
+                with metrics.engine_start(model):
+                    return ProcessEngine(
+                        config,
+                        model=model,
+                        log_path=self._engine_log,
+                        stall_seconds=stall_seconds,
+                        stop=self._crew.stopping.is_set,
+                    )
+
             self._model = model
             self._model_since = time.monotonic()
             self._may_stay = (self._model_since, True)
             self._supervisor = EngineSupervisor(
-                lambda: ProcessEngine(
-                    config,
-                    model=model,
-                    log_path=self._engine_log,
-                    stall_seconds=stall_seconds,
-                    stop=self._crew.stopping.is_set,
-                ),
+                start,
                 wait=self._crew.stopping.wait,
             )
         return self._supervisor
@@ -231,6 +236,7 @@ class WorkLoop:
     def _go_without_engine(self, model: str, error: BatchctlError) -> None:
         """Leave a model whose engine cannot be had to others, or let its shards end."""
         self._engine_failures += 1
+        metrics.count_engine_failure(model, error.code)
         log.error("engine_unavailable", model=model, code=error.code, error=error.message)
         if self._others_serve(model):
             num_tries = self._avoided.get(model, (0.0, 0))[1] + 1
