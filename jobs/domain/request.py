@@ -89,6 +89,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         refuses_unenforceable: whether a schema that cannot be kept while generating is refused,
             and not only validated after.
         fingerprint: changes whenever answers could change.
+        num_slots: requests that it works on at once; 0: unknown.
+        cache_tokens: tokens that its cache holds; 0: unknown.
+        quantization: of its weights, such as "none" or "nf4"; empty: unknown.
+        tokenizer_hash: of its tokenizer's file; empty: unknown.
     """
 
     model: str
@@ -100,6 +104,10 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     constraint_backend: Literal["llguidance", "outlines_core"] = "llguidance"
     refuses_unenforceable: bool = False
     fingerprint: str = ""
+    num_slots: int = 0
+    cache_tokens: int = 0
+    quantization: str = ""
+    tokenizer_hash: str = ""
 
     @property
     def serves_everything(self) -> bool:

@@ -24,6 +24,21 @@ def test_model_is_described_from_its_files(tiny_model: Path) -> None:
     assert shorter.context_tokens == 100
 
 
+def test_description_tells_slots_quantization_and_tokenizer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    config = HfConfig(model=str(copy), slots=7, quantization="nf4")
+    found = describe_model(config, "tiny")
+    assert (found.num_slots, found.quantization, found.cache_tokens) == (7, "nf4", 0)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert describe_model(config, "tiny").tokenizer_hash == found.tokenizer_hash
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + "\n")
+    assert describe_model(config, "tiny").tokenizer_hash != found.tokenizer_hash
+    assert describe_model(SimulatedConfig(slots=3), "simulated").num_slots == 3
+
+
 def test_describing_needs_no_torch(tiny_model: Path) -> None:
     program = (
         "import sys; from engine.config import HfConfig; from engine.registry import "
