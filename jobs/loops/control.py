@@ -12,7 +12,7 @@ from jobs.domain.ids import UnitId
 from jobs.domain.retry import Settlement, decide
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.loops.turns import Crew, Stopped
-from jobs.telemetry import log
+from jobs.telemetry import bound, log
 from storage import batches, units
 
 
@@ -56,7 +56,8 @@ class ControlLoop:
         )
         began, outcome = time.monotonic(), "done"
         try:
-            self._run(lease, progress)
+            with bound(unit_id=lease.unit_id, batch_id=lease.batch_id):
+                self._run(lease, progress)
         except LeaseLost:
             outcome = "lost"
             log.info("lease_lost", unit_id=lease.unit_id)
