@@ -1,8 +1,9 @@
 """One frozen settings model per engine, told apart by `kind`; they cross to its process."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 HfQuantization = Literal["none", "nf4"]
 VllmQuantization = Literal[
@@ -10,6 +11,7 @@ VllmQuantization = Literal[
 ]
 VllmDtype = Literal["auto", "bfloat16", "float16", "float32"]
 NativeConstraints = Literal["openai", "vllm", "none"]
+Streaming = Literal["auto", "always", "never"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 ConstraintBackend = Literal["llguidance", "outlines_core"]
 OnUnsupportedSchema = Literal["validate", "refuse"]
@@ -122,6 +124,8 @@ class VllmConfig(_Config):
 class RemoteConfig(_Config):
     """A vLLM server or any other with OpenAI's API, here or far away."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
     kind: Literal["remote"] = "remote"
     url: str = Field(description="base URL of the API, with or without /v1")
     api_key: str | None = Field(default=None, repr=False, description="sent as bearer token")
@@ -131,9 +135,20 @@ class RemoteConfig(_Config):
     timeout_seconds: float = Field(
         default=600.0, gt=0, description="how long a request may go without any progress"
     )
+    patience_seconds: float = Field(
+        default=600.0, gt=0, description="how long the server may fail every request"
+    )
+    max_tries: int = Field(
+        default=10, ge=1, description="tries of a request that fails while others succeed"
+    )
     slots: int = Field(default=64, ge=1, description="most requests at once")
     context_tokens: int | None = Field(
         default=None, ge=1, description="prompt and answer together; unset: the server judges"
+    )
+    streaming: Streaming = Field(
+        default="auto",
+        description="whether answers are sent token by token, which shows that long ones grow: "
+        "auto does it for those that may be long",
     )
     native_constraints: NativeConstraints = Field(
         default="openai",
@@ -149,8 +164,34 @@ class RemoteConfig(_Config):
     limiter_url: str | None = Field(
         default=None, repr=False, description="Redis that workers share the limits in"
     )
+    limiter_prefix: str = Field(default="batchctl", description="what its keys begin with")
+    limiter_master: str = Field(
+        default="mymaster", description="name of the master, where limiter_url is sentinel://"
+    )
     defaults: GenerationDefaults = GenerationDefaults()
     asking: AskingConfig = AskingConfig()
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        url = url.strip()
+        try:
+            parts = urlsplit(url)
+            is_good = parts.scheme in {"http", "https"} and bool(parts.hostname)
+            _ = parts.port
+        except ValueError:
+            is_good = False
+        if not is_good:
+            raise ValueError("should be the URL of a server, such as http://127.0.0.1:8000/v1")
+        return url
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: str | None) -> str | None:
+        key = key.strip() if key else None
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("should be one word of plain letters, digits and signs")
+        return key or None
 
 
 EngineConfig = Annotated[

@@ -1,0 +1,496 @@
+"""What is said to a server with OpenAI's API, and what its answers and refusals mean.
+
+Nothing of a server's error message is kept: servers repeat prompts in them. What is kept is the
+status, and of `code`, `type` and `param` what has the form of a name.
+"""
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from engine.config import GenerationDefaults
+from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Request
+from jobs.domain.result import FinishReason, LineError, Usage
+
+Level = Literal["strict", "plain", "none"]
+"""How a constraint is sent: held strictly, only named, or not at all."""
+TroubleKind = Literal["fault", "load", "away"]
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\[\]-]{0,63}")
+_VERSION = re.compile(r"v\d+\w*")
+_TOO_LONG = re.compile(
+    r"maximum context length|max_model_len|maximum model length|context window|context_length"
+    r"|exceeds? the (?:available )?context|prompt is too long|input is too long",
+    re.IGNORECASE,
+)
+_CONTEXT_SIZE = re.compile(r"(?:maximum context length|maximum model length)\D{0,40}(\d{1,9})")
+_ABOUT_CONSTRAINT = re.compile(
+    r"response_format|response format|structured.?output|json_schema|json_object|guided|grammar"
+    r"|schema|regex|\bjson\b",
+    re.IGNORECASE,
+)
+_ABOUT_STREAM = re.compile(r"\bstream(?:ing|_options)?\b", re.IGNORECASE)
+_ABOUT_CONTENT = re.compile(r"content_?(?:filter|policy)|moderation|flagged", re.IGNORECASE)
+_NO_QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+_STATUS_CODES: Mapping[int, str] = {
+    401: "unauthorized",
+    402: "insufficient_quota",
+    403: "permission_denied",
+    404: "model_not_found",
+    413: "request_too_large",
+    422: "invalid_request",
+}
+_RETRIED = frozenset({408, 409, 425, 500, 502, 504, 520, 521, 522, 523, 524})
+_OVERLOADED = frozenset({429, 503, 529})
+_SLOWING = frozenset({408, 502, 504, 522, 524})
+_MAX_RETRY_AFTER_SECONDS = 7 * 86400.0
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model said; `refused` says that it, or a filter, would not answer in full."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    refused: Literal["", "content_filter", "refusal"] = ""
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True):
+    """Why there is no answer yet, where trying again may bring one.
+
+    Attributes:
+        kind: something about this request went wrong, the server has too much to do, or it is
+            not there.
+        slows: whether fewer requests at once may help.
+    """
+
+    kind: TroubleKind
+    code: str
+    status: int = 0
+    retry_after: float | None = None
+    slows: bool = False
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """Why trying again brings nothing.
+
+    The flags say what a changed request could do without, so far as the server's words tell.
+    """
+
+    error: LineError
+    status: int
+    about_constraint: bool = False
+    about_stream: bool = False
+    about_max_tokens: bool = False
+    about_content: bool = False
+    no_quota: bool = False
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Said(msgspec.Struct):
+    content: Any = None
+    refusal: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Said | None = None
+    delta: _Said | None = None
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Reply(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Reply)
+_encoder = msgspec.json.Encoder()
+
+
+# --- where ---
+
+
+def base_url(url: str) -> str:
+    """Return the URL that `/chat/completions` is put behind.
+
+    `/v1` is added unless the path names a version already, as in `/v1beta/openai`.
+    """
+    parts = urlsplit(url.strip())
+    path = parts.path.rstrip("/")
+    for ending in ("/chat/completions", "/completions"):
+        path = path.removesuffix(ending)
+    if not any(_VERSION.fullmatch(segment) for segment in path.split("/")):
+        path += "/v1"
+    return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+
+
+def shown_url(url: str) -> str:
+    """Return a URL for a message: without a user, a password or a query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+# --- what is asked ---
+
+
+def may_be_long(request: Request, defaults: GenerationDefaults, *, than: int) -> bool:
+    """Return whether the answer may have more than so many tokens."""
+    most = request.sampling.max_tokens or defaults.max_tokens
+    return most is None or most > than
+
+
+def build_body(
+    request: Request,
+    *,
+    model: str,
+    defaults: GenerationDefaults,
+    constraint_fields: Mapping[str, Any],
+    streams: bool,
+    max_tokens_name: str,
+) -> bytes:
+    """Return the body of the request; what nobody set is left out, for the server to choose."""
+    asked = request.sampling
+    body: dict[str, Any] = {"model": model}
+    if request.messages is not None:
+        body["messages"] = [
+            {"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})}
+            for m in request.messages
+        ]
+    else:
+        body["prompt"] = request.prompt
+        max_tokens_name = "max_tokens"
+    fields = {
+        max_tokens_name: asked.max_tokens if asked.max_tokens is not None else defaults.max_tokens,
+        "temperature": asked.temperature if asked.temperature is not None else defaults.temperature,
+        "top_p": asked.top_p if asked.top_p is not None else defaults.top_p,
+        "top_k": asked.top_k if asked.top_k is not None else defaults.top_k,
+        "seed": asked.seed if asked.seed is not None else defaults.seed,
+        "stop": list(asked.stop or defaults.stop) or None,
+        "ignore_eos": asked.ignore_eos or None,
+    }
+    body |= {name: value for name, value in fields.items() if value is not None}
+    body |= constraint_fields
+    if streams:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return _encoder.encode(body)
+
+
+def endpoint_of(request: Request) -> str:
+    """Return what the URL ends with, behind the version."""
+    return (CHAT if request.messages is not None else COMPLETIONS).removeprefix("/v1")
+
+
+def constraint_levels(
+    constraint: Constraint | None, native: Literal["openai", "vllm", "none"], *, chat: bool
+) -> tuple[Level, ...]:
+    """Return how the constraint may be sent, the strictest first; "none" is always the last."""
+    if constraint is None or native == "none":
+        return ("none",)
+    if native == "vllm":
+        return ("plain", "none")
+    if not chat or constraint.kind not in {"json_schema", "json_object"}:
+        return ("none",)
+    if constraint.kind == "json_schema" and _fits_strict(msgspec.json.decode(constraint.spec)):
+        return ("strict", "plain", "none")
+    return ("plain", "none")
+
+
+def constraint_fields(
+    constraint: Constraint | None, native: Literal["openai", "vllm", "none"], level: Level
+) -> dict[str, Any]:
+    """Return the fields of the body that ask the server to keep a constraint.
+
+    Source: OpenAI's `response_format`; vLLM's `structured_outputs` (0.12 and later).
+    """
+    if constraint is None or level == "none":
+        return {}
+    spec = constraint.spec
+    if native == "vllm":
+        wanted: dict[str, Any]
+        if constraint.kind == "json_object":
+            wanted = {"json_object": True}
+        elif constraint.kind == "json_schema":
+            wanted = {"json": msgspec.Raw(spec.encode())}
+        elif constraint.kind == "choice":
+            wanted = {"choice": msgspec.json.decode(spec)}
+        else:
+            wanted = {constraint.kind: spec}
+        return {"structured_outputs": wanted}
+    if constraint.kind == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    named: dict[str, Any] = {"name": "answer", "schema": msgspec.Raw(spec.encode())}
+    if level == "strict":
+        named["strict"] = True
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
+
+
+def _fits_strict(schema: object) -> bool:
+    """Return whether every object in a schema is closed and requires all it has.
+
+    Source: the conditions of OpenAI's strict mode; a schema outside of them is refused there.
+    """
+    if isinstance(schema, list):
+        return all(_fits_strict(one) for one in schema)
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties")
+    if schema.get("type") == "object" or properties is not None:
+        if not isinstance(properties, dict) or schema.get("additionalProperties") is not False:
+            return False
+        required = schema.get("required", [])
+        if not isinstance(required, list) or set(properties) != {str(name) for name in required}:
+            return False
+    return all(_fits_strict(one) for name, one in schema.items() if name not in {"enum", "const"})
+
+
+# --- what comes back ---
+
+
+def read_answer(body: bytes, *, content_type: str) -> Answer | Trouble | Refusal:
+    """Return what a whole answer with a status of 200 says."""
+    if not body.strip():
+        return Trouble(kind="fault", code="empty_answer", status=200)
+    try:
+        reply = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _unreadable(body, content_type, status=200)
+    if reply.error:
+        return _read_error_object(reply.error, status=200, headers={})
+    if not reply.choices:
+        return Trouble(kind="fault", code="invalid_answer", status=200)
+    choice = reply.choices[0]
+    said = choice.message or _Said()
+    text = choice.text if choice.text is not None else _text_of(said.content)
+    return _conclude(text, said.refusal, choice.finish_reason, reply.usage)
+
+
+class StreamReader:
+    """Puts an answer together that comes as server-sent events."""
+
+    def __init__(self) -> None:
+        """Begin before the first byte."""
+        self._rest = b""
+        self._texts: list[str] = []
+        self._refusals: list[str] = []
+        self._finish: str | None = None
+        self._usage: _Usage | None = None
+        self._is_done = False
+        self._has_choice = False
+        self._failure: Trouble | Refusal | None = None
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next bytes."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            self._read_line(line)
+
+    def result(self) -> Answer | Trouble | Refusal:
+        """Return what was said, once no more bytes come."""
+        self._read_line(self._rest)
+        if self._failure is not None:
+            return self._failure
+        if not self._has_choice:
+            return Trouble(kind="fault", code="empty_answer", status=200)
+        if not self._is_done and self._finish is None:
+            return Trouble(kind="fault", code="half_answer", status=200, slows=True)
+        refusal = "".join(self._refusals) or None
+        return _conclude("".join(self._texts), refusal, self._finish, self._usage)
+
+    def _read_line(self, line: bytes) -> None:
+        if not line.startswith(b"data:") or self._failure is not None:
+            return  # names of events, comments that keep the connection, empty lines
+        content = line[5:].strip()
+        if content == b"[DONE]":
+            self._is_done = True
+            return
+        try:
+            reply = _decoder.decode(content)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self._failure = Trouble(kind="fault", code="invalid_answer", status=200)
+            return
+        if reply.error:
+            self._failure = _read_error_object(reply.error, status=200, headers={})
+        self._usage = reply.usage or self._usage
+        for choice in reply.choices or ():
+            self._has_choice = True
+            said = choice.delta or choice.message or _Said()
+            self._texts.append(choice.text if choice.text is not None else _text_of(said.content))
+            self._refusals.append(said.refusal or "")
+            self._finish = choice.finish_reason or self._finish
+
+
+def read_failure(
+    status: int, headers: Mapping[str, str], body: bytes, *, now: float | None = None
+) -> Trouble | Refusal:
+    """Return what an answer with another status than 200 means.
+
+    Args:
+        headers: with lower-case names.
+        now: unix seconds; unset, the present.
+    """
+    try:
+        content = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        content = None
+    error = content.get("error", content) if isinstance(content, dict) else content
+    return _read_error_object(error, status=status, headers=headers, now=now)
+
+
+def read_retry_after(headers: Mapping[str, str], *, now: float | None = None) -> float | None:
+    """Return how many seconds the server asks to wait, or None where it does not say.
+
+    Source: RFC 9110, 10.2.3 (seconds or a date); `retry-after-ms` as OpenAI's client reads it.
+    """
+    try:
+        if (text := headers.get("retry-after-ms")) is not None:
+            return _bounded(float(text) / 1000)
+    except ValueError:
+        pass
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    try:
+        return _bounded(float(text))
+    except ValueError:
+        pass
+    try:
+        at = email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError, TypeError):
+        return None
+    return _bounded(at - (time.time() if now is None else now))
+
+
+def _bounded(seconds: float) -> float | None:
+    if not math.isfinite(seconds):
+        return None
+    return min(max(0.0, seconds), _MAX_RETRY_AFTER_SECONDS)
+
+
+def _read_error_object(
+    error: object, *, status: int, headers: Mapping[str, str], now: float | None = None
+) -> Trouble | Refusal:
+    found = error if isinstance(error, dict) else {"message": error}
+    message = found.get("message")
+    message = message if isinstance(message, str) else ""
+    code, kind, param = (_name(found.get(key)) for key in ("code", "type", "param"))
+    inner = found.get("code")
+    if status < 400:  # an error in the clothes of an answer  # noqa: PLR2004
+        status = inner if isinstance(inner, int) and 400 <= inner < 600 else 500  # noqa: PLR2004
+    no_quota = code in _NO_QUOTA or kind in _NO_QUOTA or status == 402  # noqa: PLR2004
+    if not no_quota and (status in _OVERLOADED or status in _RETRIED or status > 505):  # noqa: PLR2004
+        return Trouble(
+            kind="load" if status in _OVERLOADED else "fault",
+            code=str(status),
+            status=status,
+            retry_after=read_retry_after(headers, now=now),
+            slows=status in _OVERLOADED or status in _SLOWING,
+        )
+    is_too_long = status in {400, 413, 422} and (
+        code == "context_length_exceeded" or _TOO_LONG.search(message) is not None
+    )
+    about_content = any(_ABOUT_CONTENT.search(part or "") for part in (code, kind))
+    if is_too_long:
+        line_error = _too_long(message, param)
+    else:
+        named = ", ".join(part for part in dict.fromkeys((code, kind)) if part)
+        line_error = LineError(
+            code=code or _STATUS_CODES.get(status, "invalid_request"),
+            message=f"The server refused the request with status {status}"
+            + (f" ({named})" if named else "")
+            + (f", because of parameter {param}" if param else "")
+            + ".",
+            status_code=status,
+            param=param,
+        )
+    said = f"{code or ''} {param or ''} {message}"
+    can_change = status in {400, 404, 405, 415, 422, 501}
+    return Refusal(
+        error=line_error,
+        status=status,
+        about_constraint=can_change and _ABOUT_CONSTRAINT.search(said) is not None,
+        about_stream=can_change and _ABOUT_STREAM.search(said) is not None,
+        about_max_tokens=can_change
+        and (param == "max_tokens" or "max_completion_tokens" in message)
+        and not is_too_long,
+        about_content=about_content or (status == 403 and _ABOUT_CONTENT.search(said) is not None),  # noqa: PLR2004
+        no_quota=no_quota,
+    )
+
+
+def _too_long(message: str, param: str | None) -> LineError:
+    size = _CONTEXT_SIZE.search(message)
+    holds = f", which holds {size[1]} tokens" if size else ""
+    return LineError(
+        code="context_length_exceeded",
+        message="The server says that prompt and answer together do not fit in the model's "
+        f"context{holds}.",
+        status_code=400,
+        param=param,
+    )
+
+
+def _name(value: object) -> str | None:
+    """Return a value that has the form of a name; anything else might be somebody's text."""
+    return value if isinstance(value, str) and _NAME.fullmatch(value) else None
+
+
+def _unreadable(body: bytes, content_type: str, *, status: int) -> Trouble:
+    start = body[:512].lstrip().lower()
+    if "html" in content_type or start.startswith((b"<!doctype", b"<html", b"<")):
+        return Trouble(kind="fault", code="html_answer", status=status)
+    if start.startswith((b"{", b"[")) and not body.rstrip().endswith((b"}", b"]")):
+        return Trouble(kind="fault", code="half_answer", status=status, slows=True)
+    return Trouble(kind="fault", code="invalid_answer", status=status)
+
+
+def _text_of(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(part for part in parts if isinstance(part, str))
+    return ""
+
+
+def _conclude(
+    text: str, refusal: str | None, finish: str | None, usage: _Usage | None
+) -> Answer | Trouble:
+    if finish == "error":  # vLLM and routers: the engine behind the server failed
+        return Trouble(kind="fault", code="engine_error", status=200)
+    counted = Usage()
+    if usage is not None:
+        details = usage.prompt_tokens_details
+        counted = Usage(
+            prompt_tokens=usage.prompt_tokens or 0,
+            completion_tokens=usage.completion_tokens or 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+        )
+    is_cut = finish in {"length", "max_tokens", "model_length"}
+    refused: Literal["", "content_filter", "refusal"] = ""
+    if finish == "content_filter":
+        refused = "content_filter"
+    elif refusal and not text:
+        refused = "refusal"
+    return Answer(
+        text=text or refusal or "",
+        finish_reason="length" if is_cut else "stop",
+        usage=counted,
+        refused=refused,
+    )
