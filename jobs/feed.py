@@ -14,13 +14,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from jobs import metrics
 from jobs.domain.batch import Batch
-from jobs.domain.errors import InvalidLine, LeaseLost, StorageError
+from jobs.domain.errors import BatchctlError, InvalidLine, LeaseLost, StorageError
 from jobs.domain.ids import BatchId, UnitId, WorkerId
 from jobs.domain.request import Request, custom_id_of, parse_line
 from jobs.domain.result import LineError, Result, Usage, render_result
@@ -524,13 +525,15 @@ class Feed:
         )
         if lease is None:
             return None
-        shard = shards.get(self._db, lease.unit_id)
-        batch = self._batches.get(lease.batch_id)
-        if batch is None:
-            if len(self._batches) > 100:  # noqa: PLR2004 - a small cache
-                self._batches.clear()
-            batch = batches.get(self._db, lease.batch_id, tenant_id=None)
-            self._batches[lease.batch_id] = batch
+        try:
+            shard = shards.get(self._db, lease.unit_id)
+            batch = self._get_batch(lease.batch_id)
+        except BatchctlError:
+            # Nobody would renew it: given back, or where that fails too, reaped.
+            with suppress(LeaseLost, StorageError):
+                released = Settlement(state=UnitState.PENDING, exit="released")
+                units.settle(self._db, lease, released)
+            raise
         suspects = {p for group in shard.suspects for p in group if not has_bit(shard.done, p)}
         num_done = sum(byte.bit_count() for byte in shard.done)
         opened = _OpenShard(
@@ -552,6 +555,14 @@ class Feed:
             on_stopping=self._stop_shard,
         )
         return opened
+
+    def _get_batch(self, batch_id: BatchId) -> Batch:
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            if len(self._batches) > 100:  # noqa: PLR2004 - a small cache
+                self._batches.clear()
+            batch = self._batches[batch_id] = batches.get(self._db, batch_id, tenant_id=None)
+        return batch
 
     def _open_lines(self, shard: Shard, num_read: int) -> Iterator[tuple[int, int, bytes]]:
         read = bitmap(list(range(num_read)), shard.num_lines)

@@ -225,12 +225,15 @@ class WorkLoop:
                     )
 
             self._model = model
-            self._model_since = time.monotonic()
-            self._may_stay = (self._model_since, True)
             self._supervisor = EngineSupervisor(
                 start,
                 wait=self._crew.stopping.wait,
             )
+            self._supervisor.open()
+            # Its turn begins when it is loaded; else one that loads for longer than it may stay
+            # would leave without having done anything.
+            self._model_since = time.monotonic()
+            self._may_stay = (self._model_since, True)
         return self._supervisor
 
     def _go_without_engine(self, model: str, error: BatchctlError) -> None:

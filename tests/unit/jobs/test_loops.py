@@ -1,0 +1,274 @@
+"""The loops of a worker, turn by turn, over a real database and real engine processes."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobs.app import App
+from jobs.domain.batch import Batch, BatchStatus
+from jobs.domain.errors import InvalidInput
+from jobs.domain.shard import UnitKind, UnitState
+from jobs.loops.control import ControlLoop
+from jobs.loops.sweep import SweepLoop
+from jobs.loops.turns import Crew
+from jobs.loops.work import WorkLoop
+from jobs.settings import Settings
+from storage import batches
+from tests.builders import Bench, await_true, make_line, make_lines
+
+SIMULATED = {"engine": "simulated", "options": {"step_seconds": 0.005, "slots": 8}}
+
+
+def make_app(bench: Bench, folder: Path, **settings: Any) -> App:  # noqa: ANN401
+    return App(
+        settings=Settings(**settings),
+        folder=folder,
+        db=bench.db,
+        blobs=bench.blobs,
+        doorbell=bench.doorbell,
+    )
+
+
+@contextmanager
+def crew_of(app: App) -> Iterator[Crew]:
+    crew = Crew(app)
+    crew.keeper.start()
+    try:
+        yield crew
+    finally:
+        crew.stop()
+        crew.keeper.close()
+
+
+@contextmanager
+def turning(loop: WorkLoop, crew: Crew) -> Iterator[None]:
+    """Within the block, repeat the loop's turns in a thread, as a worker does."""
+    thread = threading.Thread(target=crew.repeat, args=(loop.turn,), kwargs={"name": "work"})
+    thread.start()
+    try:
+        yield
+    finally:
+        crew.stop()
+        thread.join(20)
+        loop.close()
+        assert not thread.is_alive()
+
+
+def submit_planned(bench: Bench, num_lines: int, *, model: str) -> Batch:
+    lines = b"".join(make_line(f"{model}-{n}", model=model) + b"\n" for n in range(num_lines))
+    return bench.submit_planned(lines, shard_lines=1)
+
+
+# --- a turn ---
+
+
+def test_failed_turn_is_counted_and_the_loop_goes_on(bench: Bench, tmp_path: Path) -> None:
+    with crew_of(make_app(bench, tmp_path)) as crew:
+        faults: list[Exception] = [ValueError("ours"), InvalidInput("theirs")]
+
+        def turn() -> bool:
+            if faults:
+                raise faults.pop()
+            crew.stop()
+            return True
+
+        crew.repeat(turn, name="some")
+        assert crew.num_failures["some"] == 2
+        assert crew.failure is not None
+        assert crew.failure.code == "invalid_request", "the first one is kept"
+
+
+def test_idle_loop_turns_again_when_the_doorbell_rings(bench: Bench, tmp_path: Path) -> None:
+    app = make_app(bench, tmp_path, leases={"idle_poll_seconds": 3600})
+    turned = threading.Semaphore(0)
+
+    def turn() -> bool:
+        turned.release()
+        return False
+
+    with crew_of(app) as crew:
+        thread = threading.Thread(target=crew.repeat, args=(turn,), kwargs={"name": "some"})
+        thread.start()
+        assert turned.acquire(timeout=20)
+        app.doorbell.announce()
+        assert turned.acquire(timeout=20)
+        crew.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+# --- plan and finalize ---
+
+
+def test_control_loop_plans_then_finalizes(bench: Bench, tmp_path: Path) -> None:
+    batch = bench.submit(make_lines(1000))
+    seen: list[tuple[str, int]] = []
+    with crew_of(make_app(bench, tmp_path)) as crew:
+        loop = ControlLoop(
+            crew, checker=bench.sandbox, on_progress=lambda phase, n: seen.append((phase, n))
+        )
+        assert loop.turn()
+        assert batches.get(bench.db, batch.id).status is BatchStatus.IN_PROGRESS
+        assert not loop.turn(), "shards are not its business"
+        assert seen[-1] == ("planning", 1000)
+        batches.request_cancel(bench.db, batch.id)
+        assert loop.turn()
+        assert batches.get(bench.db, batch.id).status is BatchStatus.CANCELLED
+        assert seen[-1] == ("finalizing", 1000)
+
+
+def test_control_unit_is_given_back_when_told_to_stop(bench: Bench, tmp_path: Path) -> None:
+    batch = bench.submit(make_lines(1000))
+    with crew_of(make_app(bench, tmp_path)) as crew:
+        crew.stop()
+        assert ControlLoop(crew, checker=bench.sandbox).turn()
+    assert batches.get(bench.db, batch.id).status is BatchStatus.VALIDATING
+    assert bench.claim(UnitKind.PLAN).batch_id == batch.id
+
+
+# --- sweep ---
+
+
+def sweep_settings() -> dict[str, float]:
+    return {"lease_seconds": 1.0, "renew_seconds": 0.2, "reap_seconds": 0.01}
+
+
+def test_nobody_is_reaped_for_one_lease_after_a_gap(bench: Bench, tmp_path: Path) -> None:
+    batch = bench.submit_planned(make_lines(1))
+    with crew_of(make_app(bench, tmp_path, leases=sweep_settings())) as crew:
+        loop = SweepLoop(crew)
+        loop.turn()
+        bench.claim(UnitKind.SHARD)
+        bench.clock.advance(61)  # the machine slept: nobody could renew meanwhile
+        loop.turn()
+        assert bench.states(batch) == [UnitState.LEASED]
+        assert not loop.may_reap()
+        await_true(loop.may_reap)
+        loop.turn()
+        assert bench.states(batch) == [UnitState.PENDING]
+
+
+def test_lease_that_ran_out_without_a_gap_is_reaped_at_once(bench: Bench, tmp_path: Path) -> None:
+    batch = bench.submit_planned(make_lines(1))
+    bench.claim(UnitKind.SHARD)
+    bench.clock.advance(61)
+    with crew_of(make_app(bench, tmp_path, leases=sweep_settings())) as crew:
+        SweepLoop(crew).turn()
+    assert bench.states(batch) == [UnitState.PENDING]
+
+
+# --- work ---
+
+
+def test_model_makes_way_for_another_that_waits(bench: Bench, tmp_path: Path) -> None:
+    app = make_app(
+        bench,
+        tmp_path,
+        models={"simulated": SIMULATED, "other": SIMULATED},
+        worker={"model_stay_seconds": 0.2},
+    )
+    long = submit_planned(bench, 400, model="simulated")
+    short = submit_planned(bench, 1, model="other")
+    with crew_of(app) as crew:
+        loop = WorkLoop(crew)
+        with turning(loop, crew):
+            await_true(lambda: bench.states(short) == [UnitState.DONE])
+            assert UnitState.PENDING in bench.states(long), "the first model had its turn"
+            await_true(lambda: set(bench.states(long)) == {UnitState.DONE})
+        assert loop.num_engine_starts >= 3, "there, away and back"
+
+
+def test_model_stays_while_nobody_waits(bench: Bench, tmp_path: Path) -> None:
+    app = make_app(
+        bench,
+        tmp_path,
+        models={"simulated": SIMULATED},
+        worker={"model_stay_seconds": 0.01},
+    )
+    with crew_of(app) as crew:
+        loop = WorkLoop(crew)
+        with turning(loop, crew):
+            for _ in range(2):
+                batch = submit_planned(bench, 30, model="simulated")
+                app.doorbell.announce()
+                await_true(lambda batch=batch: set(bench.states(batch)) == {UnitState.DONE})  # type: ignore[misc]
+        assert loop.num_engine_starts == 1
+
+
+def test_worker_serves_only_the_models_it_was_given(bench: Bench, tmp_path: Path) -> None:
+    app = make_app(bench, tmp_path, models={"simulated": SIMULATED, "other": SIMULATED})
+    left_alone = submit_planned(bench, 2, model="simulated")
+    served = submit_planned(bench, 2, model="other")
+    with crew_of(app) as crew:
+        loop = WorkLoop(crew, models=("other",))
+        try:
+            assert loop.turn()
+            assert not loop.turn()
+        finally:
+            loop.close()
+    assert bench.states(served) == [UnitState.DONE] * 2
+    assert bench.states(left_alone) == [UnitState.PENDING] * 2
+
+
+def test_work_loop_says_what_it_does(bench: Bench, tmp_path: Path) -> None:
+    slow = {"engine": "simulated", "options": {"step_seconds": 0.01, "slots": 1}}
+    app = make_app(bench, tmp_path, models={"simulated": slow})
+    batch = bench.submit_planned(make_lines(3))
+    with crew_of(app) as crew:
+        loop = WorkLoop(crew)
+        assert (loop.state, loop.engine_pid, loop.num_shards) == ("idle", None, 0)
+        with turning(loop, crew):
+            await_true(lambda: loop.state == "working" and loop.num_shards == 1)
+            assert loop.model == "simulated"
+            assert loop.engine_pid is not None
+            await_true(lambda: loop.state == "idle" and bench.states(batch) == [UnitState.DONE])
+            assert loop.num_shards == 0
+        assert loop.state == "draining"
+        used = batches.get(bench.db, batch.id).usage
+        assert loop.num_tokens == used.completion_tokens > 0
+
+
+def test_shard_whose_row_could_not_be_read_is_claimed_again(bench: Bench, tmp_path: Path) -> None:
+    batch = bench.submit_planned(make_lines(2))
+    failed = threading.Event()
+
+    def fail_once(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:  # noqa: ANN401
+        if "WHERE shards.unit_id" in statement and not failed.is_set():
+            failed.set()
+            raise sa.exc.OperationalError(statement, {}, Exception("the connection is gone"))
+
+    with crew_of(make_app(bench, tmp_path, models={"simulated": SIMULATED})) as crew:
+        loop = WorkLoop(crew)
+        sa.event.listen(bench.db.engine, "before_cursor_execute", fail_once)
+        try:
+            assert loop.turn()
+        finally:
+            sa.event.remove(bench.db.engine, "before_cursor_execute", fail_once)
+            loop.close()
+    assert failed.is_set()
+    assert bench.states(batch) == [UnitState.DONE], "the lease was not lost"
+
+
+def test_model_that_cannot_be_had_here_is_left_to_others(bench: Bench, tmp_path: Path) -> None:
+    batch = submit_planned(bench, 1, model="other")
+    with crew_of(make_app(bench, tmp_path)) as crew:
+        loop = WorkLoop(crew, others_serve=lambda _model: True)
+        assert loop.turn()
+        assert not loop.turn(), "it does not try again at once"
+        assert loop.unavailable_models == {"other"}
+    assert bench.states(batch) == [UnitState.PENDING]
+
+
+def test_model_that_nobody_can_serve_ends_its_shards(bench: Bench, tmp_path: Path) -> None:
+    batch = submit_planned(bench, 2, model="other")
+    with crew_of(make_app(bench, tmp_path)) as crew:
+        loop = WorkLoop(crew)
+        assert loop.turn()
+        assert loop.turn()
+    assert bench.states(batch) == [UnitState.FAILED] * 2
+    lines = bench.errors_of(bench.finalize())
+    assert [line["custom_id"] for line in lines] == ["other-0", "other-1"]
