@@ -1,9 +1,11 @@
 """Builds database, blob store and doorbell from settings: what every edge works with."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from engine.config import EngineConfig
 from engine.registry import describe_model
@@ -14,6 +16,7 @@ from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
 from jobs.settings import Settings, resolve_model
 from jobs.wakeups import Doorbell
+from storage import models
 from storage.blobs import open_blobs
 from storage.blobs.base import BlobStore
 from storage.blobs.local import FolderBlobs
@@ -38,10 +41,16 @@ class App:
     def describe(self, name: str) -> Capabilities:
         """Return what the model of this name can do, without loading it.
 
+        What a worker of a fleet has published goes before the files and settings of this node,
+        which may have neither.
+
         Raises:
             NotFound: there is no such model.
             EngineMisconfigured: it is there, and cannot be used; the message says why.
         """
+        if self.db.is_postgres:
+            with suppress(NotFound):
+                return msgspec.convert(models.get(self.db, name).capabilities, Capabilities)
         self._check_known(name)
         _, model = resolve_model(self.settings, name, check_installed=False)
         return describe_model(self._config_of(model), name)
@@ -61,11 +70,11 @@ class App:
         return model.to_engine_config(limiter_url=self.settings.broker.url)
 
     def _check_known(self, name: str) -> None:
-        models = self.settings.models
-        if name not in models and not self.any_model:
+        known = self.settings.models
+        if name not in known and not self.any_model:
             raise NotFound(
-                f"The model {name!r} does not exist.{did_you_mean(name, models)} Known are: "
-                f"{', '.join(models)}.",
+                f"The model {name!r} does not exist.{did_you_mean(name, known)} Known are: "
+                f"{', '.join(known)}.",
                 param="model",
             )
 

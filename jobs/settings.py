@@ -223,6 +223,11 @@ class WorkerSettings(_Group):
         "unset: none; 0 takes free ones",
     )
 
+    @property
+    def lost_seconds(self) -> float:
+        """How long after its last heartbeat a worker is taken for lost."""
+        return max(3 * self.heartbeat_seconds, 15.0)
+
 
 class SandboxSettings(_Group):
     """What the trial compilation of one schema, regex or grammar may use."""

@@ -95,7 +95,9 @@ def get(tx: Transaction, name: str) -> Model:
     Raises:
         NotFound: there is none.
     """
-    row = tx.execute(sa.select(models).where(models.c.name == name)).mappings().one_or_none()
+    row = None
+    if "\0" not in name:  # Postgres takes no such text
+        row = tx.execute(sa.select(models).where(models.c.name == name)).mappings().one_or_none()
     if row is None:
         raise NotFound(f"The model '{name}' does not exist.", param="model")
     return _from_row(row)

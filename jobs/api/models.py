@@ -1,4 +1,4 @@
-"""Routes of models: those of the catalogue, the demo model first."""
+"""Routes of models: the catalogue's and those that workers published, the demo model first."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from jobs.api.context import Context, InContext, unix
 from jobs.api.problems import Problem
+from storage import models
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -29,8 +30,10 @@ class ModelList(BaseModel):
 
 @router.get("", operation_id="listModels", summary="List models")
 def list_models(context: InContext) -> ModelList:
-    """List the models of the catalogue, the demo model first."""
-    return ModelList(data=[_describe(context, name) for name in _names(context)])
+    """List the models of the catalogue and those that workers published, the demo model first."""
+    return ModelList(
+        data=[ModelObject(id=name, created=created) for name, created in _known(context).items()]
+    )
 
 
 @router.get(
@@ -39,20 +42,23 @@ def list_models(context: InContext) -> ModelList:
     summary="Look at a model",
 )
 def retrieve_model(model_id: str, context: InContext) -> ModelObject:
-    """Return a model of the catalogue; slashes in its name may be encoded or not."""
-    if model_id not in _names(context):
+    """Return a model; slashes in its name may be encoded or not."""
+    created = _known(context).get(model_id)
+    if created is None:
         raise Problem(
             404,
             f"The model '{model_id[:128]}' does not exist.",
             code="model_not_found",
             param="model",
         )
-    return _describe(context, model_id)
+    return ModelObject(id=model_id, created=created)
 
 
-def _names(context: Context) -> list[str]:
-    return sorted(context.app.settings.models, key=lambda name: name != "demo")
-
-
-def _describe(context: Context, name: str) -> ModelObject:
-    return ModelObject(id=name, created=unix(context.started_at))
+def _known(context: Context) -> dict[str, int]:
+    """Return the models by name, each with when this server learnt of it."""
+    app = context.app
+    found = dict.fromkeys(app.settings.models, unix(context.started_at))
+    if app.db.is_postgres:  # only a fleet publishes
+        published = models.list_all(app.db)
+        found = {model.name: unix(model.published_at) for model in published} | found
+    return {name: found[name] for name in sorted(found, key=lambda name: name != "demo")}

@@ -1,0 +1,1 @@
+"""Workers of a fleet: Celery processes pinned to devices, and what starts them."""
