@@ -22,6 +22,7 @@ DOES_IO = {
 }
 # Who may touch the environment beside jobs/settings.py, and why.
 TOUCHES_ENVIRONMENT = {
+    "engine/devices.py": "looks which GPUs this process may see",
     "engine/process.py": "hands this process's environment on to the engine's process",
     "engine/sandbox.py": "hands the few variables on that the sandbox's process needs",
     "engine/hf/weights.py": "tells the tokenizers library before it is imported",
