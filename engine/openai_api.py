@@ -8,14 +8,14 @@ import email.utils
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
 from engine.config import GenerationDefaults
-from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Request
+from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
 from jobs.domain.result import FinishReason, LineError, Usage
 
 Level = Literal["strict", "plain", "none"]
@@ -169,10 +169,7 @@ def build_body(
     asked = request.sampling
     body: dict[str, Any] = {"model": model}
     if request.messages is not None:
-        body["messages"] = [
-            {"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})}
-            for m in request.messages
-        ]
+        body["messages"] = messages_of(request.messages)
     else:
         body["prompt"] = request.prompt
         max_tokens_name = "max_tokens"
@@ -190,6 +187,22 @@ def build_body(
     if streams:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return _encoder.encode(body)
+
+
+def messages_of(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Return a conversation as a body holds it."""
+    return [
+        {"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})}
+        for m in messages
+    ]
+
+
+def estimate_tokens(request: Request) -> int:
+    """Return about how many tokens a prompt has: a quarter of its bytes."""
+    if request.messages is not None:
+        return sum(len(m.content.encode()) // 4 + 4 for m in request.messages)
+    prompt = request.prompt or ""
+    return len(prompt) if isinstance(prompt, tuple) else max(1, len(prompt.encode()) // 4)
 
 
 def endpoint_of(request: Request) -> str:
