@@ -36,6 +36,7 @@ def _engine_errors() -> dict[str, type[errors.EngineError]]:
 
 
 _ERRORS = _engine_errors()
+_BLAMELESS = frozenset({errors.EngineUnavailable, errors.EngineMisconfigured})
 
 
 class ProcessEngine:
@@ -143,6 +144,7 @@ class ProcessEngine:
         Raises:
             EngineDied: the process ended; `suspects` were in its hands.
             EngineTimedOut: it made no progress for too long, and was ended.
+            EngineUnavailable, EngineMisconfigured: it says so itself, of a server it asks.
         """
         ended = False
         self._credit = 0
@@ -281,11 +283,15 @@ class ProcessEngine:
                 self._session_over = True
 
     def _raise_fatal(self, fatal: wire.Fatal) -> NoReturn:
-        """Raise what the engine reported; with requests in flight, one of them may be to blame."""
-        if self._in_flight:
+        """Raise what the engine reported; with requests in flight, one of them may be to blame.
+
+        No request is to blame for a server that is away or refuses the key.
+        """
+        kind = _ERRORS.get(fatal.code, errors.EngineError)
+        if self._in_flight and kind not in _BLAMELESS:
             suspects = frozenset(self._started & self._in_flight)
             raise errors.EngineDied(fatal.message, suspects=suspects)
-        raise _ERRORS.get(fatal.code, errors.EngineError)(fatal.message)
+        raise kind(fatal.message)
 
     def _check_stall(self) -> None:
         if time.monotonic() - self.last_progress > self._stall_seconds:

@@ -165,6 +165,8 @@ class Traffic:
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Take requests to send."""
+        if not self._jobs:
+            self._trouble_since = None  # of requests that are long gone
         for request in requests:
             job = _Job(request, self._levels_of(request), self._estimate(request))
             self._jobs[request.id] = job
