@@ -339,6 +339,18 @@ def _grammar_of_schema(spec: str, *, lenient: bool) -> str:
         raise _invalid("json_schema", "is not valid JSON") from None
 
 
+def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
+    """Return a JSON constraint's schema that carries our options itself.
+
+    For an engine that calls llguidance without them: whitespace as everywhere here, and with
+    `lenient` without the keywords that cannot be kept.
+    """
+    schema = parse_schema(_ANY_OBJECT if constraint.kind == "json_object" else constraint.spec)
+    described = schema if isinstance(schema, dict) else {}
+    options = _LENIENT if lenient else _JSON_OPTIONS
+    return msgspec.json.encode({**described, "x-guidance": options}).decode()
+
+
 # --- after generating: is the answer what was asked for? ---
 
 

@@ -1,0 +1,5 @@
+"""vLLM in the engine process: its own scheduler, cache and kernels, behind our protocol."""
+
+from engine.vllm.engine import VllmEngine
+
+__all__ = ["VllmEngine"]

@@ -1,0 +1,275 @@
+"""From our settings to vLLM's engine arguments, and what is refused before anything is loaded."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+
+from engine.config import VllmConfig
+from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
+
+_CPU_CACHE_BYTES = 4 << 30
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can make room for. Source: `MaxLoRARanks` of vllm/config/lora.py, 0.32."""
+
+# Arguments that a setting of ours stands for, since more than vLLM has to know the value.
+_SPELLED = {
+    "model": "the model's `source`",
+    "revision": "the model's `revision`",
+    "tokenizer": "a folder that holds model and tokenizer as the `source`",
+    "max_model_len": "`context_tokens`",
+    "max_num_seqs": "`slots`",
+    "enable_lora": "`adapter`",
+    "structured_outputs_config": "`asking.backend`",
+    "disable_log_stats": "the metrics of the worker",
+}
+_DROPPED = {
+    "swap_space": "vLLM recomputes what it preempts since its first engine was removed",
+    "squeezellm": "vLLM has no squeezellm since 0.7",
+    "guided_decoding_backend": "vLLM took guided_* away; `asking.backend` chooses the library",
+    "num_scheduler_steps": "multi-step scheduling went with vLLM's first engine",
+    "use_v2_block_manager": "it went with vLLM's first engine",
+    "disable_log_requests": "requests are not logged unless enable_log_requests asks for it",
+}
+_REFUSED = {
+    "trust_remote_code": "code that a model brings is never run",
+    "skip_tokenizer_init": "stop strings and constraints need the tokenizer",
+    "worker_cls": "code from elsewhere is never run",
+    "worker_extension_cls": "code from elsewhere is never run",
+    "scheduler_cls": "code from elsewhere is never run",
+    "logits_processors": "code from elsewhere is never run",
+}
+
+
+def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
+    """Return what vLLM is started with.
+
+    On a CPU, "auto" is float32 and nothing is compiled: bfloat16 kernels have ended the process
+    with SIGILL on processors without them, and compiling took minutes for no gain. The cache is
+    bounded there too, since vLLM would take 90 % of the machine's memory for it.
+
+    Args:
+        folder: the folder with the model's describing files.
+
+    Raises:
+        EngineMisconfigured: an argument or quantization that vLLM does not have.
+    """
+    _check_names(config.engine_args)
+    if config.engine_args.get("quantization") == "squeezellm":
+        raise EngineMisconfigured(f"squeezellm is not possible: {_DROPPED['squeezellm']}.")
+    described = read_object(folder / "config.json")
+    path = Path(config.model).expanduser()
+    arguments: dict[str, Any] = {
+        "model": str(path) if path.is_dir() else config.model,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "quantization": _quantization(config.quantization, described),
+        "max_model_len": config.context_tokens,
+        "max_num_seqs": config.slots,
+        "max_num_batched_tokens": config.batch_tokens,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enable_prefix_caching": config.prefix_caching,
+        "enforce_eager": config.enforce_eager,
+        "download_dir": config.cache_folder,
+        "hf_token": config.token,
+        "structured_outputs_config": _structured_outputs(config),
+        # What the model's own file asks for is resolved by us, as for every other engine.
+        "generation_config": "vllm",
+        "enable_log_requests": False,
+        "disable_log_stats": True,
+    }
+    if current_platform.is_cpu():
+        arguments["enforce_eager"] = True
+        arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes()
+        if config.dtype == "auto":
+            arguments["dtype"] = "float32"
+    if config.adapter is not None:
+        arguments |= _adapter_arguments(Path(config.adapter).expanduser())
+    given = {name: value for name, value in arguments.items() if value is not None}
+    try:
+        return AsyncEngineArgs(**given | config.engine_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise EngineMisconfigured(f"vLLM refuses its arguments: {first_line(error)}") from error
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    known = {
+        field.name
+        for field in dataclasses.fields(AsyncEngineArgs)
+        if field.init and not field.name.startswith("_")
+    }
+    for name in given:
+        if name in _DROPPED:
+            raise EngineMisconfigured(
+                f"engine_args.{name} is no argument of vLLM any more: {_DROPPED[name]}."
+            )
+        if name in _REFUSED:
+            raise EngineMisconfigured(f"engine_args.{name} is refused: {_REFUSED[name]}.")
+        if name in _SPELLED:
+            raise EngineMisconfigured(f"engine_args.{name} is not set here; use {_SPELLED[name]}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise EngineMisconfigured(f"vLLM has no engine argument {name}.{hint}")
+
+
+def _structured_outputs(config: VllmConfig) -> dict[str, Any]:
+    if config.asking.backend == "outlines_core":
+        return {"backend": "outlines"}
+    # Whitespace is governed with each schema; this covers what is sent without options.
+    return {"backend": "guidance", "disable_any_whitespace": True}
+
+
+def _quantization(asked: str, described: Mapping[str, Any]) -> str | None:
+    """Return vLLM's name for a quantization of a checkpoint; None leaves it to the checkpoint."""
+    if asked == "none":
+        return None
+    load_general_plugins()
+    checkpoint = str((described.get("quantization_config") or {}).get("quant_method") or "")
+    if asked == "nf4":
+        if "bitsandbytes" not in QUANTIZATION_METHODS:
+            raise EngineMisconfigured(
+                "vLLM has no bitsandbytes of its own since 0.28: install vllm-bnb-plugin beside "
+                "it, or use the hf engine for nf4."
+            )
+        return "bitsandbytes"
+    if asked == "marlin":
+        # Today a kernel, not a format: the checkpoint's format decides.
+        asked = {"gptq": "gptq_marlin", "awq": "awq_marlin"}.get(checkpoint, "")
+        if not asked:
+            raise EngineMisconfigured(
+                "marlin is a kernel for gptq and awq checkpoints, and this one is "
+                f"{checkpoint or 'not quantized'}; vLLM uses it by itself where it fits."
+            )
+    if asked in ("fp8", "nvfp4") and checkpoint:
+        _check_float_checkpoint(asked, checkpoint)
+        return None
+    name = {"nvfp4": "nvfp4_per_token"}.get(asked, asked)
+    if name not in QUANTIZATION_METHODS:
+        raise EngineMisconfigured(
+            f"This version of vLLM has no quantization {asked}; it has "
+            f"{', '.join(sorted(QUANTIZATION_METHODS))}."
+        )
+    needs_files = asked.startswith(("awq", "gptq"))
+    if needs_files and not checkpoint:
+        raise EngineMisconfigured(
+            f"The model is not quantized, and {asked} cannot be made while loading; use a "
+            f"checkpoint that is, or quantization fp8 or none."
+        )
+    return name
+
+
+def _check_float_checkpoint(asked: str, checkpoint: str) -> None:
+    if checkpoint not in ("fp8", "modelopt", "modelopt_fp4", "compressed-tensors", "quark"):
+        raise EngineMisconfigured(
+            f"The model is quantized as {checkpoint} already, so it cannot be {asked}; leave the "
+            "quantization out."
+        )
+
+
+def _adapter_arguments(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        rank = int(json.loads(path.read_text(encoding="utf-8"))["r"])
+    except OSError:
+        raise EngineMisconfigured(
+            f"{folder} holds no adapter_config.json, so it is not the folder of a LoRA adapter."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise EngineMisconfigured(f"{path} does not say the adapter's rank `r`.") from None
+    fitting = [size for size in _LORA_RANKS if size >= rank]
+    if not fitting:
+        raise EngineMisconfigured(
+            f"The adapter {folder} has rank {rank}; vLLM takes up to {_LORA_RANKS[-1]}."
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": fitting[0]}
+
+
+def check_weights(config: VllmConfig, arguments: AsyncEngineArgs) -> None:
+    """Refuse weights that cannot be loaded; vLLM itself would say it in a child's traceback.
+
+    Reads the headers of safetensors files only. A hub model that is not here yet passes.
+
+    Raises:
+        EngineMisconfigured: a file is damaged, or there is none.
+        EngineOutOfMemory: the GPUs together have less memory than the weights take.
+    """
+    folder = Path(config.model).expanduser()
+    if not folder.is_dir():
+        return
+    for place in [folder, *([Path(config.adapter).expanduser()] if config.adapter else [])]:
+        for file in sorted(place.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="np"):
+                    pass
+            except (SafetensorError, OSError, ValueError):
+                raise EngineMisconfigured(
+                    f"{file} is damaged: it is not the safetensors file that its header "
+                    "describes; download it again."
+                ) from None
+    if arguments.load_format == "auto" and not any(_weight_files(folder)):
+        raise EngineMisconfigured(f"{folder} holds no weights (*.safetensors).")
+    _check_room(folder, arguments)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.safetensors", "*.bin", "*.pt"):
+        yield from folder.glob(pattern)
+
+
+def _check_room(folder: Path, arguments: AsyncEngineArgs) -> None:
+    if not current_platform.is_cuda() or arguments.quantization or arguments.cpu_offload_gb:
+        return
+    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    num_gpus = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    share = arguments.gpu_memory_utilization * current_platform.get_device_total_memory()
+    if needed > num_gpus * share:
+        raise EngineOutOfMemory(
+            f"The weights of {folder} take {needed / 2**30:.1f} GiB, and {num_gpus} GPU with "
+            f"{share / 2**30:.1f} GiB each are given; raise tensor_parallel_size, or use a "
+            "quantized model."
+        )
+
+
+def _cpu_cache_bytes() -> int:
+    import psutil  # noqa: PLC0415 -- comes with vLLM
+
+    return int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available // 4))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is no file.
+
+    Raises:
+        EngineMisconfigured: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise EngineMisconfigured(f"{path} does not hold a JSON object.")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an exception says, in one line; of a validation error, its first reason."""
+    reasons = getattr(error, "errors", None)
+    if callable(reasons):
+        try:
+            return str(reasons()[0]["msg"]).removeprefix("Value error, ").splitlines()[0][:400]
+        except (IndexError, KeyError, TypeError):
+            pass
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]

@@ -1,0 +1,435 @@
+"""vLLM's AsyncLLM behind the Engine protocol.
+
+    the thread of `generate`              the thread "vllm-loop"           vLLM's own processes
+    take, encode, constrain  -- spawn -->  one task per request  -- ZMQ -->  scheduler, model
+    Result  <------ queue of outputs ------  final outputs only  <---------
+
+vLLM keeps its queue; it is never given more than three times the sequences that it runs at once.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vllm import SamplingParams as VllmSampling
+from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from engine.base import Source
+from engine.chat import PromptEncoder
+from engine.config import VllmConfig
+from engine.constraints import Enforcement
+from engine.registry import describe_model, find_folder
+from engine.sampling import read_model_defaults, resolve_sampling
+from engine.vllm import arguments, startup
+from engine.vllm.constraints import Constraints
+from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import FinishReason, LineError, Result, Usage
+
+_STARVED_SECONDS = 0.002
+_FULL_SECONDS = 0.05
+_ABORT_SECONDS = 0.25
+_TAKE_AT_ONCE = 64
+_CLOSE_SECONDS = 20.0
+_SEED_BITS = 2**63 - 1
+_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+
+
+class _Running:
+    """One request on its way through vLLM."""
+
+    __slots__ = ("constraint", "num_prompt", "params", "prompt", "request", "task")
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: list[int],
+        params: VllmSampling,
+        constraint: Enforcement | None,
+    ) -> None:
+        self.request = request
+        self.num_prompt = len(prompt)
+        self.prompt = prompt
+        self.params = params
+        self.constraint = constraint
+        self.task: asyncio.Task[None] | None = None
+
+
+_Outputs = queue.SimpleQueue[tuple[_Running, Any]]
+
+
+class _StepCounter(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not where mypy runs
+    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here."""
+
+    def __init__(self, vllm_config: object, engine_indexes: object = None) -> None:
+        del vllm_config, engine_indexes
+        self.count = 0
+
+    def record(self, *_: object, **__: object) -> None:
+        """Note a step."""
+        self.count += 1
+
+    def log(self) -> None:
+        """Say nothing."""
+
+    def log_engine_initialized(self) -> None:
+        """Say nothing."""
+
+    def record_sleep_state(self, *_: object) -> None:
+        """Note nothing."""
+
+    def record_admission_rejection(self, *_: object) -> None:
+        """Note nothing."""
+
+
+class VllmEngine:
+    """A model in vLLM that works on `num_slots` sequences at once."""
+
+    def __init__(self, config: VllmConfig, *, model: str | None = None) -> None:
+        """Start vLLM and load the model.
+
+        Args:
+            model: the name clients use; unset, the configuration's.
+
+        Raises:
+            EngineMisconfigured: the model cannot be loaded as configured.
+            EngineOutOfMemory: it does not fit.
+        """
+        self._config = config
+        self._capabilities = describe_model(config, model or config.model)
+        folder = find_folder(config)
+        wanted = arguments.engine_arguments(config, folder)
+        arguments.check_weights(config, wanted)
+        self._tokenizer = tokenizer = _load_tokenizer(folder)
+        self._adapter = (
+            LoRARequest(lora_name=self._capabilities.model, lora_int_id=1, lora_path=config.adapter)
+            if config.adapter is not None
+            else None
+        )
+        self._model_defaults = read_model_defaults(
+            arguments.read_object(folder / "generation_config.json")
+        )
+        self._constraints = Constraints(config.asking)
+        self._steps: _StepCounter | None = None
+        self._num_done = 0
+        self._stderr = startup.StandardError()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="vllm-loop", daemon=True
+        )
+        self._thread.start()
+        self._llm: AsyncLLM | None = None
+        try:
+            with self._stderr.inherited():
+                self._llm = asyncio.run_coroutine_threadsafe(
+                    self._open(wanted), self._loop
+                ).result()
+        except Exception as error:
+            said = self._stderr.text(wait_seconds=2.0)
+            self.close()
+            raise startup.explain(error, said, model=config.model) from error
+        described = self._llm.vllm_config
+        self._context_tokens = int(described.model_config.max_model_len)
+        self._num_slots = int(described.scheduler_config.max_num_seqs)
+        cache = described.cache_config
+        self._cache_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
+        self._capabilities = msgspec.structs.replace(
+            self._capabilities, num_slots=self._num_slots, cache_tokens=self._cache_tokens
+        )
+        self._encoder = PromptEncoder(
+            tokenizer, vocab_size=int(described.model_config.get_vocab_size())
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model can do."""
+        return self._capabilities
+
+    @property
+    def num_slots(self) -> int:
+        """How many sequences are generated at once."""
+        return self._num_slots
+
+    def progress(self) -> int:
+        """Return the number of vLLM's steps and of answers so far; any thread may ask."""
+        return self._num_done + (self._steps.count if self._steps is not None else 0)
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the exact number of prompt tokens of a request.
+
+        Raises:
+            InvalidLine: the request cannot be turned into a prompt.
+        """
+        return len(self._encoder.encode(request))
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the request's sampling parameters with every default filled in."""
+        return resolve_sampling(request, self._config.defaults, self._model_defaults)
+
+    def close(self) -> None:
+        """End vLLM's processes; may be called twice."""
+        if self._loop.is_closed():
+            return
+        llm, self._llm = self._llm, None
+        # Its reader of outputs first: it would report the end of vLLM's processes as a failure.
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(_CLOSE_SECONDS)
+        if llm is not None:
+            llm.shutdown()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def generate(self, source: Source) -> Generator[Result]:
+        """Yield a result for each request of `source`, as they finish.
+
+        Raises:
+            EngineDied: vLLM ended; `suspects` were in its hands.
+            EngineOutOfMemory: it ended because memory ran out.
+        """
+        llm = self._llm
+        if llm is None:
+            raise EngineMisconfigured("The engine is closed.")
+        live: dict[int, _Running] = {}
+        outputs: _Outputs = queue.SimpleQueue()
+        try:
+            yield from self._run(source, llm, live, outputs)
+        except EngineDeadError as error:
+            suspects = frozenset(live)
+            if startup.ran_out_of_memory(self._stderr.text(wait_seconds=1.0)):
+                raise EngineOutOfMemory(
+                    f"The device ran out of memory with {len(live)} requests; lower slots, "
+                    "batch_tokens or gpu_memory_utilization."
+                ) from error
+            raise EngineDied(
+                f"vLLM's engine ended with {len(live)} requests in flight.", suspects=suspects
+            ) from error
+        finally:
+            self._abort(list(live.values()))
+
+    def _run(
+        self, source: Source, llm: AsyncLLM, live: dict[int, _Running], outputs: _Outputs
+    ) -> Generator[Result]:
+        is_open = True
+        next_abort_at = time.monotonic() + _ABORT_SECONDS
+        while is_open or live:
+            wait = _FULL_SECONDS
+            room = 3 * self._num_slots - len(live)
+            if is_open and room > 0:
+                taken = source.take(min(room, _TAKE_AT_ONCE))
+                is_open = taken is not None
+                if taken:
+                    yield from self._submit(taken, llm, live, outputs)
+                    wait = 0.0
+                elif is_open:
+                    wait = _STARVED_SECONDS
+            if time.monotonic() >= next_abort_at:
+                next_abort_at = time.monotonic() + _ABORT_SECONDS
+                aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
+                self._abort(aborted)
+                for running in aborted:
+                    del live[running.request.id]
+            if live or is_open:
+                yield from self._collect(live, outputs, wait)
+
+    def _submit(
+        self,
+        taken: Sequence[Request],
+        llm: AsyncLLM,
+        live: dict[int, _Running],
+        outputs: _Outputs,
+    ) -> list[Result]:
+        """Hand requests to vLLM; return the results of those that cannot run."""
+        refused: list[Result] = []
+        started: list[_Running] = []
+        for request in taken:
+            running = self._start(request)
+            if isinstance(running, Result):
+                refused.append(running)
+            else:
+                started.append(running)
+                live[request.id] = running
+        if started:
+            self._loop.call_soon_threadsafe(self._spawn, started, llm, outputs)
+        return refused
+
+    def _collect(
+        self, live: dict[int, _Running], outputs: _Outputs, wait: float
+    ) -> Generator[Result]:
+        """Yield what has finished, waiting for the first for so long."""
+        try:
+            found = outputs.get(timeout=wait) if wait else outputs.get_nowait()
+            while True:
+                running, output = found
+                if live.get(running.request.id) is running:
+                    if isinstance(output, EngineDeadError):
+                        raise output
+                    del live[running.request.id]
+                    self._num_done += 1
+                    yield self._end(running, output)
+                found = outputs.get_nowait()
+        except queue.Empty:
+            return
+
+    def _start(self, request: Request) -> _Running | Result:
+        """Return what vLLM is to be asked, or the result of a request that cannot run."""
+        where = "messages" if request.messages is not None else "prompt"
+        try:
+            prompt = self._encoder.encode(request)
+        except InvalidLine as error:
+            return _refuse(request, error.error_code, error.message, param=where)
+        room = self._context_tokens - len(prompt)
+        if room < 1:
+            return _refuse(
+                request,
+                "context_length_exceeded",
+                f"The prompt has {len(prompt)} tokens, which leaves no room for an answer: this "
+                f"model's context holds {self._context_tokens} tokens.",
+                param=where,
+            )
+        if len(prompt) >= self._cache_tokens:
+            return _refuse(
+                request,
+                "context_length_exceeded",
+                f"The prompt has {len(prompt)} tokens, and the engine's cache holds "
+                f"{self._cache_tokens}.",
+                param=where,
+            )
+        sampling = self.resolve_sampling(request)
+        kept: Enforcement | None = None
+        structured = None
+        if request.constraint is not None:
+            structured, kept, complaint = self._constraints.prepare(request.constraint)
+            if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
+                return _refuse(request, "schema_unsupported", complaint, param="response_format")
+        params = VllmSampling(
+            max_tokens=min(room, sampling.max_tokens or room),
+            temperature=sampling.temperature or 0.0,
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            top_k=sampling.top_k or 0,
+            # vLLM reads -1 as no seed.
+            seed=None if sampling.seed is None else sampling.seed & _SEED_BITS,
+            stop=list(sampling.stop) or None,
+            # A constraint says where the answer ends; its end is an end-of-sequence token.
+            ignore_eos=sampling.ignore_eos and request.constraint is None,
+            structured_outputs=structured,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Text is made once, in the end, unless it has to be watched for a stop string.
+            detokenize=bool(sampling.stop),
+            skip_clone=True,
+        )
+        return _Running(request, prompt, params, kept)
+
+    def _end(self, running: _Running, output: Any) -> Result:  # noqa: ANN401 -- vLLM's
+        """Return the result of a request that vLLM has finished with."""
+        request = running.request
+        if isinstance(output, Exception):
+            return Result(
+                id=request.id,
+                error=LineError(
+                    code="engine_error",
+                    message=f"vLLM refused the request ({type(output).__name__}).",
+                    status_code=500,
+                ),
+                constraint=running.constraint,
+            )
+        answer = output.outputs[0]
+        reason = _REASONS.get(answer.finish_reason)
+        return Result(
+            id=request.id,
+            text=answer.text
+            if running.params.detokenize
+            else self._tokenizer.backend_tokenizer.decode(
+                list(answer.token_ids), skip_special_tokens=True
+            ),
+            finish_reason=reason or "stop",
+            usage=Usage(
+                prompt_tokens=running.num_prompt,
+                completion_tokens=len(answer.token_ids),
+                cached_tokens=max(0, output.num_cached_tokens or 0),
+            ),
+            error=None
+            if reason is not None
+            else LineError(
+                code="engine_error",
+                message=f"vLLM ended the request early ({answer.finish_reason}).",
+                status_code=500,
+            ),
+            constraint=running.constraint,
+        )
+
+    # --- in the loop's thread ---
+
+    async def _open(self, wanted: Any) -> AsyncLLM:  # noqa: ANN401 -- AsyncEngineArgs
+        llm = AsyncLLM.from_engine_args(wanted, stat_loggers=[_StepCounter])
+        loggers = llm.logger_manager.stat_loggers if llm.logger_manager is not None else []
+        self._steps = next((one for one in loggers if isinstance(one, _StepCounter)), None)
+        return llm
+
+    def _spawn(self, started: list[_Running], llm: AsyncLLM, outputs: _Outputs) -> None:
+        for running in started:
+            running.task = self._loop.create_task(self._serve(running, llm, outputs))
+
+    async def _serve(self, running: _Running, llm: AsyncLLM, outputs: _Outputs) -> None:
+        output: Any = None
+        try:
+            async for part in llm.generate(
+                tokens_input(running.prompt),
+                running.params,
+                str(running.request.id),
+                lora_request=self._adapter,
+            ):
+                output = part
+        except Exception as error:  # noqa: BLE001 -- it becomes the request's result
+            output = error
+        outputs.put((running, output))
+
+    def _abort(self, aborted: list[_Running]) -> None:
+        """Make vLLM drop requests, and wait until it knows."""
+        if aborted and not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(_cancel(aborted), self._loop).result(_CLOSE_SECONDS)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise EngineMisconfigured(
+            f"The tokenizer in {folder} cannot be loaded: {arguments.first_line(error)}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise EngineMisconfigured(f"{folder} has no tokenizer.json; save it with a fast tokenizer.")
+    return tokenizer
+
+
+def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
+    return Result(
+        id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
+    )
+
+
+async def _cancel(aborted: list[_Running]) -> None:
+    tasks = [running.task for running in aborted if running.task is not None]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _cancel_all() -> None:
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
