@@ -1,7 +1,7 @@
 """Builds database, blob store and doorbell from settings: what every edge works with."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from engine.config import EngineConfig
 from engine.registry import describe_model
 from engine.sandbox import Sandbox
 from jobs.catalogue import ModelSettings, did_you_mean
-from jobs.domain.errors import NotFound, StorageError
+from jobs.domain.errors import InvalidInput, NotFound, StorageError
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
 from jobs.settings import Settings, resolve_model
-from jobs.wakeups import Doorbell
+from jobs.wakeups import BrokerConfig, Doorbell
 from storage import models
 from storage.blobs import open_blobs
 from storage.blobs.base import BlobStore
@@ -107,6 +107,31 @@ class App:
         )
 
 
+def server_folder(settings: Settings) -> Path:
+    """Return the folder that `serve` and the workers of this machine share."""
+    return settings.data / "server"
+
+
+def broker_config(settings: Settings) -> BrokerConfig:
+    """Return where the broker is.
+
+    Raises:
+        InvalidInput: the settings name none.
+    """
+    broker = settings.broker
+    if broker.url is None:
+        raise InvalidInput(
+            "No broker is set: say where Redis or Valkey is with broker.url or "
+            "BATCHCTL_BROKER__URL, such as redis://127.0.0.1:6379/0.",
+            param="broker.url",
+        )
+    return BrokerConfig(
+        url=broker.url.get_secret_value(),
+        sentinel_master=broker.sentinel_master,
+        prefix=broker.prefix,
+    )
+
+
 @contextmanager
 def open_app(settings: Settings, *, folder: Path, any_model: bool = False) -> Iterator[App]:
     """Yield an App over `folder`, its tables created or brought up to date when it is SQLite.
@@ -116,6 +141,7 @@ def open_app(settings: Settings, *, folder: Path, any_model: bool = False) -> It
 
     Raises:
         StorageError: the folder, the database or the blob store cannot be used.
+        InvalidInput: the broker's URL is none, or what it needs is not installed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +151,44 @@ def open_app(settings: Settings, *, folder: Path, any_model: bool = False) -> It
             "--data or BATCHCTL_DATA."
         ) from error
     url = settings.database.resolve_url(folder)
+    doorbell = Doorbell()
     with (
         open_database(url, settings=settings.database) as db,
         open_blobs(settings.blobs, folder) as blobs,
+        ExitStack() as stack,
     ):
         if db.is_postgres:
             check_schema(db)
+            # SQLite is one machine's, whose processes need no broker to hear each other.
+            if settings.broker.url is not None:
+                stack.enter_context(_open_broker(settings, doorbell, db))
         else:
             upgrade(db)
-        yield App(settings=settings, folder=folder, db=db, blobs=blobs, any_model=any_model)
+        yield App(
+            settings=settings,
+            folder=folder,
+            db=db,
+            blobs=blobs,
+            doorbell=doorbell,
+            any_model=any_model,
+        )
+
+
+def _open_broker(
+    settings: Settings, doorbell: Doorbell, db: Database
+) -> AbstractContextManager[object]:
+    try:
+        from jobs.broker import Broker  # noqa: PLC0415 - needs an extra
+    except ImportError:
+        raise InvalidInput(
+            "broker.url is set, and Celery and redis are not installed: "
+            "pip install 'batchctl[server]', or unset it.",
+            param="broker.url",
+        ) from None
+    return Broker(
+        broker_config(settings),
+        doorbell=doorbell,
+        db=db,
+        # Rung for again after three turns of a sweeper, as leases and their clocks go.
+        poke_again_seconds=3 * settings.leases.reap_seconds,
+    )

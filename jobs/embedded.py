@@ -99,7 +99,7 @@ class Embedded:
             threading.Thread(target=crew.repeat, args=(turn,), kwargs={"name": name}, name=name)
             for name, turn in turns.items()
         ]
-        crew.keeper.start()
+        self._stack.enter_context(crew.keeping())
         for thread in self._threads:
             thread.start()
         return self
@@ -115,7 +115,6 @@ class Embedded:
         for thread in self._threads:
             thread.join()  # each looks at `stopping` often, and every wait of theirs is bounded
         self._work.close()
-        self._crew.keeper.close()
         self._stack.close()
 
     @property

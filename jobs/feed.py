@@ -38,7 +38,7 @@ from jobs.domain.shard import (
 )
 from jobs.leases import LeaseKeeper
 from jobs.telemetry import log
-from jobs.wakeups import Doorbell
+from jobs.wakeups import Doorbell, Hint
 from storage import batches, segments, shards, units
 from storage.blobs.base import BlobStore, hash_bytes, segment_key
 from storage.database import Database
@@ -438,6 +438,7 @@ class Feed:
                 shard.sequence += 1
                 self._buffered_bytes -= writing.num_bytes
             self._lock.notify_all()
+        self._doorbell.hint(Hint.PROGRESS, lease.batch_id)
         if done:
             self._count(shard, "done")
             self._keeper.drop(lease.unit_id)

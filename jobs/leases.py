@@ -52,7 +52,8 @@ class LeaseKeeper:
         self._times = times
         self._held: dict[UnitId, _Held] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
 
     def start(self) -> None:
@@ -61,9 +62,14 @@ class LeaseKeeper:
 
     def close(self) -> None:
         """Stop renewing; leases still held run out by themselves."""
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+
+    def look(self) -> None:
+        """Look for stopped batches at once instead of after `watch_seconds`."""
+        self._wake.set()
 
     def hold(
         self,
@@ -97,7 +103,11 @@ class LeaseKeeper:
 
     def _run(self) -> None:
         renew_at = time.monotonic() + self._times.renew_seconds
-        while not self._stop.wait(min(self._times.watch_seconds, self._times.renew_seconds)):
+        while True:
+            self._wake.wait(min(self._times.watch_seconds, self._times.renew_seconds))
+            self._wake.clear()
+            if self._stopping:
+                return
             try:
                 self._watch()
                 if time.monotonic() >= renew_at:

@@ -20,6 +20,7 @@ from jobs.domain.errors import IllegalTransition, InvalidInput, NotFound
 from jobs.domain.ids import BatchId, FileId, mint_batch_id
 from jobs.domain.request import ENDPOINTS
 from jobs.settings import resolve_model
+from jobs.wakeups import Hint
 from storage import batches
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -300,6 +301,7 @@ def cancel_batch(batch_id: str, context: InContext) -> BatchObject:
             f"Cannot cancel a batch with status '{status}'.",
             headers={"x-should-retry": "false"},
         ) from None
+    context.app.doorbell.hint(Hint.STOPPING, batch.id)
     context.announce()
     return _describe(asked)
 

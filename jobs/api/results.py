@@ -5,8 +5,10 @@ So a connection that began while the batch ran reads segments first and, at the 
 leaving out what it has sent.
 """
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Literal
 
@@ -19,13 +21,16 @@ from jobs.api.problems import ServerStopping
 from jobs.app import App
 from jobs.domain.batch import Batch
 from jobs.domain.errors import BlobMissing
+from jobs.domain.ids import BatchId
 from jobs.domain.shard import Segment, count_bits
+from jobs.wakeups import Hint
 from storage import batches, files, segments, shards
 from storage.jsonl import KIND_ERROR, KIND_OUTPUT, decode_segment, scan
 
 Kind = Literal["output", "errors", "all"]
 
 POLL_SECONDS = 0.5
+MIN_LOOK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 15.0
 _PIECE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 1 << 30
@@ -45,6 +50,11 @@ class ResultLines:
         self._seen: set[tuple[str, int, int]] = set()
         self._given = bytearray()
         self.is_complete = False
+
+    @property
+    def batch_id(self) -> BatchId:
+        """Whose lines they are."""
+        return self._batch.id
 
     def look(self) -> Generator[bytes, None, None]:
         """Return pieces of whole lines that are new since the last look.
@@ -139,27 +149,51 @@ async def follow_lines(
         ServerStopping: the server goes down first.
     """
     last_at = time.monotonic()
-    try:
-        while True:
-            looked_at = time.monotonic()
-            while (piece := await context.run(next, pieces, None)) is not None:
-                yield piece
-                last_at = time.monotonic()
-            if lines.is_complete or not follow:
-                return
-            if last_at + HEARTBEAT_SECONDS < time.monotonic():
-                yield b"\n"
-                last_at = time.monotonic()
-            # A batch of so many shards that looking takes long is looked at less often.
-            await _sleep(context, max(POLL_SECONDS, 10 * (time.monotonic() - looked_at)))
-            pieces = await context.run(lines.look)
-    finally:
-        pieces.close()
+    with _told_of(context, lines.batch_id) as told:
+        try:
+            while True:
+                told.clear()
+                looked_at = time.monotonic()
+                while (piece := await context.run(next, pieces, None)) is not None:
+                    yield piece
+                    last_at = time.monotonic()
+                if lines.is_complete or not follow:
+                    return
+                if last_at + HEARTBEAT_SECONDS < time.monotonic():
+                    yield b"\n"
+                    last_at = time.monotonic()
+                # A batch of so many shards that looking takes long is looked at less often.
+                await _sleep(context, max(MIN_LOOK_SECONDS, 10 * (time.monotonic() - looked_at)))
+                await _sleep(context, POLL_SECONDS, told=told)
+                pieces = await context.run(lines.look)
+        finally:
+            pieces.close()
 
 
-async def _sleep(context: Context, seconds: float) -> None:
+@contextmanager
+def _told_of(context: Context, batch_id: BatchId) -> Iterator[asyncio.Event]:
+    """Yield an event of this loop that is set when somebody says that a batch has moved on."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def tell(other: BatchId) -> None:
+        if other == batch_id:
+            with suppress(RuntimeError):  # the loop has just ended
+                loop.call_soon_threadsafe(told.set)
+
+    with context.app.doorbell.listening(Hint.PROGRESS, tell):
+        yield told
+
+
+async def _sleep(context: Context, seconds: float, *, told: asyncio.Event | None = None) -> None:
+    """Wait, or until told.
+
+    Raises:
+        ServerStopping: the server goes down first.
+    """
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
+    while (left := until - time.monotonic()) > 0 and not (told is not None and told.is_set()):
         if context.stopping.is_set():
             raise ServerStopping("The server is going down; connect again later.")
-        await anyio.sleep(min(left, POLL_SECONDS))
+        with anyio.move_on_after(min(left, POLL_SECONDS)):
+            await (anyio.sleep_forever() if told is None else told.wait())

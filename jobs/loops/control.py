@@ -13,6 +13,7 @@ from jobs.domain.retry import Settlement, decide
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.loops.turns import Crew, Stopped
 from jobs.telemetry import bound, log
+from jobs.wakeups import Hint
 from storage import batches, units
 
 
@@ -80,6 +81,7 @@ class ControlLoop:
             metrics.count_unit(
                 lease.kind, lease.model_key, outcome=outcome, seconds=time.monotonic() - began
             )
+        self._app.doorbell.hint(Hint.PROGRESS, lease.batch_id)
         self._app.doorbell.announce()
         return True
 

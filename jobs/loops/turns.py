@@ -10,7 +10,8 @@ A fault of one loop never ends another one.
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from jobs import metrics
 from jobs.app import App
@@ -19,8 +20,10 @@ from jobs.domain.ids import WorkerId, mint, mint_worker_id
 from jobs.domain.retry import RetryPolicy
 from jobs.leases import LeaseKeeper, LeaseTimes
 from jobs.telemetry import log
+from jobs.wakeups import Hint
 
 _FAILURE_PAUSE_SECONDS = 1.0
+_MAX_PAUSE_SECONDS = 15.0
 
 
 class Stopped(BatchctlError):
@@ -38,10 +41,18 @@ class Crew:
         num_failures: turns that failed, by the loop's name.
     """
 
-    def __init__(self, app: App, *, fail_without_engine: bool = True) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        fail_without_engine: bool = True,
+        idle_seconds: Callable[[], float] | None = None,
+    ) -> None:
         """Prepare to work on `app`.
 
         Args:
+            idle_seconds: how long a loop without work waits for the doorbell; by default as long
+                as the settings say.
             fail_without_engine: whether shards whose engine cannot be had end with errors; if
                 not, work stops and `failure` says why.
         """
@@ -68,6 +79,17 @@ class Crew:
             max_seconds=retries.max_seconds,
         )
         self.keeper = LeaseKeeper(app.db, self.times)
+        self._idle_seconds = idle_seconds or (lambda: app.settings.leases.idle_poll_seconds)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the block, leases are renewed, and a hint lets the keeper look at once."""
+        self.keeper.start()
+        try:
+            with self.app.doorbell.listening(Hint.STOPPING, lambda _batch_id: self.keeper.look()):
+                yield
+        finally:
+            self.keeper.close()
 
     def stop(self) -> None:
         """Ask every loop to end."""
@@ -84,16 +106,19 @@ class Crew:
     def repeat(self, turn: Callable[[], bool], *, name: str) -> None:
         """Repeat a turn until told to stop; one that found nothing to do waits for the doorbell.
 
-        A turn that fails is logged, counted and repeated after a pause.
+        A turn that fails is logged, counted and repeated after a pause, which grows.
         """
-        idle_seconds = self.app.settings.leases.idle_poll_seconds
+        num_failed = 0
         rings = self.app.doorbell.wait(0)
         while not self.stopping.is_set():
             busy = self.attempt(turn, name=name)
             if busy is None:
-                self.stopping.wait(_FAILURE_PAUSE_SECONDS)
-            elif not busy:
-                rings = self.app.doorbell.wait(idle_seconds, seen=rings)
+                self.stopping.wait(min(_MAX_PAUSE_SECONDS, _FAILURE_PAUSE_SECONDS * 2**num_failed))
+                num_failed = min(num_failed + 1, 10)
+                continue
+            num_failed = 0
+            if not busy:
+                rings = self.app.doorbell.wait(self._idle_seconds(), seen=rings)
 
     def attempt(self, turn: Callable[[], bool], *, name: str) -> bool | None:
         """Return whether one turn found something to do, or None when it failed."""
