@@ -1,137 +1,17 @@
-# ruff: noqa: N802  NVML's names
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pytest
-from structlog.testing import capture_logs
 
+from engine.devices import Device
 from jobs.domain.errors import EngineMisconfigured, InvalidInput
-from jobs.worker.gpu import (
-    Gpu,
-    Nvml,
-    choose_gpus,
-    describe_group,
-    find_gpus,
-    group_gpus,
-    load_nvml,
-    pin,
-)
+from jobs.worker.gpu import choose_gpus, describe_group, group_gpus, pin
 
 
-class NvmlFault(Exception):
-    pass
-
-
-class NVMLError_LibraryNotFound(NvmlFault):  # noqa: N801
-    pass
-
-
-class Machine:
-    """A binding whose machine has these GPUs; a list stands for one that is cut into slices."""
-
-    NVMLError: type[Exception] = NvmlFault
-
-    def __init__(
-        self,
-        gpus: Sequence[str | Sequence[str | None]] = (),
-        *,
-        fault: NvmlFault | None = None,
-    ) -> None:
-        self._gpus = gpus
-        self._fault = fault
-        self.num_open = 0
-
-    def nvmlInit(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-        self.num_open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.num_open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self._gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
-        return self._gpus[index]
-
-    def nvmlDeviceGetUUID(self, handle: object) -> str:
-        assert isinstance(handle, str)
-        return handle
-
-    def nvmlDeviceGetName(self, _handle: object) -> str:
-        return "NVIDIA H100"
-
-    def nvmlDeviceGetMigMode(self, device: object) -> Sequence[int]:
-        if device == "GPU-old":
-            raise NvmlFault("not supported")
-        return (0, 0) if isinstance(device, str) else (1, 1)
-
-    def nvmlDeviceGetMaxMigDeviceCount(self, device: object) -> int:
-        assert isinstance(device, Sequence)
-        return len(device)
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: object, index: int) -> object:
-        assert isinstance(device, Sequence)
-        if device[index] is None:
-            raise NvmlFault("not found")
-        return device[index]
-
-
-def gpus(*uuids: str) -> list[Gpu]:
-    return [Gpu(index=index, uuid=uuid, name="NVIDIA H100") for index, uuid in enumerate(uuids)]
-
-
-def test_gpus_are_found_in_the_order_of_the_driver() -> None:
-    machine = Machine(["GPU-a", "GPU-old"])
-    assert find_gpus(machine) == gpus("GPU-a", "GPU-old")
-    assert machine.num_open == 0
-
-
-def test_slices_stand_for_the_gpu_that_is_cut() -> None:
-    found = find_gpus(Machine(["GPU-a", ["MIG-x", None, "MIG-y"]]))
-    assert [(gpu.index, gpu.uuid) for gpu in found] == [(0, "GPU-a"), (1, "MIG-x"), (1, "MIG-y")]
-
-
-@pytest.mark.parametrize("nvml", [None, Machine(fault=NVMLError_LibraryNotFound())])
-def test_a_machine_without_a_driver_has_no_gpus_and_says_nothing(nvml: Nvml | None) -> None:
-    with capture_logs() as logs:
-        assert find_gpus(nvml) == []
-    assert logs == []
-
-
-def test_a_driver_that_fails_is_named() -> None:
-    with capture_logs() as logs:
-        assert find_gpus(Machine(fault=NvmlFault("Driver/library version mismatch"))) == []
-    assert "version mismatch" in logs[0]["error"]
-
-
-def test_the_binding_that_is_installed_has_what_is_used_of_it() -> None:
-    nvml = load_nvml()
-    assert nvml is not None
-    names = [name for name in vars(Nvml) if name.startswith("nvml")]
-    assert len(names) > 5
-    for name in names:
-        assert callable(getattr(nvml, name))
-    assert {"NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"} <= set(dir(nvml))
-    find_gpus(nvml)
-
-
-@pytest.mark.parametrize(
-    ("visible", "uuids"),
-    [
-        ("1,0", ["GPU-b", "GPU-a"]),
-        ("GPU-b", ["GPU-b"]),
-        ("0, GPU-b", ["GPU-a", "GPU-b"]),
-        ("0,7,1", ["GPU-a"]),
-        ("", []),
-        ("-1", []),
-        ("NoDevFiles", []),
-    ],
-)
-def test_what_a_scheduler_allotted_is_all_there_is(visible: str, uuids: list[str]) -> None:
-    found = find_gpus(Machine(["GPU-a", "GPU-b"]), visible=visible)
-    assert [gpu.uuid for gpu in found] == uuids
+def gpus(*uuids: str) -> list[Device]:
+    return [
+        Device(index=index, uuid=uuid, name="NVIDIA H100", total_bytes=80, free_bytes=80)
+        for index, uuid in enumerate(uuids)
+    ]
 
 
 @pytest.mark.parametrize(
