@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from engine import wire
 from engine.base import Source
-from engine.config import EngineConfig
+from engine.config import EngineConfig, VllmConfig
 from engine.sampling import resolve_sampling
 from jobs.domain import errors
 from jobs.domain.request import Capabilities, Request, SamplingParams
@@ -23,6 +23,40 @@ from jobs.domain.result import Result
 _POLL_SECONDS = 0.005
 _WAIT_SECONDS = 0.2
 _LOG_TAIL_BYTES = 2000
+
+
+# Names of settings of ours that start as vLLM's own variables do; it warns of those it does not
+# know. `jobs.settings` reads them.
+_OUR_NAMES = frozenset(
+    {
+        "VLLM_GPU_MEMORY_UTILIZATION",
+        "VLLM_MAX_MODEL_LEN",
+        "VLLM_PREFIX_CACHING",
+        "VLLM_QUANTIZATION",
+        "VLLM_TENSOR_PARALLEL_SIZE",
+    }
+)
+_OUR_PREFIX = "VLLM_REMOTE_"
+_VLLM_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def _environment(config: EngineConfig) -> dict[str, str]:
+    """Return this process's environment as the engine process gets it."""
+    passed_on = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OUR_NAMES and not name.startswith(_OUR_PREFIX)
+    }
+    if not isinstance(config, VllmConfig):
+        return passed_on
+    # The engine process has threads, and a forked child would hold its socket open.
+    fixed = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    if Path(config.model).expanduser().is_dir():
+        fixed["HF_HUB_OFFLINE"] = "1"
+    return _VLLM_DEFAULTS | passed_on | fixed
 
 
 def _engine_errors() -> dict[str, type[errors.EngineError]]:
@@ -93,6 +127,7 @@ class ProcessEngine:
                 [sys.executable, "-m", "engine.host", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                env=_environment(config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
