@@ -2,6 +2,8 @@
 
     flag  >  project TOML  >  BATCHCTL_* environment  >  the field's own names  >  default
 
+A flag may also be that of a command which started this process and passed it on (`inherit`).
+
 The project TOML is `--config PATH`, else `BATCHCTL_CONFIG`, else `batchctl.toml` in the working
 directory. `load()` is called once, at an edge; `Settings(...)` itself reads nothing from outside.
 """
@@ -55,6 +57,8 @@ from storage.config import BlobSettings, DatabaseSettings
 PREFIX = "BATCHCTL_"
 CONFIG_VARIABLE = "BATCHCTL_CONFIG"
 CONFIG_FILE = "batchctl.toml"
+FLAGS_VARIABLE = "_BATCHCTL_FLAGS"
+"""Carries the flags of a command to the processes that it starts; see `inherit`."""
 MASK = "**********"
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
@@ -480,7 +484,8 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
         NotFound: the named TOML file does not exist.
     """
     given: dict[str, Any] = {}
-    for name, value in flags.items():
+    inherited: dict[str, Any] = json.loads(os.environ.get(FLAGS_VARIABLE) or "{}")
+    for name, value in [*inherited.items(), *flags.items()]:
         if value is not None:
             fields.put(given, tuple(name.split("__")), value)
     layers = (
@@ -500,6 +505,22 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
         raise InvalidInput(_explain(error, layers), param="settings") from None
     settings._layers = layers  # noqa: SLF001  its own module
     return settings
+
+
+def inherit(config: Path | None = None, **flags: Any) -> dict[str, str]:  # noqa: ANN401  typed by Settings
+    """Return the environment of a process whose `load()` goes by this file and these flags.
+
+    Each setting's own variable would not do: a settings file goes before it.
+
+    Args:
+        config: as for `load`.
+        flags: as for `load`; what JSON can say, no secrets.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    environment = {FLAGS_VARIABLE: json.dumps(given)}
+    if config is not None:
+        environment[CONFIG_VARIABLE] = str(config.absolute())
+    return environment
 
 
 def resolve_model(

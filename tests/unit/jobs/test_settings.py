@@ -66,6 +66,23 @@ def test_flag_that_was_not_given_hides_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert load(default_model=None).default_model == "simulated"
 
 
+def test_flags_of_the_command_that_started_a_process_go_before_its_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    named = tmp_path / "other.toml"
+    named.write_text('[worker]\nrole = "all"\nmodels = ["a"]\nengines = 2\n')
+    environment = settings.inherit(
+        named, worker__role="control", worker__models=["b"], worker__engines=None, data=None
+    )
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir("/")
+    found = load()
+    assert (found.worker.role, found.worker.models, found.worker.engines) == ("control", ("b",), 2)
+    assert {one.name: one.origin for one in origins(found)}["worker.role"] == "flag"
+    assert load(worker__role="engine").worker.role == "engine"
+
+
 def test_settings_made_directly_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("batchctl.toml").write_text('default_model = "a"\n')
     _set(monkeypatch, {"BATCHCTL_DEFAULT_MODEL": "b"})
