@@ -138,6 +138,21 @@ class Model(msgspec.Struct, frozen=True):
     created: int = 0
 
 
+class Worker(msgspec.Struct, frozen=True):
+    """A process that works for the server, as of its last heartbeat."""
+
+    id: str
+    host: str = ""
+    role: str = ""
+    device: str | None = None
+    models: tuple[str, ...] = ()
+    model: str | None = None
+    state: str = ""
+    num_shards: int = 0
+    tokens_per_second: float = 0.0
+    heartbeat_age_seconds: float = 0.0
+
+
 class _Page(msgspec.Struct, frozen=True):
     data: list[msgspec.Raw] = []
     has_more: bool = False
@@ -441,6 +456,18 @@ class Client:
         """Return the models that the server can run, its first choice first."""
         page = self._decode(self._call("GET", "models"), _Page)
         return [self._decode(raw, Model) for raw in page.data]
+
+    # --- workers ---
+
+    def list_workers(self) -> list[Worker]:
+        """Return the workers that live or were lost lately, in the order they started."""
+        page = self._decode(self._call("GET", "workers"), _Page)
+        return [self._decode(raw, Worker) for raw in page.data]
+
+    def list_json_workers(self) -> list[dict[str, Any]]:
+        """Return the workers as the server describes them."""
+        page = self._decode(self._call("GET", "workers"), _Page)
+        return [self._decode(raw, dict[str, Any]) for raw in page.data]
 
     # --- one call ---
 

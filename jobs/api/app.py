@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from jobs.api import batches, files, health, metrics, models
+from jobs.api import batches, files, health, metrics, models, workers
 from jobs.api.context import Context
 from jobs.api.edge import Edge
 from jobs.api.problems import ErrorEnvelope, answer_error
@@ -58,7 +58,7 @@ def create_api(
         "default": {"model": ErrorEnvelope, "description": "What went wrong."}
     }
     key = Security(HTTPBearer(auto_error=False, description="The server's api_key, if it has one."))
-    for router in (files.router, batches.router, models.router):
+    for router in (files.router, batches.router, models.router, workers.router):
         api.include_router(router, responses=failures, dependencies=[key])
     api.include_router(metrics.router, dependencies=[key])
     api.include_router(health.router)

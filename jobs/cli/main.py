@@ -18,7 +18,18 @@ from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 from typing_extensions import override
 
-from jobs.cli import batches, config, database, exits, files, models, output, serve, validate
+from jobs.cli import (
+    batches,
+    config,
+    database,
+    exits,
+    files,
+    models,
+    output,
+    serve,
+    validate,
+    worker,
+)
 from jobs.domain.errors import BatchctlError
 
 _DEBUG = "set BATCHCTL_LOG__LEVEL=debug for the traceback"
@@ -174,6 +185,8 @@ app.command("cancel", rich_help_panel=_CLIENT)(batches.cancel)
 app.command("list", rich_help_panel=_CLIENT)(batches.list_)
 app.add_typer(files.app, name="files", rich_help_panel=_CLIENT)
 app.command("models", rich_help_panel=_OPERATE)(models.models)
+app.command("worker", rich_help_panel=_OPERATE)(worker.worker)
+app.command("workers", rich_help_panel=_OPERATE)(worker.workers)
 app.add_typer(config.app, name="config", rich_help_panel=_OPERATE)
 app.add_typer(database.app, name="db", rich_help_panel=_OPERATE)
 

@@ -153,7 +153,12 @@ class _Member:
     def kill(self) -> None:
         """Kill the process and its children."""
         if self._process is not None:
+            self.abandon()
             self._tell("killed")
+
+    def abandon(self) -> None:
+        """Kill the process and its children, and say nothing of it."""
+        if self._process is not None:
             self._kill_group(self._process.pid)
 
     def _put_off(self, now: float) -> None:
@@ -206,7 +211,7 @@ def launch(
                 _await_end(members, wait, seconds=None)
         finally:
             for member in members:  # there are some only when something failed here
-                member.kill()
+                member.abandon()
 
 
 def _keep_running(members: Sequence[_Member], wait: Callable[[float], bool]) -> None:
