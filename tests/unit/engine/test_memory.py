@@ -120,7 +120,7 @@ SMALL = {
             "qwen3_moe",
             {"num_experts": 8, "moe_intermediate_size": 128, "mlp_only_layers": [0]},
         ),
-        ("gpt2", {"intermediate_size": 1024, "n_positions": 512}),
+        ("gpt2", {"num_key_value_heads": 8, "intermediate_size": 1024, "n_positions": 512}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
