@@ -11,8 +11,7 @@ from jobs.catalogue import did_you_mean
 from jobs.domain.errors import BatchctlError, EngineMisconfigured, InvalidInput
 from jobs.settings import PREFIX, Settings, inherit, resolve_model
 from jobs.telemetry import log
-from jobs.wakeups import control_queue, work_queue
-from jobs.worker.gpu import choose_gpus, group_gpus, pin
+from jobs.worker.gpu import choose_gpus, describe_group, group_gpus, pin
 from jobs.worker.launcher import Command
 
 DRAIN_MARGIN_SECONDS = 40.0
@@ -50,26 +49,22 @@ def plan_commands(
     planned = [("engine", f"engine-{number}", group) for number, group in enumerate(engines)]
     if settings.worker.role != "engine":
         planned.append(("control", "control", ()))
-    return [
-        Command(
-            name=name,
-            arguments=tuple(_arguments(settings, role, name, models=models, host=host)),
-            environment={
-                **pin(group),
-                **inherit(
-                    config,
-                    **{
-                        **(flags or {}),
-                        "worker__role": role,
-                        "worker__models": list(models),
-                        "worker__metrics_port": _metrics_port(settings, number),
-                    },
-                ),
-            },
-            device=pin(group)["_BATCHCTL_DEVICE"],
+    commands = []
+    for number, (role, name, group) in enumerate(planned):
+        decided = {
+            "worker__role": role,
+            "worker__models": list(models),
+            "worker__metrics_port": _metrics_port(settings, number),
+        }
+        commands.append(
+            Command(
+                name=name,
+                arguments=tuple(_arguments(settings, name, host=host)),
+                environment={**pin(group), **inherit(config, **{**(flags or {}), **decided})},
+                device=describe_group(group),
+            )
         )
-        for number, (role, name, group) in enumerate(planned)
-    ]
+    return commands
 
 
 def _check_database(settings: Settings) -> None:
@@ -150,23 +145,15 @@ def _metrics_port(settings: Settings, number: int) -> int | None:
     return first + number if first else first
 
 
-def _arguments(
-    settings: Settings, role: str, name: str, *, models: Sequence[str], host: str
-) -> Iterator[str]:
+def _arguments(settings: Settings, name: str, *, host: str) -> Iterator[str]:
     """Yield the command line of a worker: Celery's, or without a broker one that only polls."""
     yield from (sys.executable, "-m")
     if settings.broker.url is None:
         yield "jobs.worker.process"
         return
-    prefix = settings.broker.prefix
-    queues = (
-        [control_queue(prefix)]
-        if role == "control"
-        else [work_queue(prefix, model) for model in models]
-    )
+    # Pool, concurrency and queues are in the application's settings, which go by role and models.
     yield from ("celery", "-A", "jobs.worker.celery_app", "worker")
-    yield from ("--pool", "prefork", "--concurrency", "1")
-    yield from ("-Q", ",".join(queues))
     # Two launchers on one machine need two names: Celery tells its workers apart by them.
     yield from ("-n", f"{name}-{os.getpid()}@{host}")
-    yield from ("--without-gossip", "--without-mingle")
+    # Workers have nothing to tell each other.
+    yield from ("--without-gossip", "--without-mingle", "--without-heartbeat")
