@@ -59,6 +59,6 @@ def _known(context: Context) -> dict[str, int]:
     app = context.app
     found = dict.fromkeys(app.settings.models, unix(context.started_at))
     if app.db.is_postgres:  # only a fleet publishes
-        published = models.list_all(app.db)
-        found = {model.name: unix(model.published_at) for model in published} | found
+        for model in models.list_all(app.db):
+            found.setdefault(model.name, unix(model.published_at))
     return {name: found[name] for name in sorted(found, key=lambda name: name != "demo")}
