@@ -33,6 +33,7 @@ TROUBLES: Mapping[type[httpx2.HTTPError], Trouble] = {
     httpx2.WriteError: Trouble(kind="fault", code="connection_lost", slows=True),
     httpx2.CloseError: Trouble(kind="fault", code="connection_lost", slows=True),
     httpx2.DecodingError: Trouble(kind="fault", code="invalid_answer"),
+    httpx2.SSEError: Trouble(kind="fault", code="invalid_answer"),
 }
 """What each failure of the HTTP client means where trying again may help."""
 

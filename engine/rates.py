@@ -212,7 +212,7 @@ def _open(url: str, master: str) -> "redis_asyncio.Redis":
     if not url.startswith("sentinel://"):
         return redis_asyncio.Redis.from_url(url, **times)
     parts = [urlsplit(one if "://" in one else f"sentinel://{one}") for one in url.split(";")]
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+    sentinel = Sentinel(
         [(one.hostname or "127.0.0.1", one.port or 26379) for one in parts], **times
     )
     first = parts[0]

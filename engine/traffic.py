@@ -43,7 +43,7 @@ STREAM_ABOVE_TOKENS = 1024
 START_PATIENCE_SECONDS = 60.0
 """Patience with a server that has never answered and is not there: the URL may be wrong."""
 
-_BACK_OFF_SECONDS = (0.5, 30.0)
+_BACK_OFF_SECONDS = (0.25, 30.0)
 _MAX_PROBE_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _FEW_JOBS = 2

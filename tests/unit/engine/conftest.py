@@ -1,7 +1,7 @@
 """A tiny random model with a byte-level tokenizer and a chat template, made once per session."""
 
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from engine.base import Engine, Source
 from jobs.domain.request import Request
 from jobs.domain.result import Result
+from tests.unit.engine.loopback import OpenRemote
 
 TEMPLATE = (
     "{%- for m in messages %}"
@@ -122,3 +123,10 @@ def ask() -> Ask:
         return found
 
     return run
+
+
+@pytest.fixture
+def open_remote() -> Iterator[OpenRemote]:
+    opener = OpenRemote()
+    yield opener
+    opener.close()
