@@ -342,12 +342,19 @@ def _grammar_of_schema(spec: str, *, lenient: bool) -> str:
 def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
     """Return a JSON constraint's schema that carries our options itself.
 
-    For an engine that calls llguidance without them: whitespace as everywhere here, and with
-    `lenient` without the keywords that cannot be kept.
+    For an engine that calls llguidance without them; with `lenient` without the keywords that
+    cannot be kept. One space may follow a comma or a colon: llguidance before 1.9, which vLLM
+    holds to, repeats `whitespace_pattern` without end.
     """
     schema = parse_schema(_ANY_OBJECT if constraint.kind == "json_object" else constraint.spec)
+    options = {
+        **(_LENIENT if lenient else _JSON_OPTIONS),
+        "whitespace_flexible": False,
+        "item_separator": ", ?",
+        "key_separator": ": ?",
+    }
+    del options["whitespace_pattern"]
     described = schema if isinstance(schema, dict) else {}
-    options = _LENIENT if lenient else _JSON_OPTIONS
     return msgspec.json.encode({**described, "x-guidance": options}).decode()
 
 

@@ -206,14 +206,16 @@ class VllmEngine:
         try:
             yield from self._run(source, llm, live, outputs)
         except EngineDeadError as error:
-            suspects = frozenset(live)
-            if startup.ran_out_of_memory(self._stderr.text(wait_seconds=1.0)):
+            said = self._stderr.text(wait_seconds=1.0)
+            if startup.ran_out_of_memory(said):
                 raise EngineOutOfMemory(
                     f"The device ran out of memory with {len(live)} requests; lower slots, "
                     "batch_tokens or gpu_memory_utilization."
                 ) from error
             raise EngineDied(
-                f"vLLM's engine ended with {len(live)} requests in flight.", suspects=suspects
+                f"vLLM's engine ended with {len(live)} requests in flight"
+                f"{startup.last_reason(said)}.",
+                suspects=frozenset(live),
             ) from error
         finally:
             self._abort(list(live.values()))

@@ -72,8 +72,7 @@ def explain(error: Exception, said: str, *, model: str) -> EngineError:
     """
     reason = first_line(error)
     if _NO_REASON.search(reason):
-        found = [match for line in said.splitlines() if (match := _REASON.match(line.strip()))]
-        reasons = [f"{match[1]}: {match[2]}" for match in found if not _NO_REASON.search(match[2])]
+        reasons = _reasons(said)
         status = _EXIT.search(str(error))
         if reasons:
             reason = reasons[-1][:400]
@@ -90,6 +89,17 @@ def explain(error: Exception, said: str, *, model: str) -> EngineError:
             "model, or more GPUs."
         )
     return EngineMisconfigured(f"vLLM cannot load {model}: {reason}")
+
+
+def last_reason(said: str) -> str:
+    """Return ": " and why a child ended, as it said itself; nothing where it said nothing."""
+    reasons = _reasons(said)
+    return f": {reasons[-1][:300]}" if reasons else ""
+
+
+def _reasons(said: str) -> list[str]:
+    found = [match for line in said.splitlines() if (match := _REASON.match(line.strip()))]
+    return [f"{match[1]}: {match[2]}" for match in found if not _NO_REASON.search(match[2])]
 
 
 def ran_out_of_memory(said: str) -> bool:

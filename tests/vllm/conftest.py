@@ -1,0 +1,142 @@
+"""vLLM on the CPU, for real: engines that take half a minute to start are shared by all tests.
+
+Run by `.venv-vllm/bin/python -m pytest tests/vllm`, an environment of its own that
+`scripts/vllm_env.sh` makes.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.base import Engine
+from engine.config import AskingConfig, VllmConfig
+from engine.demo import model_path
+from jobs.domain.request import Request
+from jobs.domain.result import Result
+from tests.unit.engine.conftest import ListSource, make_tokenizer
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+if HAS_VLLM:
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+    )
+    with warnings.catch_warnings():
+        # It imports what warns, and our tests take warnings for errors.
+        warnings.simplefilter("ignore")
+        import vllm.v1.engine.async_llm  # noqa: F401
+
+CACHE_BYTES = 1 << 30
+Ask = Callable[[Engine, Iterable[Request]], dict[int, Result]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        if not HAS_VLLM:
+            item.add_marker(
+                pytest.mark.skip(reason="vllm is not installed here: sh scripts/vllm_env.sh")
+            )
+
+
+def make_config(model: Path, **changes: object) -> VllmConfig:
+    settings = {
+        "model": str(model),
+        "dtype": "float32",
+        "slots": 8,
+        "engine_args": {"kv_cache_memory_bytes": CACHE_BYTES},
+        **changes,
+    }
+    return VllmConfig.model_validate(settings)
+
+
+def open_vllm(model: Path, *, name: str = "tiny", **changes: object) -> Engine:
+    from engine.registry import open_engine  # noqa: PLC0415 -- only where vLLM is
+
+    return open_engine(make_config(model, **changes), model=name)
+
+
+class Kept:
+    """An engine that outlives the module that borrows it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+    def close(self) -> None:
+        """Stay open: others borrow it as well."""
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random two-layer Llama with a context of 512 tokens.
+
+    Its heads are 32 wide: vLLM's attention for CPUs has nothing narrower.
+    """
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+        )
+    )
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model: Path) -> Iterator[Engine]:
+    """A random model, four sequences at once."""
+    with closing(open_vllm(tiny_model, slots=4, asking=AskingConfig(max_asks=2))) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Engine]:
+    """The demo model, eight sequences at once."""
+    with closing(open_vllm(model_path(), name="demo")) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def ask() -> Ask:
+    """Return a function that puts requests to an engine and collects one result for each."""
+
+    def run(engine: Engine, requests: Iterable[Request]) -> dict[int, Result]:
+        found: dict[int, Result] = {}
+        for result in engine.generate(ListSource(requests)):
+            assert result.id not in found, "two results for one request"
+            found[result.id] = result
+        return found
+
+    return run

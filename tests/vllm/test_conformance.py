@@ -1,0 +1,15 @@
+"""What every engine does, done by vLLM: the same suite as for all others."""
+
+from collections.abc import Callable
+from typing import cast
+
+import pytest
+
+from engine.base import Engine
+from tests.conformance.engine.test_engine import *  # noqa: F403
+from tests.vllm.conftest import Kept
+
+
+@pytest.fixture(scope="module")
+def open_conformant(tiny: Engine) -> Callable[[], Engine]:
+    return lambda: cast("Engine", Kept(tiny))
