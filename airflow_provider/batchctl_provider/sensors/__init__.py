@@ -1,0 +1,1 @@
+"""Tasks that wait for a batch that something else made."""
