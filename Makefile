@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
   --ignore=tests/vllm --ignore=tests/remote --ignore=tests/airflow
 
-.PHONY: help install demo test test-all check bench clean
+.PHONY: help install demo fleet test test-all check bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -16,6 +16,10 @@ install: ## the environment, without the tools of tests
 demo: ## a batch through the bundled model, from an empty machine to answers
 	@sh scripts/bootstrap.sh run
 	@.venv/bin/python examples/demo.py
+
+fleet: ## the whole system on this machine, without Docker; PORT=8001 and FRESH=1 are understood
+	@sh scripts/bootstrap.sh test
+	@exec .venv/bin/python scripts/fleet.py $(if $(PORT),--port $(PORT)) $(if $(FRESH),--fresh)
 
 test: ## what takes no more than minutes
 	@sh scripts/bootstrap.sh test

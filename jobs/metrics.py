@@ -11,11 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import monotonic
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.registry import Collector
 
 from jobs.domain.result import Usage
 
+# When a counter began is in no dashboard of ours, and would double the series.
+disable_created_metrics()
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 COMPLETED = "completed"
 MAX_OUTCOMES = 64

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+import psutil
 import psycopg
 import psycopg.conninfo
 import redis
@@ -305,18 +306,24 @@ def postgres(folder: Path, log: Path, password: str) -> tuple[Component, str]:
         entry = pwd.getpwnam(user)
         os.chown(data, entry.pw_uid, entry.pw_gid)
     if not (data / "PG_VERSION").exists():
+        password_file = folder / "postgres.password"
+        password_file.touch(mode=0o600)
+        password_file.write_text(password)
+        if user:
+            shutil.chown(password_file, user)
         words = (
             *(str(POSTGRES_BIN_PATH / "initdb"), "--pgdata", str(data), "--encoding=utf8"),
-            *("--username", DATABASE, "--auth=scram-sha-256", "--pwfile=/dev/stdin", "--no-locale"),
+            *("--username", DATABASE, "--auth=scram-sha-256"),
+            *(f"--pwfile={password_file}", "--no-locale"),
         )
         made = subprocess.run(  # noqa: S603
             words,
             user=user or None,
             cwd="/",
-            input=password.encode(),
             capture_output=True,
             check=False,
         )
+        password_file.unlink()
         if made.returncode:
             fail(f"Postgres cannot be set up in {data}: {made.stderr.decode().strip()}")
     port = free_port()
@@ -397,7 +404,7 @@ def s3(folder: Path, log: Path, key_id: str, key: str) -> tuple[Component, str]:
         log=log,
         where=url,
         is_ready=lambda: answers(url),
-        environment={"RCLONE_AUTH_KEY": f"{key_id},{key}"},
+        environment={"RCLONE_AUTH_KEY": f'"{key_id},{key}"'},  # one entry of a list, hence quoted
     )
     return component, url
 
@@ -434,18 +441,23 @@ def workers(  # each its own process, folder and log
         alive = [
             one
             for one in found["data"]
-            if one["state"] != "lost" and one["started_at"] >= started_at - 1
+            if one["started_at"] >= started_at - 1 and psutil.pid_exists(one["pid"])
         ]
         return len(alive) >= len(names)
 
+    ports = {name: free_port() for name in names}
     return [
         Component(
             name=name,
             command=(str(BIN / "batchctl"), "worker", "--role", role, "--gpus", "none"),
             log=folder / f"{name}.log",
-            where="plans and writes files" if role == "control" else "engine on the CPU",
+            where=f"http://{HOST}:{ports[name]}/metrics and /health",
             is_ready=are_listed,
-            environment={**environment, "BATCHCTL_DATA": str(folder / "data" / name)},
+            environment={
+                **environment,
+                "BATCHCTL_DATA": str(folder / "data" / name),
+                "BATCHCTL_WORKER__METRICS_PORT": str(ports[name]),
+            },
         )
         for name, role in names.items()
     ]
