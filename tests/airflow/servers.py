@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parents[2]
 CHAT = "/v1/chat/completions"
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 class Server:
@@ -134,7 +134,7 @@ def named_server() -> Server | None:
     )
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -29,7 +29,7 @@ def submit(server: OwnServer, folder: Path, tokens: int) -> str:
     return batch_id
 
 
-def fire(trigger: BatchctlTrigger, seconds: float = 60.0) -> dict[str, Any]:
+def fire(trigger: BatchctlTrigger, seconds: float = 120.0) -> dict[str, Any]:
     async def first() -> dict[str, Any]:
         events = [event async for event in trigger.run()]
         assert len(events) == 1
@@ -129,7 +129,7 @@ def test_a_server_that_is_away_for_some_polls_is_waited_for(
     with server.running():
         connect(server, patience_seconds=0.3)
         batch_id = submit(server, tmp_path, 300)
-        trigger = BatchctlTrigger(batch_id=batch_id, poll_interval=0.1, deadline=time.time() + 60)
+        trigger = BatchctlTrigger(batch_id=batch_id, poll_interval=0.1, deadline=time.time() + 120)
         found: list[dict[str, Any]] = []
         waiting = threading.Thread(target=lambda: found.append(fire(trigger)))
         said: list[str] = []
@@ -142,7 +142,7 @@ def test_a_server_that_is_away_for_some_polls_is_waited_for(
         server.stop()
         wait_for(lambda: failed_polls() >= 2)
         server.start()
-        waiting.join(60)
+        waiting.join(120)
         assert found[0]["batch_status"] == "completed"
 
 
