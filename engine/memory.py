@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.checkpoint import Tensor, read_config, read_tensors
-from jobs.domain.errors import EngineMisconfigured
 
 WeightKind = Literal["16 bit", "32 bit", "int8", "nf4", "as stored"]
 """How weights are kept: nf4 and int8 are of the linear layers, the others stay at 16 bit."""
@@ -93,34 +92,26 @@ class Need:
         return self.weights + self.cache + self.activations + self.overhead
 
 
-def read_size(folder: Path) -> ModelSize:
-    """Return the size of the model in `folder`; config.json is enough.
+def read_size(folder: Path) -> ModelSize | None:
+    """Return the size of the model in `folder`, or None where its files do not tell it.
+
+    config.json is enough.
 
     Raises:
-        EngineMisconfigured: its files are damaged or incomplete, or do not tell the size.
+        EngineMisconfigured: its files are damaged or incomplete.
     """
     described = read_config(folder)
     tensors = read_tensors(folder)
-    try:
-        size = size_of(described)
-    except EngineMisconfigured as error:
-        raise EngineMisconfigured(f"{folder}/config.json: {error.message}") from None
-    return _with_tensors(size, described, tensors) if tensors else size
+    size = size_of(described)
+    return _with_tensors(size, described, tensors) if size and tensors else size
 
 
-def size_of(described: Mapping[str, Any]) -> ModelSize:
-    """Return the size that a config.json describes.
-
-    Raises:
-        EngineMisconfigured: it describes no decoder whose shapes are told there.
-    """
+def size_of(described: Mapping[str, Any]) -> ModelSize | None:
+    """Return the size that a config.json describes; None if it tells no shapes of a decoder."""
     try:
         return _Shapes(described).size()
     except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError):
-        raise EngineMisconfigured(
-            "the size of the model cannot be told from it: layers, widths, heads or vocabulary "
-            "are missing."
-        ) from None
+        return None
 
 
 class _Shapes:

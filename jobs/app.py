@@ -14,7 +14,8 @@ from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import InvalidInput, NotFound, StorageError
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
-from jobs.settings import Settings, resolve_model
+from jobs.settings import Settings, complete_model, resolve_model
+from jobs.telemetry import log
 from jobs.wakeups import BrokerConfig, Doorbell
 from storage import models
 from storage.blobs import open_blobs
@@ -60,10 +61,14 @@ class App:
 
         Raises:
             NotFound: there is no such model.
-            EngineMisconfigured: its engine is not installed.
+            EngineMisconfigured: its engine is not installed, or its weights are damaged.
+            EngineOutOfMemory: it does not fit this machine.
         """
         self._check_known(name)
-        _, model = resolve_model(self.settings, name)
+        _, model, choice = complete_model(self.settings, name)
+        if choice is not None and choice.is_notable:
+            # A warning, since `batchctl run` shows no less.
+            log.warning("engine_chosen", model=name, reason=choice.reason)
         return self._config_of(model)
 
     def _config_of(self, model: ModelSettings) -> EngineConfig:

@@ -4,8 +4,9 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from engine.choice import VLLM_BATCH_TOKENS, Choice, Machine, Plan, choose, find_size, look_around
 from engine.config import (
     AskingConfig,
     EngineConfig,
@@ -88,7 +90,8 @@ class HfSettings(BaseModel):
         description="auto, cpu, cuda, cuda:N or mps",
     )
     quantization: QuantizationChoice = Field(
-        default="none", description="none, or nf4 for 4-bit weights"
+        default="auto",
+        description="none, nf4 for 4-bit weights, or auto: nf4 if only that fits the device",
     )
     flash_attention: bool = Field(default=False, description="use the FlashAttention kernels")
     cache_folder: str | None = Field(
@@ -111,8 +114,9 @@ class VllmSettings(BaseModel):
         default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes"
     )
     quantization: QuantizationChoice = Field(
-        default="none",
-        description="none, nf4, awq, awq_marlin, gptq, gptq_marlin, marlin, fp8 or nvfp4",
+        default="auto",
+        description="none, nf4, awq, awq_marlin, gptq, gptq_marlin, marlin, fp8, nvfp4, or auto: "
+        "nf4 if only that fits the GPUs",
     )
     context_tokens: int | None = Field(
         default=None, ge=1, description="prompt and answer together; unset: the model's own"
@@ -187,8 +191,8 @@ class ModelSettings(BaseModel):
     )
     quantization: QuantizationChoice | None = Field(
         default=None,
-        description="none, nf4 or another that the engine has; unset: what `hf.quantization` or "
-        "`vllm.quantization` says",
+        description="none, nf4 or another that the engine has; unset or auto: what "
+        "`hf.quantization` or `vllm.quantization` says",
     )
     context_tokens: int | None = Field(
         default=None, ge=1, description="prompt and answer together; unset: the model's own"
@@ -236,6 +240,8 @@ class ModelSettings(BaseModel):
     def to_engine_config(self, *, limiter_url: SecretStr | None = None) -> EngineConfig:
         """Return what the engine process is started with; "auto" means remote with a url, else hf.
 
+        A quantization that is open means 16 bit: `resolve` is what looks at the machine.
+
         Args:
             limiter_url: the Redis in which workers share a remote server's limits.
 
@@ -268,7 +274,7 @@ class ModelSettings(BaseModel):
             **shared,
             "model": self.source,
             "revision": self.revision,
-            "quantization": self.quantization or "none",
+            "quantization": "none" if self.quantization in {None, "auto"} else self.quantization,
             "token": self.token.get_secret_value() if self.token else None,
         }
         return (
@@ -283,6 +289,14 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
 """The models that are always there, the demo model first."""
 
 
+class Completed(NamedTuple):
+    """A model with nothing left open, and what was chosen for it, where anything was."""
+
+    name: str
+    settings: ModelSettings
+    choice: Choice | None
+
+
 def resolve(
     models: Mapping[str, ModelSettings],
     name: str,
@@ -291,7 +305,8 @@ def resolve(
     engine: EngineChoice,
     quantization: str | None = None,
     check_installed: bool = True,
-) -> tuple[str, ModelSettings]:
+    machine: Machine | None = None,
+) -> Completed:
     """Return the name and the completed settings of a model: nothing in them says "auto".
 
     `name` is a name of the catalogue, a local folder or a hub id, tried in this order; on the
@@ -300,46 +315,50 @@ def resolve(
     Args:
         groups: what the models of each engine start from.
         engine: goes before the entry's own, unless it is "auto".
-        quantization: likewise, unless it is None.
-        check_installed: whether the engine will run here, so that it has to be installed.
+        quantization: likewise, unless it is None or "auto".
+        check_installed: whether the engine will run here, so that it has to be installed, and
+            to fit; if not, nothing is looked at, and what is open becomes hf at 16 bit.
+        machine: what there is to run it on; unset, this one.
 
     Raises:
         NotFound: there is no such model.
         InvalidInput: the folder holds no model, or the quantization is none that is known.
-        EngineMisconfigured: what the engine needs is not installed.
+        EngineMisconfigured: what the engine needs is not installed, or the weights are damaged.
+        EngineOutOfMemory: nothing that was left open makes it fit.
     """
     entry = models.get(name) or _from_source(models, name, engine=engine, remote=groups.remote)
-    kind = concrete(entry.engine if engine == "auto" else engine, url=entry.url)
-    if check_installed:
-        _require_installed(kind, name)
-    changes: dict[str, Any] = {"engine": kind, "options": _options_for(kind, entry, groups)}
+    wanted = entry.engine if engine == "auto" else engine
+    kind = concrete(wanted, url=entry.url)
+    choice = None
+    changes: dict[str, Any] = {}
     if kind == "remote":
-        changes |= {
-            "url": entry.url or groups.remote.url,
-            "api_key": entry.api_key or groups.remote.api_key,
-            "served_model": entry.served_model or groups.remote.model,
-        }
-        if changes["url"] is None:
-            raise InvalidInput(
-                f"The model {name} on the remote engine needs the url of a server: set "
-                "`remote.url` (BATCHCTL_REMOTE__URL) or the model's `url`.",
-                param="model",
-            )
+        changes = _remote_changes(name, entry, groups)
     elif kind != "simulated":
-        if entry.source is None:
-            raise InvalidInput(f"The model {name} has no `source`.", param="model")
-        folder = Path(entry.source).expanduser()
-        group = groups.hf if kind == "hf" else groups.vllm
-        changes |= {
-            "source": str(folder.resolve()) if folder.is_dir() else entry.source,
-            "quantization": quantization or entry.quantization or group.quantization,
-            "token": entry.token or groups.hf.token,
-        }
-        if kind == "vllm":
-            changes["context_tokens"] = entry.context_tokens or groups.vllm.context_tokens
+        if check_installed:
+            machine = machine or look_around()
+            kind = machine.best_engine if wanted == "auto" else kind
+            _require_installed(kind, name)
+        changes = _local_changes(kind, name, entry, groups, quantization)
+        asked = str(changes["quantization"])
+        if machine is not None and check_installed:
+            found = choose(
+                name,
+                find_size(changes["source"], cache_folder=groups.hf.cache_folder)
+                if asked == "auto"
+                else None,
+                machine,
+                plan_of(entry.model_copy(update=changes), groups),
+                engine="vllm" if kind == "vllm" else "hf",
+                quantization=asked,
+            )
+            changes["quantization"] = found.quantization
+            choice = found if "auto" in {wanted, asked} else None
+        elif asked == "auto":
+            changes["quantization"] = "none"
+    changes |= {"engine": kind, "options": _options_for(kind, entry, groups)}
     unset = {key: getattr(entry, key) for key in type(entry).model_fields}
     try:
-        return name, ModelSettings.model_validate(unset | changes)
+        return Completed(name, ModelSettings.model_validate(unset | changes), choice)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(
@@ -347,6 +366,66 @@ def resolve(
             f"{first['msg'].removeprefix('Value error, ')}",
             param="model",
         ) from None
+
+
+def _remote_changes(name: str, entry: ModelSettings, groups: EngineGroups) -> dict[str, Any]:
+    url = entry.url or groups.remote.url
+    if url is None:
+        raise InvalidInput(
+            f"The model {name} on the remote engine needs the url of a server: set "
+            "`remote.url` (BATCHCTL_REMOTE__URL) or the model's `url`.",
+            param="model",
+        )
+    return {
+        "url": url,
+        "api_key": entry.api_key or groups.remote.api_key,
+        "served_model": entry.served_model or groups.remote.model,
+    }
+
+
+def _local_changes(
+    kind: EngineKind,
+    name: str,
+    entry: ModelSettings,
+    groups: EngineGroups,
+    quantization: str | None,
+) -> dict[str, Any]:
+    if entry.source is None:
+        raise InvalidInput(f"The model {name} has no `source`.", param="model")
+    folder = Path(entry.source).expanduser()
+    group = groups.vllm if kind == "vllm" else groups.hf
+    words = (quantization, entry.quantization, group.quantization)
+    changes: dict[str, Any] = {
+        "source": str(folder.resolve()) if folder.is_dir() else entry.source,
+        "quantization": next((word for word in words if word not in {None, "auto"}), "auto"),
+        "token": entry.token or groups.hf.token,
+    }
+    if kind == "vllm":
+        changes["context_tokens"] = entry.context_tokens or groups.vllm.context_tokens
+    return changes
+
+
+def plan_of(entry: ModelSettings, groups: EngineGroups) -> Plan:
+    """Return what the settings of a model say about the memory it would need.
+
+    Those of an engine that cannot be used as they stand count as unset.
+    """
+    hf, vllm = HfConfig(model=""), VllmConfig(model="")
+    with suppress(ValidationError):
+        hf = HfConfig.model_validate({"model": "", **_options_for("hf", entry, groups)})
+    with suppress(ValidationError):
+        vllm = VllmConfig.model_validate({"model": "", **_options_for("vllm", entry, groups)})
+    return Plan(
+        device=hf.device,
+        compute_dtype=hf.compute_dtype,
+        context_tokens=entry.context_tokens,
+        hf_slots=hf.slots,
+        hf_batch_tokens=hf.batch_tokens,
+        vllm_slots=vllm.slots,
+        vllm_batch_tokens=vllm.batch_tokens or VLLM_BATCH_TOKENS,
+        gpus_per_engine=vllm.tensor_parallel_size * vllm.pipeline_parallel_size,
+        gpu_share=vllm.gpu_memory_utilization,
+    )
 
 
 def _options_for(kind: EngineKind, entry: ModelSettings, groups: EngineGroups) -> dict[str, Any]:

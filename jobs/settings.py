@@ -42,6 +42,7 @@ from typing_extensions import override
 from jobs import fields
 from jobs.catalogue import (
     BUILT_IN,
+    Completed,
     EngineChoice,
     EngineGroups,
     HfSettings,
@@ -385,7 +386,7 @@ def _backend(value: str) -> object:
 
 
 def _four_bit(value: str) -> object:
-    return "nf4" if _switch(value) else None
+    return "nf4" if _switch(value) else "none"
 
 
 def _switch(value: str) -> bool:
@@ -423,7 +424,7 @@ ALIASES = (
         name="HF_LOAD_4BIT",
         path=("hf", "quantization"),
         parse=_four_bit,
-        note="true is `nf4`; `HF_QUANTIZATION` goes before it",
+        note="true is `nf4`, false `none`; `HF_QUANTIZATION` goes before it",
     ),
     Alias(name="HF_QUANTIZATION", path=("hf", "quantization"), note="`none`, `nf4` or `4bit`"),
     Alias(
@@ -523,15 +524,15 @@ def inherit(config: Path | None = None, **flags: Any) -> dict[str, str]:  # noqa
     return environment
 
 
-def resolve_model(
+def complete_model(
     settings: Settings,
     name: str | None = None,
     *,
     engine: EngineChoice = "auto",
     quantization: str | None = None,
     check_installed: bool = True,
-) -> tuple[str, ModelSettings]:
-    """Return the name and the completed settings of a model; see `catalogue.resolve`.
+) -> Completed:
+    """Return a model with nothing left open, and what was chosen; see `catalogue.resolve`.
 
     Args:
         name: a name of the catalogue, a local folder or a hub id; unset, the default model.
@@ -548,6 +549,25 @@ def resolve_model(
         quantization=quantization,
         check_installed=check_installed,
     )
+
+
+def resolve_model(
+    settings: Settings,
+    name: str | None = None,
+    *,
+    engine: EngineChoice = "auto",
+    quantization: str | None = None,
+    check_installed: bool = True,
+) -> tuple[str, ModelSettings]:
+    """Return the name and the completed settings of a model; see `complete_model`."""
+    found = complete_model(
+        settings,
+        name,
+        engine=engine,
+        quantization=quantization,
+        check_installed=check_installed,
+    )
+    return found.name, found.settings
 
 
 class Origin(NamedTuple):

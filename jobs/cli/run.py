@@ -22,7 +22,7 @@ from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
 from jobs.embedded import Embedded
 from jobs.prepare import Source
-from jobs.settings import Settings, resolve_model
+from jobs.settings import Settings, complete_model
 from storage import batches, files
 from storage.blobs.base import segments_prefix
 from storage.config import BlobSettings, DatabaseSettings
@@ -133,7 +133,9 @@ def _choose_model(
         groups = {"models", "hf", "vllm", "remote"}
         catalogue = settings.model_dump(include=groups, exclude_defaults=True)
         return None, settings, {"model": "", "engine": settings.engine, **_told_of(catalogue)}
-    name, entry = resolve_model(settings, model, engine=engine, quantization=quantization)
+    name, entry, choice = complete_model(settings, model, engine=engine, quantization=quantization)
+    if choice is not None and choice.is_notable:
+        output.say(choice.reason)
     changed = settings.model_copy(update={"models": {**settings.models, name: entry}})
     told = {
         "model": name,

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine import memory
 from engine.config import HfConfig
 from engine.hf import weights
 from engine.memory import (
+    ModelSize,
     WeightKind,
     cache_tokens_left,
     estimate,
-    read_size,
-    size_of,
     weight_bytes,
 )
-from jobs.domain.errors import EngineMisconfigured
 
 GB = 1e9
+
+
+def size_of(config: Mapping[str, Any]) -> ModelSize:
+    size = memory.size_of(config)
+    assert size is not None
+    return size
+
+
+def read_size(folder: Path) -> ModelSize:
+    size = memory.read_size(folder)
+    assert size is not None
+    return size
 
 
 def llama2(hidden: int, layers: int, heads: int, intermediate: int, **more: int) -> dict[str, Any]:
@@ -194,9 +206,8 @@ def test_quantized_checkpoint_takes_what_is_stored() -> None:
     ],
     ids=["nothing", "only a type", "a word", "no heads", "no object"],
 )
-def test_config_without_shapes_is_said_to_be_none(config: dict[str, Any]) -> None:
-    with pytest.raises(EngineMisconfigured, match="cannot be told"):
-        size_of(config)
+def test_size_is_not_guessed_where_the_config_tells_none(config: dict[str, Any]) -> None:
+    assert memory.size_of(config) is None
 
 
 shapes = st.fixed_dictionaries(

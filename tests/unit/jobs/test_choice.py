@@ -1,0 +1,310 @@
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.choice import Choice, Machine, look_around
+from engine.config import HfConfig, VllmConfig
+from engine.devices import Device, Memory
+from jobs.catalogue import Completed, EngineChoice, ModelSettings, resolve
+from jobs.domain.errors import (
+    EngineMisconfigured,
+    EngineOutOfMemory,
+    InvalidInput,
+    NotFound,
+)
+from jobs.settings import Settings
+
+GB = 10**9
+SHAPES = {
+    "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008},
+    "13b": {"hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 13824},
+    "70b": {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that makes a folder with the configuration of a model, and no more."""
+
+    def make(name: str, **more: Any) -> str:  # noqa: ANN401
+        folder = tmp_path / name
+        folder.mkdir()
+        described = {
+            "model_type": "llama",
+            "num_attention_heads": SHAPES[name]["hidden_size"] // 128,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "max_position_embeddings": 4096,
+            **SHAPES[name],
+            **more,
+        }
+        (folder / "config.json").write_text(json.dumps(described))
+        return str(folder)
+
+    return make
+
+
+def machine(*gpu_gb: int, memory_gb: int = 64, **more: Any) -> Machine:  # noqa: ANN401
+    gpus = tuple(
+        Device(index=n, uuid=f"GPU-{n}", name="NVIDIA L4", total_bytes=gb * GB, free_bytes=GB)
+        for n, gb in enumerate(gpu_gb)
+    )
+    memory = Memory(total_bytes=memory_gb * GB, available_bytes=GB)
+    told = {"has_cuda": bool(gpus), "has_bitsandbytes": True, **more}
+    return Machine(gpus=gpus, memory=memory, **told)
+
+
+def complete(
+    source: str,
+    there: Machine,
+    *,
+    settings: Settings | None = None,
+    engine: EngineChoice = "auto",
+    flag: str | None = None,
+    **entry: Any,  # noqa: ANN401
+) -> Completed:
+    settings = settings or Settings()
+    return resolve(
+        {"m": ModelSettings.model_validate({"source": source, **entry})},
+        "m",
+        groups=settings.engine_groups,
+        engine=engine,
+        quantization=flag,
+        machine=there,
+    )
+
+
+def chosen(found: Completed) -> tuple[str, str | None, bool]:
+    assert found.choice is not None
+    assert (found.choice.engine, found.choice.quantization) == (
+        found.settings.engine,
+        found.settings.quantization,
+    )
+    assert "\n" not in found.choice.reason
+    return found.settings.engine, found.settings.quantization, found.choice.is_notable
+
+
+def test_model_that_fits_runs_at_16_bit_and_nobody_is_told(model: Callable[..., str]) -> None:
+    found = complete(model("7b"), machine(memory_gb=32))
+    assert chosen(found) == ("hf", "none", False)
+    assert found.choice is not None
+    assert found.choice.device == "cpu"
+
+
+def test_model_that_fits_in_4_bits_only_gets_nf4_and_says_why(model: Callable[..., str]) -> None:
+    found = complete(model("13b"), machine(24))
+    assert chosen(found) == ("hf", "nf4", True)
+    assert found.choice is not None
+    assert found.choice.device == "cuda:0"
+    for part in ("nf4", "GPU 0 (NVIDIA L4)", "24.0 GB", "16 bit"):
+        assert part in found.choice.reason
+
+
+def test_main_memory_is_judged_where_there_is_no_gpu(model: Callable[..., str]) -> None:
+    assert chosen(complete(model("13b"), machine(memory_gb=24))) == ("hf", "nf4", True)
+
+
+def test_model_that_does_not_fit_says_what_is_needed_and_what_there_is(
+    model: Callable[..., str],
+) -> None:
+    with pytest.raises(EngineOutOfMemory) as refused:
+        complete(model("70b"), machine(24, memory_gb=32))
+    for part in ("16 bit", "4 bits (nf4)", "21.6 GB of 24.0 GB", "smaller model"):
+        assert part in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_room_in_main_memory_is_pointed_out_where_the_gpu_is_too_small(
+    model: Callable[..., str],
+) -> None:
+    folder = model("70b")
+    with pytest.raises(EngineOutOfMemory, match=r"`hf\.device` to cpu"):
+        complete(folder, machine(24, memory_gb=200))
+    found = complete(folder, machine(24, memory_gb=200), options={"device": "cpu"})
+    assert chosen(found) == ("hf", "none", False)
+
+
+def test_vllm_is_chosen_where_it_is_installed_and_there_is_cuda(
+    model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    folder = model("7b")
+    assert chosen(complete(folder, machine(24, has_vllm=True))) == ("vllm", "none", False)
+    assert chosen(complete(folder, machine(24)))[0] == "hf"
+    assert chosen(complete(folder, machine(has_vllm=True)))[0] == "hf"
+    assert chosen(complete(folder, machine(24, has_vllm=True, has_cuda=False)))[0] == "hf"
+
+
+def test_gpus_of_a_group_share_weights_and_cache(
+    model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    folder = model("70b")
+    four = Settings.model_validate({"vllm": {"tensor_parallel_size": 4}})
+    assert chosen(complete(folder, machine(*[48] * 4, has_vllm=True), settings=four)) == (
+        *("vllm", "none"),
+        False,
+    )
+    assert chosen(complete(folder, machine(*[24] * 4, has_vllm=True), settings=four)) == (
+        *("vllm", "nf4"),
+        True,
+    )
+    with pytest.raises(EngineMisconfigured, match=r"4 GPUs .* sees 2"):
+        complete(folder, machine(48, 48, has_vllm=True), settings=four)
+
+
+def test_gpu_that_torch_cannot_use_is_named(model: Callable[..., str]) -> None:
+    found = complete(model("7b"), machine(24, has_cuda=False))
+    assert chosen(found) == ("hf", "none", True)
+    assert found.choice is not None
+    assert found.choice.device == "cpu"
+    assert "NVIDIA L4" in found.choice.reason
+    assert "no CUDA" in found.choice.reason
+
+
+@pytest.mark.parametrize("where", ["flag", "entry", "group"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_explicit_quantization_wins(
+    model: Callable[..., str], where: str, quantization: str
+) -> None:
+    small = machine(memory_gb=8)
+    folder = model("70b")
+    flag = quantization if where == "flag" else None
+    entry: dict[str, Any] = {"quantization": quantization} if where == "entry" else {}
+    group = {"hf": {"quantization": quantization}} if where == "group" else {}
+    found = complete(folder, small, settings=Settings.model_validate(group), flag=flag, **entry)
+    assert found.settings.quantization == quantization
+
+
+def test_explicit_engine_wins_and_bits_are_still_chosen(model: Callable[..., str]) -> None:
+    there = machine(24, has_vllm=True)
+    found = complete(model("13b"), there, engine="hf")
+    assert chosen(found) == ("hf", "nf4", True)
+
+
+def test_nothing_is_chosen_where_everything_is_said(model: Callable[..., str]) -> None:
+    found = complete(model("13b"), machine(24), engine="hf", flag="nf4")
+    assert found.choice is None
+
+
+def test_auto_said_in_words_is_the_same_as_unset(model: Callable[..., str]) -> None:
+    found = complete(model("13b"), machine(24), flag="auto", quantization="auto", engine="auto")
+    assert chosen(found) == ("hf", "nf4", True)
+    config = ModelSettings(source="a/b", engine="hf", quantization="auto").to_engine_config()
+    assert isinstance(config, HfConfig)
+    assert config.quantization == "none"
+
+
+def test_context_that_was_asked_for_has_to_fit(model: Callable[..., str]) -> None:
+    folder = model("7b", max_position_embeddings=131_072)
+    there = machine(24)
+    assert chosen(complete(folder, there))[1] == "none"
+    # 100,000 tokens of 128 KiB each are 13 GB of cache.
+    assert chosen(complete(folder, there, context_tokens=100_000))[1] == "nf4"
+
+
+def test_nf4_without_its_library_says_what_to_install(model: Callable[..., str]) -> None:
+    with pytest.raises(EngineMisconfigured, match="bitsandbytes"):
+        complete(model("13b"), machine(24, has_bitsandbytes=False))
+
+
+def test_quantized_checkpoint_stays_as_it_is(model: Callable[..., str]) -> None:
+    folder = model("13b", quantization_config={"quant_method": "awq", "bits": 4})
+    assert chosen(complete(folder, machine(24))) == ("hf", "none", False)
+    with pytest.raises(EngineOutOfMemory, match="stored in"):
+        complete(folder, machine(6))
+
+
+def test_free_memory_of_the_moment_changes_nothing(model: Callable[..., str]) -> None:
+    """Another process may hold the GPU; tomorrow's answers have to be today's."""
+    folder = model("7b")
+    busy = machine(24)
+    assert all(gpu.free_bytes < 2 * GB for gpu in busy.gpus)
+    assert chosen(complete(folder, busy))[1] == "none"
+
+
+def test_hub_model_that_is_not_here_is_taken_to_fit(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"hf": {"cache_folder": str(tmp_path)}})
+    found = complete("owner/name", machine(memory_gb=1), settings=settings)
+    assert chosen(found) == ("hf", "none", False)
+
+
+def test_hub_model_in_the_cache_is_judged(model: Callable[..., str], tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((Path(model("13b")) / "config.json").read_bytes())
+    settings = Settings.model_validate({"hf": {"cache_folder": str(tmp_path / "hub")}})
+    assert chosen(complete("owner/name", machine(24), settings=settings))[1] == "nf4"
+
+
+def test_damaged_weights_are_said_before_anything_is_loaded(model: Callable[..., str]) -> None:
+    folder = model("7b")
+    (Path(folder) / "model.safetensors").write_bytes(bytes(100))
+    with pytest.raises(EngineMisconfigured, match=r"model\.safetensors is damaged"):
+        complete(folder, machine(24))
+
+
+def test_url_means_the_server(model: Callable[..., str]) -> None:
+    there = machine(24, has_vllm=True)
+    found = complete(model("70b"), there, url="http://127.0.0.1:9/v1")
+    assert found.settings.engine == "remote"
+
+
+def test_planning_looks_at_nothing(tmp_path: Path) -> None:
+    """Neither at the machine nor at files: both are other ones where the work is done."""
+    settings = Settings(models={"m": {"source": str(tmp_path / "elsewhere")}})
+    found = resolve(
+        settings.models,
+        "m",
+        groups=settings.engine_groups,
+        engine="auto",
+        check_installed=False,
+    )
+    assert (found.settings.engine, found.settings.quantization) == ("hf", "none")
+    assert found.choice is None
+
+
+def test_options_that_are_wrong_are_still_refused(model: Callable[..., str]) -> None:
+    with pytest.raises(NotFound):
+        resolve({}, "nobody", groups=Settings().engine_groups, engine="auto", machine=machine())
+    with pytest.raises(InvalidInput, match="slots"):
+        complete(model("7b"), machine(24), options={"slots": "many"})
+
+
+def test_completed_settings_open_the_engine_that_was_chosen(
+    model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    config = complete(model("13b"), machine(24, has_vllm=True)).settings.to_engine_config()
+    assert isinstance(config, VllmConfig)
+    assert config.quantization == "nf4"
+
+
+def test_looking_around_is_quick_and_imports_no_torch() -> None:
+    program = (
+        "import sys, time; from engine.choice import look_around; "
+        "begun = time.process_time(); look_around(); spent = time.process_time() - begun; "
+        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules), 'imported'; "
+        "print(spent)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+    assert float(ran.stdout) < 0.05
+
+
+def test_demo_model_on_this_machine_runs_at_16_bit() -> None:
+    begun = time.process_time()
+    found = resolve(
+        Settings().models, "demo", groups=Settings().engine_groups, engine="hf", machine=None
+    )
+    assert time.process_time() - begun < 0.05
+    assert found.settings.quantization == "none"
+    assert isinstance(found.choice, Choice)
+    assert look_around().memory.total_bytes > 0
