@@ -42,6 +42,9 @@ class Others(Protocol):
     def listen(self) -> None:
         """Begin to hear what they tell."""
 
+    def poke_every(self, seconds: float) -> None:
+        """Tell them of work that nobody took, at intervals."""
+
     @property
     def is_listening(self) -> bool:
         """Whether what they tell is heard at present."""
@@ -84,6 +87,11 @@ class Doorbell:
         self.ring_here()
         if self._others is not None:
             self._others.ring()
+
+    def poke_every(self, seconds: float) -> None:
+        """Let this process ring at intervals for work that nobody took; for one that sweeps."""
+        if self._others is not None:
+            self._others.poke_every(seconds)
 
     def ring_here(self) -> None:
         """Wake who waits in this process."""

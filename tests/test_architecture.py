@@ -26,11 +26,15 @@ TOUCHES_ENVIRONMENT = {
     "engine/process.py": "hands this process's environment on to the engine's process",
     "engine/sandbox.py": "hands the few variables on that the sandbox's process needs",
     "engine/hf/weights.py": "tells the tokenizers library before it is imported",
+    "jobs/worker/celery_app.py": "tells Celery's child which drain file to look at",
+    "jobs/worker/launcher.py": "starts workers with this environment and what pins them",
+    "jobs/worker/process.py": "reads what the launcher of this process tells it",
 }
 # What the core is installed without: the extras.
 EXTRAS = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "psutil"),
     *("outlines", "outlines_core", "boto3", "botocore", "psycopg", "psycopg_pool"),
+    *("celery", "kombu", "redis"),
 )
 
 

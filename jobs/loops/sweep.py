@@ -19,13 +19,19 @@ class SweepLoop:
 
     def turn(self) -> bool:
         """Sweep once, then wait until the next turn is due."""
-        swept = sweeper.tick(self._app.db, rng=self._crew.rng, reap=self.may_reap())
-        metrics.count_reaped(swept.reaped)
-        if swept.reaped or swept.expired or swept.finished:
-            log.info("swept", reaped=swept.reaped, expired=swept.expired, done=swept.finished)
-            self._app.doorbell.announce()
+        self.sweep()
         self._crew.stopping.wait(self._app.settings.leases.reap_seconds)
         return True
+
+    def sweep(self) -> bool:
+        """Return whether there was something to look after."""
+        swept = sweeper.tick(self._app.db, rng=self._crew.rng, reap=self.may_reap())
+        metrics.count_reaped(swept.reaped)
+        found = bool(swept.reaped or swept.expired or swept.finished)
+        if found:
+            log.info("swept", reaped=swept.reaped, expired=swept.expired, done=swept.finished)
+            self._app.doorbell.announce()
+        return found
 
     def may_reap(self) -> bool:
         """Return False for one lease after the machine slept, the clock jumped or we starved.

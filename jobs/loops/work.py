@@ -9,7 +9,14 @@ from typing import Literal
 from engine.process import ProcessEngine
 from engine.supervisor import EngineSupervisor
 from jobs import metrics, runner
-from jobs.domain.errors import BatchctlError, EngineError, NotFound, StorageError
+from jobs.domain.errors import (
+    BatchctlError,
+    EngineError,
+    EngineMisconfigured,
+    NotFound,
+    StorageError,
+)
+from jobs.domain.request import Capabilities
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement, decide
 from jobs.domain.shard import UnitKind, UnitState
@@ -34,7 +41,7 @@ class WorkLoop:
         models: Collection[str] | None = None,
         engine_log: Path | None = None,
         others_serve: Callable[[str], bool] = lambda _model: False,
-        on_result: Callable[[str, Result], None] | None = None,
+        on_loaded: Callable[[Capabilities], bool] = lambda _found: True,
     ) -> None:
         """Work with the leases of `crew`.
 
@@ -43,14 +50,14 @@ class WorkLoop:
             engine_log: where the engine's own output goes; by default `engine.log` in the folder.
             others_serve: whether another worker may be able to run a model that this one cannot
                 start; then its shards are left to that one instead of ending with errors.
-            on_result: called with the model and each result, before it is durable.
+            on_loaded: called with what a loaded engine says of itself; False: it may not serve.
         """
         self._crew = crew
         self._app = crew.app
         self._models = None if models is None else frozenset(models)
         self._engine_log = engine_log or crew.app.folder / "engine.log"
         self._others_serve = others_serve
-        self._on_result = on_result
+        self._on_loaded = on_loaded
         self._stay_seconds = crew.app.settings.worker.model_stay_seconds
         self._supervisor: EngineSupervisor | None = None
         self._model: str | None = None
@@ -104,6 +111,16 @@ class WorkLoop:
     def unavailable_models(self) -> frozenset[str]:
         """The models whose engine could not be had at the last try."""
         return frozenset(self._avoided)
+
+    def progress(self) -> object:
+        """Return something that changes while the engine works or loads."""
+        supervisor = self._supervisor
+        return supervisor.progress() if supervisor is not None else None
+
+    def serve(self, models: Collection[str]) -> None:
+        """Serve these models from now on; the shards that are held are run to their end."""
+        self._models = frozenset(models)
+        self._app.doorbell.ring_here()
 
     # --- one turn ---
 
@@ -165,8 +182,6 @@ class WorkLoop:
 
     def _note_result(self, result: Result) -> None:
         self._num_tokens += result.usage.completion_tokens
-        if self._on_result is not None and self._model is not None:
-            self._on_result(self._model, result)
 
     # --- which model ---
 
@@ -229,7 +244,11 @@ class WorkLoop:
                 start,
                 wait=self._crew.stopping.wait,
             )
-            self._supervisor.open()
+            found = self._supervisor.open().capabilities
+            if not self._on_loaded(found):
+                raise EngineMisconfigured(
+                    f"The model {model} is not the one that other workers serve under this name."
+                )
             # Its turn begins when it is loaded; else one that loads for longer than it may stay
             # would leave without having done anything.
             self._model_since = time.monotonic()
