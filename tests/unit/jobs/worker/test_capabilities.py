@@ -97,9 +97,8 @@ def test_a_model_whose_files_are_not_here_is_left_out(database: str, tmp_path: P
     with node(database, tmp_path, entries) as app, capture_logs() as logs:
         beat(app, HERE)
         assert capabilities.publish(app, ["gone", "simulated"], worker_id=HERE) == ("simulated",)
-        assert [(entry["event"], entry["model"]) for entry in logs] == [
-            ("model_not_served", "gone")
-        ]
+        said = [entry["model"] for entry in logs if entry["event"] == "model_not_served"]
+        assert said == ["gone"]
 
 
 def test_what_a_loaded_engine_knows_besides_is_published_too(database: str, tmp_path: Path) -> None:
