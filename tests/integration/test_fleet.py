@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,10 +130,17 @@ def write_input(path: Path) -> None:
             file.write(json.dumps({**line, "body": body}) + "\n")
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that another user can reach: as root, Postgres runs as one."""
+    with tempfile.TemporaryDirectory(prefix="fleet", dir="/tmp") as name:
+        yield Path(name)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_fleet_finishes_its_batches_whoever_is_killed(tmp_path: Path) -> None:
-    folder, log = tmp_path / "fleet", tmp_path / "log"
+def test_a_fleet_finishes_its_batches_whoever_is_killed(tmp_path: Path, folder: Path) -> None:
+    log = tmp_path / "log"
     with running(folder, log) as fleet:
         done = fleet.run(
             *("submit", str(ROOT / "examples" / "people.jsonl")),
@@ -188,8 +196,8 @@ def test_a_fleet_finishes_its_batches_whoever_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_fleet_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
-    folder, log = tmp_path / "fleet", tmp_path / "log"
+def test_a_fleet_that_is_killed_leaves_nothing(tmp_path: Path, folder: Path) -> None:
+    log = tmp_path / "log"
     process = start(folder, "--port", "0", "--json", "--engines", "1", log=log)
     try:
         assert process.stdout is not None
