@@ -1,0 +1,205 @@
+"""The control plane at the speed of a rack of GPUs: a fleet with one engine worker, simulated.
+
+    ideal      slots / (tokens of a reply x length of a step), what the engine does when it is
+               never short of requests and nobody is waited for
+    achieved   requests / time from the end of planning to the last durable result
+
+Real Postgres, Valkey and S3 server, API, control worker and one engine worker of `make fleet`.
+Rates alternate; before each measured batch a short one has loaded its engine. CPU is that of each
+process and its children, from the same window to the end of the batch, for each request.
+Usage: python -m tests.benchmarks.fleet [SECONDS_OF_WORK] [PAIRS]
+"""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+
+from jobs.client import Client, Upload
+from jobs.domain.request import CHAT
+
+ROOT = Path(__file__).parents[2]
+RATES = {
+    "rate-220": {"slots": 64, "reply_tokens": 16, "step_seconds": 64 / (16 * 220)},
+    "rate-1000": {"slots": 256, "reply_tokens": 16, "step_seconds": 256 / (16 * 1000)},
+}
+TARGET = 0.95  # at 1,000 requests a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One batch."""
+
+    ratio: float
+    seconds: float
+    planning_seconds: float
+    finalizing_seconds: float
+    cpu_us: dict[str, float]
+
+
+class Fleet:
+    """A fleet that is ready: a client, its database, and what its processes cost."""
+
+    def __init__(self, ready: dict[str, Any], database_url: str) -> None:
+        self.client = Client(ready["url"])
+        self.pids = {one["name"]: int(one["pid"]) for one in ready["processes"]}
+        self._database = sa.create_engine(sa.make_url(database_url))
+
+    def run(self, path: Path) -> str:
+        """Run a batch to its end and return its id."""
+        file = self.client.upload(Upload.from_path(path))
+        batch_id = self.client.create_batch(input_file_id=file.id, endpoint=CHAT).id
+        while not (batch := self.client.get_batch(batch_id)).is_terminal:
+            time.sleep(0.2)
+        if batch.status != "completed" or batch.request_counts.failed:
+            sys.exit(f"batch {batch_id} is {batch.status}: {batch.request_counts}")
+        return batch_id
+
+    def instants(self, batch_id: str) -> dict[str, float]:
+        """Return when the batch got where, in seconds; the API's have no fractions."""
+        names = ("created_at", "in_progress_at", "finalizing_at", "completed_at")
+        with self._database.connect() as connection:
+            row = connection.execute(
+                sa.text(f"SELECT {', '.join(names)} FROM batches WHERE id = :id"),  # noqa: S608
+                {"id": batch_id},
+            ).one()
+        return {name: instant.timestamp() for name, instant in zip(names, row, strict=True)}
+
+    def cpu(self) -> dict[str, float]:
+        """Return the CPU seconds so far: of each part, and of the engine apart from its worker."""
+        found: dict[str, float] = {}
+        for name, pid in self.pids.items():
+            root = psutil.Process(pid)
+            for one in (root, *root.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    times = one.cpu_times()
+                    part = "engine" if "engine.host" in one.cmdline() else name
+                    # Those of children that have ended are their parent's.
+                    spent = times.user + times.system + times.children_user + times.children_system
+                    found[part] = found.get(part, 0.0) + spent
+        return found
+
+
+def write_input(path: Path, model: str, num_lines: int) -> None:
+    """Write requests of 40 words."""
+    words = " ".join(["alpha", "beta", "gamma", "delta"] * 10)
+    with path.open("w") as file:
+        for number in range(num_lines):
+            body = {"model": model, "messages": [{"role": "user", "content": f"{number} {words}"}]}
+            line = {"custom_id": f"r{number}", "method": "POST", "url": CHAT, "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def measure(fleet: Fleet, folder: Path, model: str, seconds: float) -> Measured:
+    """Run one batch of so many seconds of work."""
+    options = RATES[model]
+    rate = options["slots"] / (options["reply_tokens"] * options["step_seconds"])
+    num_lines = round(rate * seconds / options["slots"]) * int(options["slots"])
+    write_input(folder / "warm.jsonl", model, int(options["slots"]))
+    write_input(folder / "in.jsonl", model, num_lines)
+    fleet.run(folder / "warm.jsonl")
+    before = fleet.cpu()
+    batch_id = fleet.run(folder / "in.jsonl")
+    after = fleet.cpu()
+    at = fleet.instants(batch_id)
+    took = at["finalizing_at"] - at["in_progress_at"]
+    return Measured(
+        ratio=num_lines / rate / took,
+        seconds=took,
+        planning_seconds=at["in_progress_at"] - at["created_at"],
+        finalizing_seconds=at["completed_at"] - at["finalizing_at"],
+        cpu_us={
+            name: (spent - before.get(name, 0.0)) / num_lines * 1e6 for name, spent in after.items()
+        },
+    )
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[Fleet]:
+    """A fleet on free ports."""
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("BATCHCTL_")}
+    models = {name: {"engine": "simulated", "options": options} for name, options in RATES.items()}
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(ROOT / "scripts" / "fleet.py"), "--folder", str(folder)),
+            *("--port", "0", "--engines", "1", "--fresh", "--json"),
+        ],
+        env={**clean, "BATCHCTL_MODELS": json.dumps(models), "BATCHCTL_LOG__LEVEL": "warning"},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline() or "{}")
+        if not ready:
+            sys.exit("the fleet did not start; see above")
+        exported = dict(
+            line.removeprefix("export ").split("=", 1)
+            for line in Path(ready["env"]).read_text().splitlines()
+        )
+        url = exported["BATCHCTL_DATABASE__URL"].strip("'")
+        yield Fleet(ready, url)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def summary(rows: list[Measured]) -> dict[str, object]:
+    """Return medians, and the range of what is asserted."""
+    ratios = [row.ratio for row in rows]
+    parts = sorted({name for row in rows for name in row.cpu_us})
+    return {
+        "achieved_to_ideal": round(statistics.median(ratios), 4),
+        "range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "seconds": [round(row.seconds, 2) for row in rows],
+        "planning_seconds": round(statistics.median(row.planning_seconds for row in rows), 2),
+        "finalizing_seconds": round(statistics.median(row.finalizing_seconds for row in rows), 2),
+        "cpu_us_per_request": {
+            name: round(statistics.median(row.cpu_us.get(name, 0.0) for row in rows), 1)
+            for name in parts
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print and write build/bench-fleet.json."""
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 30.0
+    pairs = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+    rows: dict[str, list[Measured]] = {model: [] for model in RATES}
+    load_before = os.getloadavg()
+    # Not in the project: as root, Postgres runs as a user who may not get there.
+    with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as name:
+        folder = Path(name)
+        with running(folder / "fleet") as fleet:
+            for number in range(pairs):
+                for model in RATES if number % 2 == 0 else reversed(RATES):
+                    row = measure(fleet, folder, model, seconds)
+                    rows[model].append(row)
+                    print(f"{model}: {row.ratio:.4f} of the ideal rate, {row.seconds:.1f} s")
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "load_before": [round(one, 1) for one in load_before],
+        "load_after": [round(one, 1) for one in os.getloadavg()],
+        "target_at_1000": TARGET,
+        **{model: summary(measured) for model, measured in rows.items()},
+    }
+    path = ROOT / "build" / "bench-fleet.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
