@@ -72,7 +72,7 @@ class App:
         return self._config_of(model)
 
     def _config_of(self, model: ModelSettings) -> EngineConfig:
-        return model.to_engine_config(limiter_url=self.settings.broker.url)
+        return model.to_engine_config(limiter=self.settings.limiter)
 
     def _check_known(self, name: str) -> None:
         known = self.settings.models

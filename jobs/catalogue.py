@@ -2,11 +2,13 @@
 
 import difflib
 import importlib.util
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -57,6 +59,8 @@ _SPELLED = frozenset(
         "api_key",
         "served_model",
         "limiter_url",
+        "limiter_prefix",
+        "limiter_master",
         "defaults",
         "asking",
     }
@@ -145,6 +149,11 @@ class RemoteSettings(BaseModel):
     timeout_seconds: float = Field(
         default=600.0, gt=0, description="how long a request may go without any progress"
     )
+    patience_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="how long that server may fail every request before its work is given back",
+    )
     native_constraints: NativeConstraints = Field(
         default="openai",
         description="how schemas are sent: openai (response_format), vllm (structured_outputs as "
@@ -166,7 +175,16 @@ class EngineGroups(BaseModel):
     hf: HfSettings = HfSettings()
     vllm: VllmSettings = VllmSettings()
     remote: RemoteSettings = RemoteSettings()
-    limiter_url: SecretStr | None = None
+
+
+class Limiter(BaseModel):
+    """The Redis in which the workers of one remote server share its limits."""
+
+    model_config = ConfigDict(frozen=True)
+
+    url: SecretStr
+    prefix: str
+    master: str
 
 
 class ModelSettings(BaseModel):
@@ -185,7 +203,9 @@ class ModelSettings(BaseModel):
     url: str | None = Field(
         default=None, description="the server of a remote model; unset: `remote.url`"
     )
-    api_key: SecretStr | None = Field(default=None, description="its key; unset: `remote.api_key`")
+    api_key: SecretStr | None = Field(
+        default=None, description="its key; unset: `remote.api_key`, on the server of `remote.url`"
+    )
     served_model: str | None = Field(
         default=None, description="what that server calls the model; unset: `remote.model`"
     )
@@ -237,13 +257,13 @@ class ModelSettings(BaseModel):
             return _option_names(self.engine)
         return _option_names("hf") | _option_names("vllm") | _option_names("remote")
 
-    def to_engine_config(self, *, limiter_url: SecretStr | None = None) -> EngineConfig:
+    def to_engine_config(self, *, limiter: Limiter | None = None) -> EngineConfig:
         """Return what the engine process is started with; "auto" means remote with a url, else hf.
 
         A quantization that is open means 16 bit: `resolve` is what looks at the machine.
 
         Args:
-            limiter_url: the Redis in which workers share a remote server's limits.
+            limiter: where the workers of a remote server share its limits.
 
         Raises:
             InvalidInput: a model without a source or a url, as its engine needs it.
@@ -265,7 +285,7 @@ class ModelSettings(BaseModel):
                     "url": self.url,
                     "api_key": self.api_key.get_secret_value() if self.api_key else None,
                     "served_model": self.served_model,
-                    "limiter_url": limiter_url.get_secret_value() if limiter_url else None,
+                    **_limiter_fields(limiter),
                 }
             )
         if self.source is None:
@@ -378,8 +398,44 @@ def _remote_changes(name: str, entry: ModelSettings, groups: EngineGroups) -> di
         )
     return {
         "url": url,
-        "api_key": entry.api_key or groups.remote.api_key,
+        "api_key": entry.api_key or _shared_key(url, groups.remote),
         "served_model": entry.served_model or groups.remote.model,
+    }
+
+
+def _shared_key(url: str, remote: RemoteSettings) -> SecretStr | None:
+    """Return the key of `remote` where it is meant for this URL: no key goes to another server."""
+    is_meant = may_carry_keys(url) if remote.url is None else _origin(url) == _origin(remote.url)
+    return remote.api_key if is_meant else None
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.rpartition("@")[2].lower()
+
+
+def may_carry_keys(url: str) -> bool:
+    """Return whether nobody on the way can read what is sent: TLS, or this very machine."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    if parts.scheme == "https" or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _limiter_fields(limiter: Limiter | None) -> dict[str, str]:
+    if limiter is None:
+        return {}
+    return {
+        "limiter_url": limiter.url.get_secret_value(),
+        "limiter_prefix": limiter.prefix,
+        "limiter_master": limiter.master,
     }
 
 

@@ -46,10 +46,12 @@ from jobs.catalogue import (
     EngineChoice,
     EngineGroups,
     HfSettings,
+    Limiter,
     ModelSettings,
     RemoteSettings,
     VllmSettings,
     did_you_mean,
+    may_carry_keys,
     resolve,
 )
 from jobs.domain.errors import InvalidInput, NotFound
@@ -344,9 +346,15 @@ class Settings(BaseSettings):
     @property
     def engine_groups(self) -> EngineGroups:
         """What the models of each engine start from."""
-        return EngineGroups(
-            hf=self.hf, vllm=self.vllm, remote=self.remote, limiter_url=self.broker.url
-        )
+        return EngineGroups(hf=self.hf, vllm=self.vllm, remote=self.remote)
+
+    @property
+    def limiter(self) -> Limiter | None:
+        """Where the workers of a remote server share its limits; None without a broker."""
+        broker = self.broker
+        if broker.url is None:
+            return None
+        return Limiter(url=broker.url, prefix=broker.prefix, master=broker.sentinel_master)
 
     def check_serving(self) -> None:
         """Check that an API with these settings is not open to the world.
@@ -385,6 +393,10 @@ def _backend(value: str) -> object:
         ) from None
 
 
+def _words_of_vllm(backend: str) -> object:
+    return "vllm" if backend.lower() == "vllm_remote" else None
+
+
 def _four_bit(value: str) -> object:
     return "nf4" if _switch(value) else "none"
 
@@ -404,12 +416,17 @@ def _hub_folder(value: str) -> object:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """A name that other tools use for one of our settings; `parse` returns None to say nothing."""
+    """A name that other tools use for one of our settings; `parse` returns None to say nothing.
+
+    Names of a `family` belong to one server, and only those of the server in use are looked at:
+    a key is never sent to the other one.
+    """
 
     name: str
     path: tuple[str, ...]
     parse: Callable[[str], object] = _same
     note: str
+    family: Literal["", "vllm", "openai"] = ""
 
 
 ALIASES = (
@@ -451,13 +468,48 @@ ALIASES = (
         parse=_switch,
         note="true, false",
     ),
-    Alias(name="OPENAI_API_KEY", path=("remote", "api_key"), note="key of a remote server"),
-    Alias(name="VLLM_REMOTE_URL", path=("remote", "url"), note="a vLLM server"),
-    Alias(name="VLLM_REMOTE_API_KEY", path=("remote", "api_key"), note="its key"),
-    Alias(name="VLLM_REMOTE_TIMEOUT", path=("remote", "timeout_seconds"), note="seconds"),
-    Alias(name="REMOTE_OPENAI_URL", path=("remote", "url"), note="any OpenAI-compatible API"),
-    Alias(name="REMOTE_OPENAI_API_KEY", path=("remote", "api_key"), note="its key"),
-    Alias(name="REMOTE_OPENAI_MODEL", path=("remote", "model"), note="its name for the model"),
+    Alias(
+        name="OPENAI_API_KEY",
+        path=("remote", "api_key"),
+        note="key of a remote server, if its URL has https or is on this machine",
+        family="openai",
+    ),
+    Alias(
+        name="LLM_BACKEND",
+        path=("remote", "native_constraints"),
+        parse=_words_of_vllm,
+        note="`vllm_remote` is `vllm`",
+    ),
+    Alias(
+        name="VLLM_REMOTE_URL",
+        path=("remote", "native_constraints"),
+        parse=lambda _url: "vllm",
+        note="any is `vllm`",
+        family="vllm",
+    ),
+    Alias(name="VLLM_REMOTE_URL", path=("remote", "url"), note="a vLLM server", family="vllm"),
+    Alias(name="VLLM_REMOTE_API_KEY", path=("remote", "api_key"), note="its key", family="vllm"),
+    Alias(
+        name="VLLM_REMOTE_TIMEOUT",
+        path=("remote", "timeout_seconds"),
+        note="seconds",
+        family="vllm",
+    ),
+    Alias(
+        name="REMOTE_OPENAI_URL",
+        path=("remote", "url"),
+        note="any OpenAI-compatible API; with both URLs set, `LLM_BACKEND` decides",
+        family="openai",
+    ),
+    Alias(
+        name="REMOTE_OPENAI_API_KEY", path=("remote", "api_key"), note="its key", family="openai"
+    ),
+    Alias(
+        name="REMOTE_OPENAI_MODEL",
+        path=("remote", "model"),
+        note="its name for the model",
+        family="openai",
+    ),
 )
 """In ascending order of precedence."""
 
@@ -654,11 +706,19 @@ def _read_environment(environment: Mapping[str, str]) -> _Layer:
 def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) -> _Layer:
     values: dict[str, Any] = {}
     names: dict[tuple[str, ...], str] = {}
+    family, url = _remote_family(environment, covered)
     for alias in ALIASES:
         text = environment.get(alias.name)
         # What a stronger layer says is not looked at: it cannot be wrong either.
         if not text or fields.get(covered, alias.path) is not fields.MISSING:
             continue
+        if alias.family and family and alias.family != family:
+            continue
+        its_url = environment.get(_URL_NAMES.get(alias.family, ""))
+        if its_url and its_url != url:
+            continue  # what belongs to another server than the one in use
+        if alias.name == "OPENAI_API_KEY" and url is not None and not may_carry_keys(url):
+            continue  # set for whatever runs here; this server needs a key of its own name
         try:
             value = alias.parse(text)
         except ValueError as error:
@@ -667,6 +727,29 @@ def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) ->
             fields.put(values, alias.path, value)
             names[alias.path] = alias.name
     return _Layer(values, lambda path: f"env:{names.get(path, 'HF_*')}")
+
+
+_URL_NAMES = {"vllm": "VLLM_REMOTE_URL", "openai": "REMOTE_OPENAI_URL"}
+
+
+def _remote_family(
+    environment: Mapping[str, str], covered: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """Return whose names describe the remote server (None: anybody's), and its URL if there is one.
+
+    The one whose URL is set; with both or neither, the one that LLM_BACKEND names.
+    """
+    backend = environment.get("LLM_BACKEND", "").lower()
+    named = {"vllm_remote": "vllm", "remote_openai": "openai"}.get(backend)
+    url = fields.get(covered, ("remote", "url"))
+    if url is not fields.MISSING:
+        return named, str(url)
+    urls = {one: text for one, name in _URL_NAMES.items() if (text := environment.get(name))}
+    if len(urls) == 1:
+        ((family, text),) = urls.items()
+        return family, text
+    family_of_both = named or "openai"
+    return (family_of_both, urls[family_of_both]) if urls else (named, None)
 
 
 def _explain(error: ValidationError, layers: tuple[_Layer, ...]) -> str:
