@@ -1,0 +1,32 @@
+"""What every engine does, done by a real `vllm serve`: the same suite as for all others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine.base import Engine
+from engine.config import AskingConfig, RemoteConfig
+from engine.registry import open_engine
+from tests.conformance.engine.test_engine import *  # noqa: F403
+from tests.remote.conftest import VllmServer
+
+WAYS: dict[str, dict[str, Any]] = {
+    "structured-outputs": {"native_constraints": "vllm"},
+    "streamed": {"native_constraints": "vllm", "streaming": "always"},
+    "response-format": {"native_constraints": "openai"},
+}
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def open_conformant(
+    request: pytest.FixtureRequest, vllm_server: VllmServer
+) -> Callable[[], Engine]:
+    config = RemoteConfig(
+        url=vllm_server.url,
+        slots=16,
+        context_tokens=2048,
+        asking=AskingConfig(max_asks=2),
+        **WAYS[request.param],
+    )
+    return lambda: open_engine(config, model="demo")
