@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer, quantized where asked, and says what to do when it cannot."""
 
-import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from engine.checkpoint import read_config
+from engine.choice import gigabytes
 from engine.config import HfConfig
+from engine.devices import read_memory
+from engine.memory import WeightKind, read_size, weight_bytes
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _DTYPES = {
@@ -79,10 +85,12 @@ def load(config: HfConfig) -> Loaded:
         "cache_dir": config.cache_folder,
     }
     if is_local:
-        _refuse_foreign_code(Path(source))
+        _check_folder(Path(source), config, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = _load_model(config, source, device, common)
+    except EngineMisconfigured:
+        raise
     except torch.OutOfMemoryError:
         raise EngineOutOfMemory(
             f"The weights of {config.model} do not fit on {device}; try quantization nf4."
@@ -117,19 +125,27 @@ def _load_model(
         **common,
         "dtype": _DTYPES[config.compute_dtype],
         "use_safetensors": True,
+        "output_loading_info": True,
         "quantization_config": _quantization(config),
         "device_map": None if device.type == "cpu" else {"": device},
     }
     attention = _attention(config, device)
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, attn_implementation=attention, **options
-        )
+        model, found = read(source, attn_implementation=attention, **options)
     except ValueError as error:
         if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
             raise
         # Attention sinks, for example, exist in the plain implementation only.
-        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager", **options)
+        model, found = read(source, attn_implementation="eager", **options)
+    missing = sorted(map(str, found["missing_keys"]))
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise EngineMisconfigured(
+            f"The weights of {config.model} are incomplete: {missing[0]}"
+            f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''} cannot be "
+            "found; download the model again."
+        )
     loaded: PreTrainedModel = model
     return loaded
 
@@ -186,21 +202,66 @@ def _silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _refuse_foreign_code(folder: Path) -> None:
-    """Refuse a model that can only run with code of its own."""
-    try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EngineMisconfigured(
-            f"{folder} holds no config.json, so it is not a model's folder."
-        ) from None
-    except (OSError, ValueError):
-        raise EngineMisconfigured(f"{folder}/config.json cannot be read as JSON.") from None
-    if "auto_map" in described and described.get("model_type") not in CONFIG_MAPPING:
+def _check_folder(folder: Path, config: HfConfig, device: torch.device) -> None:
+    """Refuse what cannot be loaded, before the libraries try and say it in many lines.
+
+    Raises:
+        EngineMisconfigured: its files are damaged or incomplete, or of no model that is known.
+        EngineOutOfMemory: the device is smaller than the weights.
+    """
+    described = read_config(folder)
+    family = described.get("model_type")
+    if "auto_map" in described and family not in CONFIG_MAPPING:
         raise EngineMisconfigured(
             f"{folder} brings Python code of its own, which is never run; use a model that "
             "transformers knows."
         )
+    _check_family(folder, described)
+    size = read_size(folder)
+    if size is None:
+        return
+    kind: WeightKind = "32 bit" if config.compute_dtype == "float32" else "16 bit"
+    if size.stored_quantization:
+        kind = "as stored"
+    elif config.quantization == "nf4":
+        kind = "nf4"
+    needed, there = weight_bytes(size, kind), _device_bytes(device)
+    if there is not None and needed > there:
+        smaller = weight_bytes(size, "nf4")
+        hint = (
+            f"quantization nf4 needs {gigabytes(smaller)}"
+            if kind in {"16 bit", "32 bit"} and smaller < there
+            else "use a smaller model or a larger device"
+        )
+        raise EngineOutOfMemory(
+            f"The weights of {folder} do not fit on {device}: they take {gigabytes(needed)}, and "
+            f"it has {gigabytes(there)}; {hint}."
+        )
+
+
+def _check_family(folder: Path, described: Mapping[str, Any]) -> None:
+    """Refuse an architecture that cannot generate text here."""
+    family = described.get("model_type")
+    if not family:
+        raise EngineMisconfigured(
+            f"{folder}/config.json names no model_type, so nobody can tell what model it is."
+        )
+    if family not in CONFIG_MAPPING:
+        raise EngineMisconfigured(
+            f"{folder} is of the architecture {str(family)[:80]!r}, which transformers "
+            f"{transformers_version} does not know; use another model or engine."
+        )
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise EngineMisconfigured(
+            f"{folder} is of the architecture {family!r}, which does not generate text; use a "
+            "model for text generation."
+        )
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return read_memory().total_bytes
 
 
 def _attention(config: HfConfig, device: torch.device) -> str:
@@ -245,6 +306,16 @@ def _explain(error: Exception, config: HfConfig) -> EngineMisconfigured | Engine
             return EngineMisconfigured(message)
     if not looks_local(name) and "connect" in str(error):
         return EngineMisconfigured(_unreachable(name))
+    if isinstance(error, ValueError) and "Expecting" in str(error):  # json's own words
+        return EngineMisconfigured(
+            f"{name} cannot be loaded: one of its JSON files, such as tokenizer.json, is damaged "
+            f"({_first_line(error)}); download it again."
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return EngineMisconfigured(
+            f"{name} cannot be loaded: its weights have other shapes than its config.json says; "
+            "download both again."
+        )
     return EngineMisconfigured(f"{name} cannot be loaded: {_first_line(error)}")
 
 
