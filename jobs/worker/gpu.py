@@ -12,8 +12,6 @@ from jobs.domain.errors import EngineMisconfigured, InvalidInput
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DEVICE = "_BATCHCTL_DEVICE"
 """Tells a worker what to call its device; it sees no more of it than the pinning leaves."""
-ORDINAL = "_BATCHCTL_ORDINAL"
-"""Tells a worker its number on this machine, from 0."""
 
 _SHORT_UUID = 12
 

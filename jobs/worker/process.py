@@ -29,7 +29,7 @@ from jobs.loops.turns import Crew
 from jobs.loops.work import WorkLoop
 from jobs.settings import Settings, load
 from jobs.telemetry import bind_process, configure_logging, log
-from jobs.worker.gpu import DEVICE, ORDINAL
+from jobs.worker.gpu import DEVICE
 from jobs.worker.presence import Presence
 from jobs.worker.probe import Pulse, open_probe
 

@@ -11,7 +11,7 @@ from jobs.catalogue import did_you_mean
 from jobs.domain.errors import BatchctlError, EngineMisconfigured, InvalidInput
 from jobs.settings import PREFIX, Settings, inherit, resolve_model
 from jobs.telemetry import log
-from jobs.worker.gpu import ORDINAL, choose_gpus, describe_group, group_gpus, pin
+from jobs.worker.gpu import choose_gpus, describe_group, group_gpus, pin
 from jobs.worker.launcher import Command
 
 DRAIN_MARGIN_SECONDS = 40.0
@@ -51,16 +51,16 @@ def plan_commands(
         planned.append(("control", "control", ()))
     commands = []
     for number, (role, name, group) in enumerate(planned):
-        decided = {"worker__role": role, "worker__models": list(models)}
+        decided = {
+            "worker__role": role,
+            "worker__models": list(models),
+            "worker__metrics_port": _metrics_port(settings, number),
+        }
         commands.append(
             Command(
                 name=name,
                 arguments=tuple(_arguments(settings, name, host=host)),
-                environment={
-                    **pin(group),
-                    ORDINAL: str(number),
-                    **inherit(config, **{**(flags or {}), **decided}),
-                },
+                environment={**pin(group), **inherit(config, **{**(flags or {}), **decided})},
                 device=describe_group(group),
             )
         )
@@ -140,11 +140,16 @@ def _group_size(settings: Settings, name: str) -> tuple[int, str]:
     return tensor * pipeline, f"tensor parallel {tensor} x pipeline parallel {pipeline}"
 
 
+def _metrics_port(settings: Settings, number: int) -> int | None:
+    first = settings.worker.metrics_port
+    return first + number if first else first
+
+
 def _arguments(settings: Settings, name: str, *, host: str) -> Iterator[str]:
     """Yield the command line of a worker: Celery's, or without a broker one that only polls."""
     yield from (sys.executable, "-m")
     if settings.broker.url is None:
-        yield "jobs.worker.polling"
+        yield "jobs.worker.process"
         return
     # Pool, concurrency and queues are in the application's settings, which go by role and models.
     yield from ("celery", "-A", "jobs.worker.celery_app", "worker")

@@ -107,7 +107,7 @@ def test_processes_go_by_what_the_command_was_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "batchctl.toml"
-    file.write_text('[worker]\nrole = "all"\nmodels = ["demo"]\n')
+    file.write_text('[worker]\nrole = "all"\nmodels = ["demo"]\nmetrics_port = 9000\n')
     flags = {"data": str(tmp_path / "d"), "worker__models": ["simulated"]}
     monkeypatch.setenv("BATCHCTL_DATABASE__URL", "postgresql://u@h/d")
     commands = plan_commands(
@@ -121,7 +121,7 @@ def test_processes_go_by_what_the_command_was_told(
             found.append(load())
     assert [one.worker.role for one in found] == ["engine", "control"]
     assert [one.worker.models for one in found] == [("simulated",)] * 2
-    assert [command.environment["_BATCHCTL_ORDINAL"] for command in commands] == ["0", "1"]
+    assert [one.worker.metrics_port for one in found] == [9000, 9001]
     assert {one.data for one in found} == {tmp_path / "d"}
     assert {command.device for command in commands} == {"cuda:0 NVIDIA H100 (GPU-000)", "cpu"}
 
@@ -131,7 +131,7 @@ def test_workers_of_a_broker_are_celerys_and_without_one_they_poll() -> None:
     assert with_broker[:5] == (sys.executable, "-m", "celery", "-A", "jobs.worker.celery_app")
     assert any(word.startswith("engine-0-") and word.endswith("@box") for word in with_broker)
     without = plan(settings_with(broker={}))[0].arguments
-    assert without == (sys.executable, "-m", "jobs.worker.polling")
+    assert without == (sys.executable, "-m", "jobs.worker.process")
 
 
 @pytest.mark.parametrize(
