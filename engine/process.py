@@ -52,8 +52,12 @@ def _environment(config: EngineConfig) -> dict[str, str]:
     }
     if not isinstance(config, VllmConfig):
         return passed_on
-    # The engine process has threads, and a forked child would hold its socket open.
-    fixed = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    fixed = {
+        # The engine process has threads, and a forked child would hold its socket open.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # Where engine.vllm.startup reads why a child ended.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }
     if Path(config.model).expanduser().is_dir():
         fixed["HF_HUB_OFFLINE"] = "1"
     return _VLLM_DEFAULTS | passed_on | fixed

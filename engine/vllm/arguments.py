@@ -269,7 +269,11 @@ def first_line(error: BaseException) -> str:
     reasons = getattr(error, "errors", None)
     if callable(reasons):
         try:
-            return str(reasons()[0]["msg"]).removeprefix("Value error, ").splitlines()[0][:400]
+            first = reasons()[0]
+            said = str(first["msg"]).removeprefix("Value error, ").splitlines()[0]
+            where = ".".join(map(str, first["loc"]))
         except (IndexError, KeyError, TypeError):
             pass
+        else:
+            return f"{where}: {said}"[:400] if where else said[:400]
     return (str(error).strip() or type(error).__name__).splitlines()[0][:400]

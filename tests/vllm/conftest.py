@@ -27,6 +27,7 @@ if HAS_VLLM:
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_LOGGING_STREAM="ext://sys.stderr",
         VLLM_NO_USAGE_STATS="1",
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
     )

@@ -139,7 +139,7 @@ def test_seed_repeats_an_answer_and_another_changes_it(tiny: Engine, ask: Ask) -
         ]
         return [result.text for result in ask(tiny, asked).values()]
 
-    found = [{*texts(seed), *texts(seed)} for seed in (3, 4, -1, 2**63 - 1)]
+    found = [{*texts(seed), *texts(seed)} for seed in (3, 4, -1, 2**62)]
     assert [len(texts) for texts in found] == [1] * 4
     assert len(set.union(*found)) == 4
 

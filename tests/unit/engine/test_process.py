@@ -159,6 +159,18 @@ def test_closing_ends_the_process_and_may_be_repeated(tmp_path: Path) -> None:
         collect(engine, make_request(1))
 
 
+def test_settings_named_as_vllms_own_variables_are_not_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ("VLLM_TENSOR_PARALLEL_SIZE", "VLLM_MAX_MODEL_LEN", "VLLM_REMOTE_API_KEY")
+    for name in (*ours, "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")
+    with opened(tmp_path) as engine:
+        there = psutil.Process(engine.pid).environ()
+    assert not there.keys() & set(ours)
+    assert there["VLLM_CPU_KVCACHE_SPACE"] == "1", "vLLM's own are"
+
+
 # --- deaths ---
 
 
