@@ -26,6 +26,8 @@ _MAX_CHAIN = 8
 _SPEAKING = (BatchctlError, OSError, ImportError, AttributeError, NameError, RecursionError)
 # They log bodies (botocore), or each call of their own (the others), at level debug.
 _NO_DETAILS = ("asyncio", "boto3", "botocore", "s3transfer", "urllib3", "httpcore2", "httpx2")
+# What these call information is of no use to an operator.
+_CHATTY = ("alembic", "uvicorn")
 _process_ids: dict[str, str] = {}
 
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -77,6 +79,9 @@ def configure_logging(
     root.setLevel(level.upper())
     for library in _NO_DETAILS:
         logging.getLogger(library).setLevel(max(root.level, logging.WARNING))
+    if root.level == logging.INFO:
+        for library in _CHATTY:
+            logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def bind_process(**ids: str) -> None:

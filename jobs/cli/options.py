@@ -1,7 +1,5 @@
 """Options that several commands share, and the settings that they lead to."""
 
-import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,13 +86,7 @@ def load_settings(config: Path | None, *, quiet: bool = True, **flags: Any) -> S
     level = settings.log.level
     if quiet and any(o.name == "log.level" and o.origin == "default" for o in origins(settings)):
         level = "warning"
-    form = settings.log.format
-    if form == "auto":
-        form = "console" if sys.stderr.isatty() else "json"
-    configure_logging(level=level, form=form)
-    if level == "info":  # what these two call information is of no use to an operator
-        for library in ("alembic", "uvicorn"):
-            logging.getLogger(library).setLevel(logging.WARNING)
+    configure_logging(level=level, form=settings.log.format)
     return settings
 
 

@@ -185,6 +185,8 @@ def test_prompts_and_answers_are_in_no_log_and_no_metric(
     finally:
         postgres_server.drop_database(database)
     assert "engine_died" in logged, "the engine was to die"
+    assert 'batchctl_engine_deaths_total{model="simulated"}' in metrics
+    assert 'outcome="schema_mismatch"' in metrics
     for text in (logged, metrics, engine_log):
         assert "CANARY" not in text
         assert "test-secret" not in text
