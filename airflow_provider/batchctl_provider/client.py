@@ -24,6 +24,7 @@ _PASSING = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.2, 10.0
 _MAX_ASKED_DELAY_SECONDS = 120.0
 _CONNECT_SECONDS = 10.0
+_REPLAYED = "idempotent-replayed"
 
 Batch = dict[str, Any]
 """A batch as the server describes it."""
@@ -189,9 +190,12 @@ class Client:
 
     def create_batch(
         self, fields: Mapping[str, Any], *, idempotency_key: str | None = None
-    ) -> Batch:
-        """Return a new batch; with an idempotency key that was used before, that batch."""
-        return self._json("POST", "batches", idempotency_key=idempotency_key, json=dict(fields))
+    ) -> tuple[Batch, bool]:
+        """Return a batch, and whether an earlier call with the idempotency key made it."""
+        response = self._answer(
+            "POST", "batches", idempotency_key=idempotency_key, json=dict(fields)
+        )
+        return _decode(response, self.server), response.headers.get(_REPLAYED) == "true"
 
     def get_batch(self, batch_id: str) -> Batch:
         """Return a batch as it is now."""
@@ -239,7 +243,10 @@ class Client:
         finally:
             response.close()
 
-    def _json(
+    def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        return _decode(self._answer(method, path, **options), self.server)
+
+    def _answer(
         self,
         method: str,
         path: str,
@@ -248,7 +255,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         body: Callable[[], Iterator[bytes]] | None = None,
         **options: Any,
-    ) -> dict[str, Any]:
+    ) -> httpx2.Response:
         sent = _headers(method, idempotency_key) | dict(headers or {})
         backoff = _Backoff(self.server)
         while True:
@@ -260,7 +267,7 @@ class Client:
             except _FAULTS as error:
                 time.sleep(backoff.delay_after(error))
             else:
-                return _decode(response, self.server)
+                return response
 
 
 class AsyncClient:

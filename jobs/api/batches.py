@@ -189,9 +189,15 @@ def parse_window(window: str) -> timedelta:
 
 @router.post("", operation_id="createBatch", summary="Create a batch")
 def create_batch(
-    body: CreateBatch, context: InContext, idempotency_key: IdempotencyKey = None
+    body: CreateBatch,
+    context: InContext,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> BatchObject:
-    """Record a batch, to be validated and run; whatever is wrong with its lines fails it later."""
+    """Record a batch, to be validated and run; whatever is wrong with its lines fails it later.
+
+    The batch of an earlier call with the same key comes with `idempotent-replayed: true`.
+    """
     if body.endpoint not in ENDPOINTS:
         raise InvalidInput(
             f"Invalid 'endpoint': supported values are {', '.join(ENDPOINTS)}.",
@@ -227,8 +233,10 @@ def create_batch(
         idempotency_key=idempotency_key,
     )
     recorded = intake.submit(context.app.db, context.app.doorbell, batch)
-    if recorded.id != batch.id and not _is_same_call(recorded, batch):
-        raise key_reused("batch")
+    if recorded.id != batch.id:
+        if not _is_same_call(recorded, batch):
+            raise key_reused("batch")
+        response.headers["idempotent-replayed"] = "true"
     context.announce()
     return _describe(recorded)
 

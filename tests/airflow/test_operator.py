@@ -1,6 +1,8 @@
 """Our operator, in DAGs and by itself, against a real server."""
 
+import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,7 +186,7 @@ def test_a_failed_batch_is_not_found_again(
     assert len(set(connected.batch_ids()) - before) == 3
 
 
-def test_a_batch_is_found_again_though_its_input_was_deleted_by_then(
+def test_an_input_that_the_server_no_longer_has_is_uploaded_again(
     own_connected: OwnServer, context: Context, tmp_path: Path
 ) -> None:
     lines = own_connected.write_lines(tmp_path / "lines.jsonl", 1)
@@ -192,7 +194,7 @@ def test_a_batch_is_found_again_though_its_input_was_deleted_by_then(
     file_id = own_connected.batch(first["batch_id"])["input_file_id"]
     assert own_connected.call(f"files/{file_id}", method="DELETE")["deleted"]
     again = operator(input_path=lines, output_path=tmp_path / "out").execute(context)
-    assert again["status"] == "completed"
+    assert again["batch_id"] != first["batch_id"]
     assert custom_ids(tmp_path / "out") == ids(1)
 
 
@@ -297,6 +299,44 @@ def test_a_cancelled_batch_fails_the_task_with_what_was_done_downloaded(
         task.execute_complete(context, {"reason": "ended", "batch_id": batch_id})
     assert custom_ids(tmp_path / "out") == ["r0"]
     assert custom_ids(tmp_path / "err") == ["r1"]
+
+
+@pytest.mark.parametrize("deferrable", [True, False])
+def test_a_cleared_task_does_not_fail_with_the_batch_that_was_cancelled_with_the_try_before(
+    own_connected: OwnServer,
+    context: Context,
+    tmp_path: Path,
+    deferrable: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """The triggerer cancels the batch after the next try has found it."""
+    lines = own_connected.write_lines(
+        tmp_path / "lines.jsonl", 1, "[[tokens=3000]]", max_tokens=3000
+    )
+    first = operator(input_path=lines, wait_for_completion=False).execute(context)["batch_id"]
+    if deferrable:
+        task = operator(input_path=lines, deferrable=True)
+        with pytest.raises(TaskDeferred) as deferred:
+            task.execute(context)
+        found, options = deferred.value.trigger, deferred.value.kwargs
+        assert isinstance(found, BatchctlTrigger)
+        assert found.batch_id == first
+        asyncio.run(found.on_kill())
+        wait_for(lambda: own_connected.batch(first)["status"] == "cancelled")
+        with pytest.raises(TaskDeferred) as again:
+            task.execute_complete(
+                context, {"reason": "ended", "batch_id": first}, **(options or {})
+            )
+        another = again.value.trigger
+        assert isinstance(another, BatchctlTrigger)
+        assert another.batch_id != first
+        task.on_kill()
+    else:
+        cancelling = threading.Timer(1.0, BatchctlHook().cancel, [first])
+        cancelling.start()
+        done = operator(input_path=lines).execute(context)
+        cancelling.join()
+        assert done["batch_id"] != first
+        assert done["status"] == "completed"
 
 
 def test_a_batch_that_expires_says_so(

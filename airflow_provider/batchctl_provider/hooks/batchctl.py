@@ -118,6 +118,29 @@ class BatchctlHook(BaseHook):
         key: str | None = None,
     ) -> Batch:
         """Return a new batch; with an idempotency key that was used before, that batch."""
+        batch, _ = self.submit_or_find(
+            input_file_id=input_file_id,
+            endpoint=endpoint,
+            completion_window=completion_window,
+            model=model,
+            priority=priority,
+            metadata=metadata,
+            key=key,
+        )
+        return batch
+
+    def submit_or_find(
+        self,
+        *,
+        input_file_id: str,
+        endpoint: str,
+        completion_window: str,
+        model: str | None,
+        priority: int | None,
+        metadata: Mapping[str, str] | None,
+        key: str | None,
+    ) -> tuple[Batch, bool]:
+        """Return a batch, and whether an earlier call with the idempotency key made it."""
         fields = {
             "input_file_id": input_file_id,
             "endpoint": endpoint,

@@ -10,7 +10,7 @@ from datetime import timedelta
 from http import HTTPStatus
 from itertools import count
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from airflow.sdk import BaseOperator, Context, ObjectStoragePath
 from typing_extensions import override
@@ -157,38 +157,45 @@ class BatchctlSubmitOperator(BaseOperator):
             BatchctlError: one of the errors of this provider.
         """
         try:
-            batch = self._submit(context)
-            self._batch_id = batch["id"]
-            self.log.info("Batch %s is %s", batch["id"], batch["status"])
-            if not self.wait_for_completion:
-                return summarize(batch)
-            seconds = self._seconds_to_wait(batch)
-            if self.deferrable and not is_ended(batch):
-                self.defer(
-                    trigger=BatchctlTrigger(
-                        batch_id=batch["id"],
-                        batchctl_conn_id=self.batchctl_conn_id,
-                        poll_interval=self.poll_interval,
-                        deadline=time.time() + seconds,
-                    ),
-                    method_name="execute_complete",
-                    timeout=timedelta(
-                        seconds=seconds + self.poll_interval + _DEFERRAL_MARGIN_SECONDS
-                    ),
-                )
-            return self._finish(self._wait(batch, seconds))
+            while True:
+                batch, found = self._submit(context)
+                self._batch_id = batch["id"]
+                self.log.info("Batch %s is %s", batch["id"], batch["status"])
+                if not self.wait_for_completion:
+                    return summarize(batch)
+                seconds = self._seconds_to_wait(batch)
+                if self.deferrable and not is_ended(batch):
+                    self._defer(batch, seconds, found=found)
+                batch = self._wait(batch, seconds)
+                if not self._was_cancelled_for_another_try(batch, found=found):
+                    return self._finish(batch)
         finally:
             self.hook.close()
 
+    def _defer(self, batch: Batch, seconds: float, *, found: bool) -> NoReturn:
+        self.defer(
+            trigger=BatchctlTrigger(
+                batch_id=batch["id"],
+                batchctl_conn_id=self.batchctl_conn_id,
+                poll_interval=self.poll_interval,
+                deadline=time.time() + seconds,
+            ),
+            method_name="execute_complete",
+            kwargs={"found": found},
+            timeout=timedelta(seconds=seconds + self.poll_interval + _DEFERRAL_MARGIN_SECONDS),
+        )
+
     def execute_complete(
-        self, context: Context, event: dict[str, Any] | None = None
+        self, context: Context, event: dict[str, Any] | None = None, *, found: bool = False
     ) -> dict[str, Any]:
         """See the batch through after the trigger has fired.
+
+        Args:
+            found: whether an earlier try had made the batch.
 
         Raises:
             BatchctlError: one of the errors of this provider.
         """
-        del context
         if event is None or "batch_id" not in event:
             raise BatchctlError(f"The trigger's event is not one of ours: {event!r}.")
         batch_id, reason = event["batch_id"], event.get("reason")
@@ -200,7 +207,10 @@ class BatchctlSubmitOperator(BaseOperator):
                 raise BatchctlError(
                     f"Batch {batch_id} can no longer be watched: {event.get('message')}"
                 )
-            return self._finish(self.hook.get_batch(batch_id))
+            batch = self.hook.get_batch(batch_id)
+            if self._was_cancelled_for_another_try(batch, found=found):
+                return self.execute(context)
+            return self._finish(batch)
         finally:
             self.hook.close()
 
@@ -219,8 +229,8 @@ class BatchctlSubmitOperator(BaseOperator):
         finally:
             hook.close()
 
-    def _submit(self, context: Context) -> Batch:
-        """Return the batch of an earlier try, if it is of use, or a new one."""
+    def _submit(self, context: Context) -> tuple[Batch, bool]:
+        """Return a batch, and whether an earlier try made it; a new one where that is of no use."""
         upload = self._make_upload()
         asked: dict[str, Any] = {
             "endpoint": self.endpoint,
@@ -235,7 +245,9 @@ class BatchctlSubmitOperator(BaseOperator):
         was_gone = False
         for number in count(1):
             try:
-                batch = self.hook.submit(input_file_id=file_id, key=f"{key}/{number}", **asked)
+                batch, found = self.hook.submit_or_find(
+                    input_file_id=file_id, key=f"{key}/{number}", **asked
+                )
             except RequestRefused as refused:
                 if upload is not None and not was_gone and _is_input_gone(refused):
                     was_gone = True
@@ -246,7 +258,7 @@ class BatchctlSubmitOperator(BaseOperator):
                     continue
                 raise
             if not is_spent(batch, max_failed_share=self._share_that_fails):
-                return batch
+                return batch, found
             self.log.info(
                 "Batch %s of an earlier try is %s: making another", batch["id"], batch["status"]
             )
@@ -266,6 +278,17 @@ class BatchctlSubmitOperator(BaseOperator):
     @property
     def _share_that_fails(self) -> float | None:
         return self.max_failed_share if self.on_failed_lines == "fail" else None
+
+    def _was_cancelled_for_another_try(self, batch: Batch, *, found: bool) -> bool:
+        """Return whether the batch was cancelled as that of a try which was cleared.
+
+        Clearing a deferred task starts the next try at once, which finds the batch; only then
+        does the triggerer cancel it, on behalf of the try before.
+        """
+        if not found or batch["status"] != "cancelled":
+            return False
+        self.log.info("Batch %s was cancelled with an earlier try: making another", batch["id"])
+        return True
 
     def _seconds_to_wait(self, batch: Batch) -> float:
         if self.timeout is not None:

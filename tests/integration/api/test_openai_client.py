@@ -274,8 +274,8 @@ def test_repeating_an_idempotency_key_makes_one_of_each(api: Running) -> None:
             client.files.create(file=lines(2), purpose="batch", extra_headers=key)
         assert caught.value.code == "idempotency_key_reused"
         assert len(list(api.app.blobs.list_keys("files/"))) == 1
-        batches = [
-            client.batches.create(
+        answers = [
+            client.batches.with_raw_response.create(
                 input_file_id=files[0].id,
                 endpoint=CHAT,
                 completion_window="24h",
@@ -283,7 +283,9 @@ def test_repeating_an_idempotency_key_makes_one_of_each(api: Running) -> None:
             )
             for _ in range(2)
         ]
-        assert batches[0].id == batches[1].id
+        assert answers[0].parse().id == answers[1].parse().id
+        replayed = [one.headers.get("idempotent-replayed") for one in answers]
+        assert replayed == [None, "true"]
         with pytest.raises(openai.ConflictError):
             client.batches.create(
                 input_file_id=files[0].id,
