@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Generator, Sequence
 
+import msgspec
 import numpy as np
 import torch
 
@@ -97,6 +98,11 @@ class HfEngine:
         self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
         self._mask = np.full((config.slots, self._constraints.num_words), -1, dtype=np.int32)
         self._context_tokens = min(loaded.context_tokens, self._stepper.max_sequence_tokens)
+        self._capabilities = msgspec.structs.replace(
+            self._capabilities,
+            # One sequence may have all of the cache.
+            cache_tokens=self._stepper.max_sequence_tokens,
+        )
         self._num_done = 0
 
     @property

@@ -42,6 +42,10 @@ def engine(tiny_model: Path) -> Iterator[HfEngine]:
     opened.close()
 
 
+def test_a_loaded_engine_tells_how_many_tokens_its_cache_holds(engine: HfEngine) -> None:
+    assert engine.capabilities.cache_tokens == 96 * 16
+
+
 def prompts(*lengths: int) -> list[tuple[int, ...]]:
     return [tuple(10 + (7 * i + 13 * n) % 600 for i in range(n)) for n in lengths]
 
