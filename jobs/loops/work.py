@@ -112,6 +112,11 @@ class WorkLoop:
         """The models whose engine could not be had at the last try."""
         return frozenset(self._avoided)
 
+    @property
+    def has_no_engine_to_offer(self) -> bool:
+        """Whether the engine of each model that it serves could not be had at the last try."""
+        return bool(self._models) and self._avoided.keys() >= (self._models or frozenset())
+
     def progress(self) -> object:
         """Return something that changes while the engine works or loads."""
         supervisor = self._supervisor

@@ -31,7 +31,7 @@ from jobs.settings import Settings, load
 from jobs.telemetry import bind_process, configure_logging, log
 from jobs.worker.gpu import DEVICE
 from jobs.worker.presence import Presence
-from jobs.worker.probe import Pulse, open_probe
+from jobs.worker.probe import HEALTHY_SECONDS, Pulse, open_probe
 
 DRAIN_FILE = "_BATCHCTL_DRAIN_FILE"
 """Names a file; once it exists, work stops, what is finished is flushed and leases are released."""
@@ -95,7 +95,10 @@ class WorkerProcess:
         self._stopping = threading.Event()
         self._crew: Crew | None = None
         self._loops: dict[str, _Loop] = {}
-        self._pulse = Pulse(progress=self._progress)
+        idle_seconds = settings.leases.idle_poll_seconds * _RELAXED_POLLS
+        self._pulse = Pulse(
+            progress=self._progress, limit_seconds=max(HEALTHY_SECONDS, 2 * idle_seconds)
+        )
         self._work: WorkLoop | None = None
         self._ended = threading.Event()
         self._threads = [
@@ -268,11 +271,16 @@ class WorkerProcess:
     def _progress(self) -> object:
         return self._work.progress() if self._work is not None else None
 
+    def _problem(self) -> str | None:
+        if self._work is not None and self._work.has_no_engine_to_offer:
+            return "No engine of its models can be started; see the log."
+        return self._pulse.problem()
+
     @contextmanager
     def _probing(self) -> Iterator[None]:
         with ExitStack() as stack:
             try:
-                stack.enter_context(open_probe(self._settings.worker, self._pulse.problem))
+                stack.enter_context(open_probe(self._settings.worker, self._problem))
             except Conflict as error:  # work is worth more than being watched
                 log.warning("probe_not_served", error=error.message)
             yield

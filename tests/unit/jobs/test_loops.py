@@ -256,10 +256,14 @@ def test_shard_whose_row_could_not_be_read_is_claimed_again(bench: Bench, tmp_pa
 def test_model_that_cannot_be_had_here_is_left_to_others(bench: Bench, tmp_path: Path) -> None:
     batch = submit_planned(bench, 1, model="other")
     with crew_of(make_app(bench, tmp_path)) as crew:
-        loop = WorkLoop(crew, others_serve=lambda _model: True)
+        loop = WorkLoop(crew, models=["other"], others_serve=lambda _model: True)
+        assert not loop.has_no_engine_to_offer
         assert loop.turn()
         assert not loop.turn(), "it does not try again at once"
         assert loop.unavailable_models == {"other"}
+        assert loop.has_no_engine_to_offer
+        loop.serve(["other", "simulated"])
+        assert not loop.has_no_engine_to_offer
     assert bench.states(batch) == [UnitState.PENDING]
 
 
