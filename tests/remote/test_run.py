@@ -32,7 +32,7 @@ def _custom_ids(path: Path) -> list[str]:
 
 def test_mixed_batch_has_only_valid_answers(folder: Folder) -> None:
     write_mixed(folder / "in.jsonl", NUM_LINES)
-    ended = folder.run("in.jsonl", "-o", "out.jsonl", "-e", "err.jsonl", seconds=400)
+    ended = folder.run("in.jsonl", "-o", "out.jsonl", "--errors", "err.jsonl", seconds=400)
     assert ended.code == 0, ended.stderr
     totals = check_mixed(folder / "out.jsonl", folder / "err.jsonl", NUM_LINES)
     assert totals["lines"] == NUM_LINES
@@ -46,7 +46,7 @@ def test_server_that_is_killed_and_comes_back_costs_no_line(
     folder: Folder, vllm_server: VllmServer
 ) -> None:
     write_mixed(folder / "in.jsonl", NUM_LINES)
-    arguments = folder.command("in.jsonl", "-o", "out.jsonl", "-e", "err.jsonl")
+    arguments = folder.command("in.jsonl", "-o", "out.jsonl", "--errors", "err.jsonl")
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
@@ -60,7 +60,7 @@ def test_server_that_is_killed_and_comes_back_costs_no_line(
     ):
         try:
             data = folder / "data"
-            await_true(lambda: len(list(data.rglob("*.seg*"))) >= 2, 120)
+            await_true(lambda: len(list(data.glob("**/segments/**/*-*-*"))) >= 2, 120)
             vllm_server.kill()
             assert running.poll() is None, "it was over too soon"
             vllm_server.start()
