@@ -1,10 +1,16 @@
-"""Looks after what nobody is working on: expired leases, overdue batches, finished shards."""
+"""Looks after what nobody is working on: expired leases, overdue batches, finished shards.
+
+Workers that ended without a word are forgotten after a day.
+"""
 
 import random
 from dataclasses import dataclass
+from datetime import timedelta
 
-from storage import batches, units
+from storage import batches, units, workers
 from storage.database import Database
+
+_FORGOTTEN = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,4 +34,5 @@ def tick(db: Database, *, rng: random.Random, reap: bool = True, limit: int = 10
     reaped = units.reap(db, now=now, limit=limit, rng=rng) if reap else []
     expired = batches.expire_overdue(db, now=now, limit=limit)
     finished = batches.advance_finished(db, limit=limit, now=now)
+    workers.remove_silent(db, before=now - _FORGOTTEN)
     return Swept(reaped=len(reaped), expired=len(expired), finished=len(finished))

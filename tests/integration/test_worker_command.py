@@ -187,9 +187,13 @@ def test_a_worker_that_is_killed_in_its_work_is_replaced_and_nothing_is_lost(
     machine.await_workers(3)
     batch = machine.submit(400)
     machine.wait(lambda: machine.num_done(batch) > 20, "the first results")
+    below = psutil.Process(first["pid"]).children(recursive=True)
+    assert below
     os.kill(first["pid"], signal.SIGKILL)
     ended = machine.await_event("ended")
     assert (ended["name"], ended["code"]) == ("engine-0", -9)
+    _, alive = psutil.wait_procs(below, timeout=30)
+    assert not alive  # the engine has gone too, and with it what it held of a GPU
     assert machine.await_event("started")["name"] == "engine-0"
     finished = machine.finish(batch)
     assert machine.custom_ids(finished) == Counter(f"r{number}" for number in range(400))

@@ -2,9 +2,11 @@ import random
 
 from jobs import sweeper
 from jobs.domain.batch import BatchStatus
+from jobs.domain.ids import WorkerId
 from jobs.domain.shard import UnitKind, UnitState
 from jobs.sweeper import Swept
-from storage import batches
+from storage import batches, workers
+from storage.workers import Worker
 from tests.builders import Bench, make_lines
 
 
@@ -67,3 +69,16 @@ def test_turn_that_may_not_reap_leaves_an_expired_lease_to_its_holder(bench: Ben
     bench.clock.advance(61)
     assert sweeper.tick(bench.db, rng=random.Random(0), reap=False).reaped == 0
     assert tick(bench).reaped == 1
+
+
+def test_a_worker_that_ended_without_a_word_is_forgotten_after_a_day(bench: Bench) -> None:
+    now = bench.db.now()
+    workers.heartbeat(
+        bench.db, Worker(id=WorkerId("worker_a"), boot_id="b", started_at=now, heartbeat_at=now)
+    )
+    bench.clock.advance(24 * 3600 - 60)
+    tick(bench)
+    assert len(workers.list_recent(bench.db, since=now)) == 1
+    bench.clock.advance(120)
+    tick(bench)
+    assert workers.list_recent(bench.db, since=now) == []
