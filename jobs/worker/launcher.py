@@ -133,8 +133,7 @@ class _Member:
         process = self._process
         if process is None:
             return
-        # Looked at before it is waited for: until then nothing else can have its id.
-        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if not _has_ended(process):
             return
         self._kill_group(process.pid)
         code = process.wait()
@@ -274,6 +273,14 @@ def _noticed() -> Iterator[Callable[[float], bool]]:
             signal.set_wakeup_fd(woken_before)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _has_ended(process: "subprocess.Popen[bytes]") -> bool:
+    if not hasattr(os, "waitid"):  # macOS, before Python 3.13
+        return process.poll() is not None
+    # Looked at and not waited for yet: until then nothing else can have its id.
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, process.pid, options) is not None
 
 
 def _tethered(arguments: Sequence[str]) -> list[str]:
