@@ -1,10 +1,17 @@
+import json
+import re
+from pathlib import Path
+
 import prometheus_client
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import metrics
+from jobs.api.metrics import SystemCollector
 from jobs.domain.result import Usage
+from storage.database import open_database
 
+ROOT = Path(__file__).parents[3]
 NO_USAGE = Usage()
 
 
@@ -94,3 +101,21 @@ def test_every_metric_of_ours_has_our_prefix_and_a_description() -> None:
     assert ours
     assert all(family.name.startswith("batchctl_") for family in ours)
     assert all(family.documentation.endswith(".") for family in ours)
+
+
+def test_the_dashboard_asks_for_every_metric_and_for_no_other(sqlite_url: str) -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "batchctl.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"batchctl_[a-z_]+", target["expr"])
+    }
+    with open_database(sqlite_url) as db:
+        text = metrics.render(SystemCollector(db)).decode()
+    # A metric with labels has no series before its first use, but a line that says its type.
+    there = {
+        f"{name}_bucket" if kind == "histogram" else name
+        for name, kind in re.findall(r"# TYPE (batchctl_\S+) (\S+)", text)
+    }
+    assert asked == there - {"batchctl_segment_bytes_total"}
