@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import warnings
 
 from celery.exceptions import CPendingDeprecationWarning
 from celery.worker.consumer import consumer
@@ -60,7 +59,9 @@ def quieten() -> None:
     # Two lines for each message, most of which find nothing to do; alembic's at each start.
     for name in ("alembic", "celery.app.trace", "celery.worker.strategy"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Advice about a setting that is chosen, at each lost connection.
-    warnings.simplefilter("ignore", CPendingDeprecationWarning)
+    # Advice about a setting that was chosen, at each lost connection. Celery turns it on itself.
+    logging.getLogger("py.warnings").addFilter(
+        lambda record: CPendingDeprecationWarning.__name__ not in record.getMessage()
+    )
     for name in (_CONSUMER, _CONNECTION):
         logging.getLogger(name).addFilter(brief)

@@ -236,4 +236,5 @@ def run_valkey(port: int | None = None) -> Iterator[ValkeyServer]:
     try:
         yield server
     finally:
-        server.stop()
+        if server.is_running():
+            server.stop()
