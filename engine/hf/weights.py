@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from engine.checkpoint import read_config
+from engine.checkpoint import WEIGHTS_FILE, read_config, read_tensors
 from engine.choice import gigabytes
 from engine.config import HfConfig
 from engine.devices import read_memory
@@ -217,6 +217,11 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device) -> None:
             "transformers knows."
         )
     _check_family(folder, described)
+    if not read_tensors(folder):
+        raise EngineMisconfigured(
+            f"{folder} holds neither {WEIGHTS_FILE} nor an index of several; save the model's "
+            "weights there as safetensors."
+        )
     size = read_size(folder)
     if size is None:
         return

@@ -22,6 +22,7 @@ from jobs.cli import (
     batches,
     config,
     database,
+    doctor,
     exits,
     files,
     models,
@@ -184,6 +185,7 @@ app.command("results", rich_help_panel=_CLIENT)(batches.results)
 app.command("cancel", rich_help_panel=_CLIENT)(batches.cancel)
 app.command("list", rich_help_panel=_CLIENT)(batches.list_)
 app.add_typer(files.app, name="files", rich_help_panel=_CLIENT)
+app.command("doctor", rich_help_panel=_OPERATE)(doctor.doctor)
 app.command("models", rich_help_panel=_OPERATE)(models.models)
 app.command("worker", rich_help_panel=_OPERATE)(worker.worker)
 app.command("workers", rich_help_panel=_OPERATE)(worker.workers)
