@@ -254,3 +254,28 @@ def test_worker_refuses_settings_in_one_line(
     assert ended.returncode != 0
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# --- what is away at the start ---
+
+
+def test_worker_waits_for_its_database_and_says_so(fleet: Fleet) -> None:
+    nowhere = {"url": "postgresql+psycopg://postgres@127.0.0.1:1/batchctl"}
+    worker = fleet.start("one", role="all", ready=False, database=nowhere)
+    wait_for(lambda: worker.text().count('"worker_waits"') >= 2)
+    assert "database_unavailable" in worker.text()
+    assert "Traceback" not in worker.text()
+    assert worker.drain() == 0
+
+
+def test_worker_without_its_blob_store_says_so_and_leaves_the_batch_whole(fleet: Fleet) -> None:
+    nowhere = {**fleet.values["blobs"], "endpoint_url": "http://127.0.0.1:1", "max_attempts": 1}
+    blind = fleet.start("blind", role="all", blobs=nowhere)
+    batch = fleet.submit(40)
+    wait_for(lambda: "blob_store_unavailable" in blind.text())
+    assert "Traceback" not in blind.text()
+    assert blind.drain() == 0
+    fleet.start("one", role="all")
+    done = fleet.wait_done(batch.id)
+    assert done.status is BatchStatus.COMPLETED
+    fleet.assert_once_each(done, 40)
