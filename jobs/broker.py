@@ -78,7 +78,7 @@ def transport_settings(config: BrokerConfig) -> dict[str, Any]:
         options["master_name"] = config.sentinel_master
     return {
         "broker_url": url,
-        # kombu takes TLS from here, not from the scheme alone.
+        # By the scheme alone kombu would speak TLS and check no certificate.
         "broker_use_ssl": tls,
         "broker_transport_options": options,
         "broker_connection_timeout": _SOCKET_SECONDS,
