@@ -40,6 +40,11 @@ CACHE_BYTES = 1 << 30
 Ask = Callable[[Engine, Iterable[Request]], dict[int, Result]]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # vLLM leaves its ZMQ contexts to the garbage collector.
+    config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent not in item.path.parents:
