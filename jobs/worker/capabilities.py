@@ -15,7 +15,9 @@ from storage import models
 from storage.models import Model
 
 
-def publish(app: App, names: Iterable[str], *, worker_id: WorkerId) -> tuple[str, ...]:
+def publish(
+    app: App, names: Iterable[str], *, worker_id: WorkerId, say: bool = True
+) -> tuple[str, ...]:
     """Return those of the models that this worker may serve, after publishing them.
 
     A model that cannot run here is left out, and so is one that is not the model which a live
@@ -24,15 +26,17 @@ def publish(app: App, names: Iterable[str], *, worker_id: WorkerId) -> tuple[str
 
     Args:
         worker_id: of a worker whose first heartbeat is written.
+        say: whether to log what is left out; one who tries again has said it before.
     """
     served = []
     for name in names:
         try:
             found = describe_model(app.engine_config(name), name)
         except BatchctlError as error:
-            log.error("model_not_served", model=name, code=error.code, error=error.message)
+            if say:
+                log.error("model_not_served", model=name, code=error.code, error=error.message)
             continue
-        if _publish(app, found, worker_id=worker_id):
+        if _publish(app, found, worker_id=worker_id, say=say):
             served.append(name)
     return tuple(served)
 
@@ -42,10 +46,10 @@ def publish_loaded(app: App, found: Capabilities, *, worker_id: WorkerId) -> boo
 
     It knows what files do not tell, such as the tokens that its cache holds.
     """
-    return _publish(app, found, worker_id=worker_id)
+    return _publish(app, found, worker_id=worker_id, say=True)
 
 
-def _publish(app: App, found: Capabilities, *, worker_id: WorkerId) -> bool:
+def _publish(app: App, found: Capabilities, *, worker_id: WorkerId, say: bool) -> bool:
     now = app.db.now()
     rival = models.publish(
         app.db,
@@ -60,6 +64,8 @@ def _publish(app: App, found: Capabilities, *, worker_id: WorkerId) -> bool:
     )
     if rival is None:
         return True
+    if not say:
+        return False
     log.error(
         "model_refused",
         model=found.model,

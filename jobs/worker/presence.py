@@ -84,7 +84,7 @@ class Presence:
         """Try the models again that were refused before; what was in their way may be gone."""
         refused = tuple(name for name in self._wanted if name not in self._served)
         if refused:
-            self._publish(refused)
+            self._publish(refused, say=False)
 
     def offer_loaded(self, found: Capabilities) -> bool:
         """Publish what a loaded engine says of itself; return whether it may serve."""
@@ -98,9 +98,9 @@ class Presence:
             for other in workers.list_recent(self._app.db, since=alive_since)
         )
 
-    def _publish(self, names: tuple[str, ...]) -> None:
+    def _publish(self, names: tuple[str, ...], *, say: bool = True) -> None:
         try:
-            found = capabilities.publish(self._app, names, worker_id=self._crew.worker_id)
+            found = capabilities.publish(self._app, names, worker_id=self._crew.worker_id, say=say)
         except StorageError as error:
             log.warning("models_not_published", code=error.code)
             return

@@ -80,6 +80,9 @@ def test_a_model_that_is_another_than_a_live_worker_serves_is_refused_and_the_re
         assert said["other_worker"] == THERE
         assert (said["other_host"], said["other_fingerprint"]) == ("box", first)
         assert said["fingerprint"] != first
+        logs.clear()
+        assert capabilities.publish(app, ["m"], worker_id=HERE, say=False) == ()
+        assert logs == []
 
 
 def test_a_model_of_a_worker_that_was_lost_is_replaced(database: str, tmp_path: Path) -> None:
