@@ -239,7 +239,12 @@ def test_progress_grows_while_one_answer_is_made(tiny: Engine) -> None:
         target=lambda: found.extend(r.id for r in tiny.generate(ListSource([long])))
     )
     reader.start()
-    await_true(lambda: bool(seen.add(tiny.progress()) or len(seen) > 3 or found))
+
+    def has_moved() -> bool:
+        seen.add(tiny.progress())
+        return len(seen) > 3 or bool(found)
+
+    await_true(has_moved)
     during = not found
     reader.join(60)
     assert found == [1]
