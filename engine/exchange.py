@@ -119,7 +119,7 @@ class Exchange:
         except (httpx2.InvalidURL, UnicodeError):
             return EngineMisconfigured(f"{self.shown} is no URL that can be called.")
 
-    async def explain_missing(self) -> EngineError:
+    async def explain_missing(self, status: int) -> EngineError:
         """Return why the first request was not found: the model, or the whole API."""
         names: list[str] = []
         try:
@@ -129,13 +129,13 @@ class Exchange:
             pass
         if not names:
             return EngineMisconfigured(
-                f"There is no API at {self.shown} (status 404): `url` should be the base URL of a "
-                "server with OpenAI's API, with or without /v1."
+                f"There is no API at {self.shown} (status {status}): `url` should be the base URL "
+                "of a server with OpenAI's API, with or without /v1."
             )
         if self._model in names:
             return EngineMisconfigured(
                 f"{self.shown} lists the model {self._model!r}, but does not serve it on the "
-                "batch's endpoint (status 404)."
+                f"batch's endpoint (status {status})."
             )
         more = ", ..." if len(names) > _MAX_SHOWN_MODELS else ""
         return EngineMisconfigured(

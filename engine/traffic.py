@@ -47,6 +47,7 @@ _BACK_OFF_SECONDS = (0.25, 30.0)
 _MAX_PROBE_SECONDS = 5.0
 _LOG_SECONDS = 30.0
 _FEW_JOBS = 2
+_NOT_THERE = frozenset({404, 405, 501})  # the latter two: a web server that takes no POST
 _MAX_PAUSE_SECONDS = 300.0
 _TICK_SECONDS = 0.5
 _GUESSED_ANSWER_TOKENS = 256
@@ -375,8 +376,8 @@ class Traffic:
                 f"{self._exchange.shown} {what} (status {status}); set the model's `api_key` or "
                 "`remote.api_key`."
             )
-        if status == 404 and is_first:  # noqa: PLR2004
-            return await self._exchange.explain_missing()
+        if status in _NOT_THERE and is_first:
+            return await self._exchange.explain_missing(status)
         return None
 
     # --- trying again ---

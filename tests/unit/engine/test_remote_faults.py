@@ -355,9 +355,10 @@ def test_unknown_model_is_told_from_those_that_are_there(open_remote: OpenRemote
             collect(open_remote(server, served_model="big"), ask())
 
 
-def test_wrong_base_url_is_said(open_remote: OpenRemote) -> None:
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_wrong_base_url_is_said(open_remote: OpenRemote, status: int) -> None:
     async def behave(call: Call) -> None:
-        await call.respond(404, b"<html>Nothing here", kind="text/html")
+        await call.respond(status, b"<html>Nothing here", kind="text/html")
 
     with Server(behave) as server, pytest.raises(EngineMisconfigured, match="There is no API at"):
         collect(open_remote(server), ask())
