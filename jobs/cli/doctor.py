@@ -391,7 +391,7 @@ def _print_model(found: _Model) -> None:
         output.print_table(
             (
                 *("engine", "weights as", "~device", ">weights", ">cache", ">step"),
-                *("?>other", ">total", ">usable", "fits", "?>cache tokens left"),
+                *(">other", ">total", ">usable", "fits", "?cache tokens left"),
             ),
             (
                 (
