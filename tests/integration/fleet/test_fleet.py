@@ -89,7 +89,7 @@ def test_sigterm_flushes_and_gives_leases_back(make_fleet: MakeFleet, valkey: Va
     fleet = make_fleet(valkey.connection_url, step_seconds=0.02, slots=8)
     fleet.start("control", role="control")
     first = fleet.start("one", role="engine")
-    batch = fleet.submit(300)
+    batch = fleet.submit(160)
     wait_for(lambda: fleet.num_done(batch.id) >= 20)
     assert first.drain() == 0
     units = shards.list_for_batch(fleet.app.db, batch.id)
@@ -97,7 +97,7 @@ def test_sigterm_flushes_and_gives_leases_back(make_fleet: MakeFleet, valkey: Va
     assert "lease_lost" not in first.text()
     fleet.start("two", role="engine")
     done = fleet.wait_done(batch.id)
-    fleet.assert_once_each(done, 300)
+    fleet.assert_once_each(done, 160)
     assert "swept" not in fleet.members[0].text() or '"reaped": 0' in fleet.members[0].text()
     wasted = fleet.generated_tokens() - done.usage.completion_tokens
     assert wasted <= 8 * 16, "only what ran is run again"
@@ -110,12 +110,12 @@ def test_kill_of_a_worker_loses_and_doubles_nothing(
     fleet.start("control", role="control")
     first = fleet.start("one", role="engine")
     fleet.start("two", role="engine")
-    batch = fleet.submit(400)
+    batch = fleet.submit(240)
     wait_for(lambda: fleet.num_done(batch.id) >= 40)
     first.kill()
     done = fleet.wait_done(batch.id)
     assert done.status is BatchStatus.COMPLETED
-    fleet.assert_once_each(done, 400)
+    fleet.assert_once_each(done, 240)
 
 
 def test_child_that_dies_is_started_again(make_fleet: MakeFleet, valkey: ValkeyServer) -> None:
@@ -184,7 +184,6 @@ def test_forged_messages_do_nothing(fleet: Fleet, valkey: ValkeyServer, tmp_path
             forged("batchctl.plan", json.dumps([["batch_of_another"], {"x": 1}, {}])),
             forged("batchctl.work", Evil.pickled(marker), kind="application/x-python-serialize"),
             forged("batchctl.work", "{not json"),
-            "not even a message",
         ):
             client.lpush(queue, message)
     for hint in (b"\xff\xfe", b"[]", b'{"stopping": 3}', b'{"x": "batch_1"}', b"9" * 10_000):
@@ -198,6 +197,17 @@ def test_forged_messages_do_nothing(fleet: Fleet, valkey: ValkeyServer, tmp_path
     fleet.assert_once_each(again, 40)
     assert worker.process.poll() is None
     client.close()
+
+
+def test_worker_ends_at_what_is_no_message_so_that_its_launcher_starts_it_again(
+    fleet: Fleet, valkey: ValkeyServer
+) -> None:
+    worker = fleet.start("all", role="all")
+    with redis.Redis.from_url(valkey.connection_url, socket_timeout=5) as client:
+        client.lpush("batchctl.control", "not even a message")
+        assert worker.process.wait(60) != 0
+        wait_for(lambda: fleet.live() == [], what="for its row to go")
+        assert client.llen("batchctl.control") == 0, "the next one does not meet it again"
 
 
 class Evil:
