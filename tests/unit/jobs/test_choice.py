@@ -1,17 +1,24 @@
 import json
+import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
 
 from engine.choice import Choice, Machine, look_around
 from engine.config import HfConfig, VllmConfig
 from engine.devices import Device, Memory
+from jobs.app import open_app
 from jobs.catalogue import Completed, EngineChoice, ModelSettings, resolve
+from jobs.cli import exits
+from jobs.cli.main import app as cli
 from jobs.domain.errors import (
     EngineMisconfigured,
     EngineOutOfMemory,
@@ -19,6 +26,7 @@ from jobs.domain.errors import (
     NotFound,
 )
 from jobs.settings import Settings
+from tests.builders import make_lines
 
 GB = 10**9
 SHAPES = {
@@ -26,6 +34,19 @@ SHAPES = {
     "13b": {"hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 13824},
     "70b": {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672},
 }
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in os.environ:
+        if name.startswith(("BATCHCTL_", "HF_", "VLLM_", "CUDA_VISIBLE")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture
@@ -308,3 +329,50 @@ def test_demo_model_on_this_machine_runs_at_16_bit() -> None:
     assert found.settings.quantization == "none"
     assert isinstance(found.choice, Choice)
     assert look_around().memory.total_bytes > 0
+
+
+def write_model_for_nf4_only(folder: Path) -> str:
+    """Make a configuration whose 16-bit weights are 1.5 times the memory of this machine."""
+    folder.mkdir()
+    layers = round(1.5 * look_around().memory.total_bytes / 405_000_000)  # bytes of one layer
+    described = {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 1,
+        "intermediate_size": 11008 + 2048,
+        "vocab_size": 1000,
+        "max_position_embeddings": 512,
+    }
+    (folder / "config.json").write_text(json.dumps(described))
+    return str(folder)
+
+
+@pytest.mark.skipif(bool(look_around().gpus), reason="judges by the main memory")
+def test_worker_logs_what_nobody_would_expect_and_no_more(tmp_path: Path) -> None:
+    source = write_model_for_nf4_only(tmp_path / "large")
+    settings = Settings.model_validate({"models": {"large": {"source": source}}})
+    with open_app(settings, folder=tmp_path / "data") as app, capture_logs() as logs:
+        config = app.engine_config("large")
+        app.engine_config("demo")
+    assert isinstance(config, HfConfig)
+    assert config.quantization == "nf4"
+    assert [(one["event"], one["model"], one["log_level"]) for one in logs] == [
+        ("engine_chosen", "large", "warning")
+    ]
+
+
+@pytest.mark.skipif(bool(look_around().gpus), reason="judges by the main memory")
+def test_run_says_in_one_line_that_it_took_4_bits(tmp_path: Path) -> None:
+    source = write_model_for_nf4_only(tmp_path / "large")
+    (tmp_path / "in.jsonl").write_bytes(make_lines(1))
+    arguments = ["run", str(tmp_path / "in.jsonl"), "--data", str(tmp_path / "data")]
+    ended = CliRunner().invoke(cli, [*arguments, "--model", source], prog_name="batchctl")
+    assert ended.exit_code == exits.REFUSED  # there is a configuration and no tokenizer
+    first = ended.stderr.splitlines()[0]
+    assert first.startswith(f"{source} runs on hf at 4 bits (nf4): it needs ")
+    quiet = CliRunner().invoke(
+        cli, [*arguments, "--model", source, "--quantization", "nf4"], prog_name="batchctl"
+    )
+    assert "4 bits" not in quiet.stderr
