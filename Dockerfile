@@ -33,7 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     cd /src && python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["server"]))' > /requirements.txt \
     && pip install --constraint /constraints.txt --requirement /requirements.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-deps /wheels/*.whl && pip check
+    pip install --no-deps /wheels/*.whl && pip check \
+    && python -c "import kombu.transport.redis, jobs.worker.tasks, jobs.api.app"
 USER batchctl
 WORKDIR /data
 EXPOSE 8000 9100
@@ -47,7 +48,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     cd /src && python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; e = p["optional-dependencies"]; print("\n".join(p["dependencies"] + e["server"] + e["hf"]))' > /requirements.txt \
     && pip install --constraint /constraints.txt --requirement /requirements.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-deps /wheels/*.whl && pip check
+    pip install --no-deps /wheels/*.whl && pip check \
+    && python -c "import kombu.transport.redis, jobs.worker.tasks, jobs.api.app"
 USER batchctl
 WORKDIR /data
 EXPOSE 9100
