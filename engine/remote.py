@@ -106,7 +106,7 @@ class RemoteEngine:
         look_at = time.monotonic() + _ABORT_SECONDS
         try:
             while True:
-                free = self._traffic.limit - len(held)
+                free = self._traffic.room(len(held))
                 taken = source.take(free) if free > 0 else ()
                 if taken is None and not held:
                     return

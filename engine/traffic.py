@@ -86,7 +86,6 @@ class _Job:
         self.started_at = 0.0
         self.has_bytes = False
         self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
         self.streams = False
         self.max_tokens_name = ""
 
@@ -113,6 +112,7 @@ class Traffic:
         self._ready: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._running: dict[int, _Job] = {}
+        self._resting: dict[int, asyncio.TimerHandle] = {}
         self._wake = asyncio.Event()
         self._pause_until = 0.0
         self._rounds = 0
@@ -130,10 +130,13 @@ class Traffic:
         self._logged_at = float("-inf")
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def limit(self) -> int:
-        """How many requests may be out at once now; any thread may ask."""
-        return self._limit.limit
+    def room(self, num_held: int) -> int:
+        """Return how many more requests to take while so many have no result; any thread may ask.
+
+        One that rests before its next try leaves its place to another.
+        """
+        num_active = num_held - len(self._resting)
+        return min(self._limit.limit - num_active, 2 * self._config.slots - num_held)
 
     @property
     def progress(self) -> int:
@@ -180,8 +183,8 @@ class Traffic:
             job = self._jobs.pop(request_id, None)
             if job is None:
                 continue
-            if job.timer is not None:
-                job.timer.cancel()
+            if (timer := self._resting.pop(request_id, None)) is not None:
+                timer.cancel()
             if job.task is not None:
                 job.task.cancel()
         self._ready = deque(job for job in self._ready if job.request.id in self._jobs)
@@ -230,7 +233,6 @@ class Traffic:
     def _send(self, job: _Job) -> None:
         job.started_at = time.monotonic()
         job.has_bytes = False
-        job.timer = None
         if job.alive_before < 0:
             job.alive_before = self._num_alive
         self._running[job.request.id] = job
@@ -419,7 +421,9 @@ class Traffic:
             return
         if trouble.kind == "fault":
             delay = self._jitter(job.codes.total(), _BACK_OFF_SECONDS[1])
-            job.timer = asyncio.get_running_loop().call_later(delay, self._again, job)
+            self._resting[job.request.id] = asyncio.get_running_loop().call_later(
+                delay, self._again, job
+            )
         else:
             self._again(job)
 
@@ -433,7 +437,7 @@ class Traffic:
             log.warning("remote_trouble", server=self._exchange.shown, code=trouble.code)
 
     def _again(self, job: _Job) -> None:
-        job.timer = None
+        self._resting.pop(job.request.id, None)
         self._ready.appendleft(job)
         self._wake.set()
 
@@ -493,7 +497,7 @@ class Traffic:
         self._emit(
             EngineUnavailable(
                 f"{self._exchange.shown} has answered no request for {patience:.0f} s; the last "
-                f"one got: {what}. Nothing is lost; it goes on when the server does."
+                f"one got: {what}. No answer that came before is lost."
             )
         )
         return True

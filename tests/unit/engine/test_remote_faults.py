@@ -260,6 +260,18 @@ def test_line_that_fails_while_others_succeed_ends_with_an_error(open_remote: Op
     assert {result.error for result in results.values()} == {None}
 
 
+def test_line_that_rests_before_its_next_try_holds_nobody_up(open_remote: OpenRemote) -> None:
+    async def behave(call: Call) -> None:
+        await (_broken(call) if call.text == PROMPT else call.answer())
+
+    with Server(behave) as server:
+        engine = open_remote(server, max_tries=4, slots=1, patience_seconds=30)
+        requests = [ask(0, PROMPT), *[ask(i) for i in range(1, 6)]]
+        order = [result.id for result in engine.generate(ListSource(requests))]
+    assert sorted(order) == list(range(6))
+    assert order[-1] == 0
+
+
 @pytest.mark.parametrize(
     ("status", "fields", "code"),
     [
