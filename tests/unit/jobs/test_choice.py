@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from jobs.domain.errors import (
     InvalidInput,
     NotFound,
 )
-from jobs.settings import Settings
+from jobs.settings import Settings, load, resolve_model
 from tests.builders import make_lines
 
 GB = 10**9
@@ -376,3 +377,27 @@ def test_run_says_in_one_line_that_it_took_4_bits(tmp_path: Path) -> None:
         cli, [*arguments, "--model", source, "--quantization", "nf4"], prog_name="batchctl"
     )
     assert "4 bits" not in quiet.stderr
+
+
+def test_settings_of_the_guide_are_settings(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        (tmp_path / "batchctl.toml").write_text(block)
+        settings = load(tmp_path / "batchctl.toml")
+        name = next(name for name in settings.models if f"models.{name}]" in block)
+        _, model = resolve_model(settings, name, check_installed=False)
+        assert model.to_engine_config().kind == model.engine
+
+
+@pytest.mark.parametrize(
+    ("billions", "gpus", "chosen_bits"),
+    [("7b", (24,), "none"), ("13b", (16,), "nf4"), ("13b", (80,), "none"), ("70b", (80,), "nf4")],
+)
+def test_hardware_of_the_guide_holds_what_it_says(
+    model: Callable[..., str], billions: str, gpus: tuple[int, ...], chosen_bits: str
+) -> None:
+    heads = SHAPES[billions]["hidden_size"] // 128
+    folder = model(billions, num_key_value_heads=8 if billions == "70b" else heads)
+    assert chosen(complete(folder, machine(*gpus)))[1] == chosen_bits
