@@ -72,7 +72,7 @@ fi
 if ! "$python" -m pip install --disable-pip-version-check --no-input -qq --progress-bar off \
     -c scripts/airflow-constraints.txt -e ./airflow_provider apache-airflow \
     apache-airflow-providers-openai openai mypy pytest pytest-timeout >>"$log" 2>&1; then
-    why=$(grep '^ERROR' "$log" | tail -1 | cut -c 1-200)
+    why=$(grep '^ *ERROR' "$log" | tail -1 | sed 's/^ *//' | cut -c 1-200)
     give_up "pip could not install it (${why:-no reason given}); its output is in $log"
 fi
 AIRFLOW_HOME=$(pwd)/build/airflow-probe "$python" -c '

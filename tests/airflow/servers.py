@@ -71,8 +71,8 @@ class OwnServer(Server):
 
     @contextmanager
     def running(self) -> Iterator["OwnServer"]:
-        self.start()
         try:
+            self.start()
             yield self
         finally:
             self.stop()
@@ -82,12 +82,15 @@ class OwnServer(Server):
         port = urlsplit(self.url).port if self.url else 0
         models = {"simulated": {"engine": "simulated", "options": {"step_seconds": 0.01}}}
         environment = {
-            **{name: value for name, value in os.environ.items() if "AIRFLOW" not in name},
+            # Neither what is set for these tests, nor what somebody set for a server of theirs.
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("AIRFLOW_", "BATCHCTL_"))
+            },
             "BATCHCTL_MODELS": json.dumps(models),
             "BATCHCTL_DATA": str(self._folder / "data"),
         }
-        for name in ("URL", "MODEL", "API_KEY"):
-            environment.pop(f"BATCHCTL_TEST_{name}", None)
         if self.api_key is not None:
             environment["BATCHCTL_API_KEY"] = self.api_key
         log = self._folder / "log"
