@@ -75,7 +75,13 @@ class ControlLoop:
             self._settle(lease, error)
             if not crew.fail_without_engine:
                 raise
-            log.error("unit_failed", unit_id=lease.unit_id, kind=lease.kind, error=error.message)
+            log.error(
+                "unit_failed",
+                unit_id=lease.unit_id,
+                kind=lease.kind,
+                code=error.code,
+                error=error.message,
+            )
         finally:
             crew.keeper.drop(lease.unit_id)
             metrics.count_unit(

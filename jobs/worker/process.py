@@ -39,7 +39,7 @@ _DRAIN_LOOK_SECONDS = 0.2
 _WAIT_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 _RELAXED_POLLS = 15
 """How many times less often an idle worker looks for work while it hears what others tell."""
-_REFUSED_LOOK_SECONDS = 60.0
+_REFUSED_LOOK_SECONDS = 300.0
 
 
 def check(settings: Settings) -> None:
