@@ -4,6 +4,7 @@
 
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -119,6 +120,7 @@ class Server:
     port: int = 0
     most_at_once: int = 0
     num_closed_early: int = 0
+    tls: ssl.SSLContext | None = None
     _now: int = 0
 
     @property
@@ -128,7 +130,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         started: Future[None] = Future()
@@ -146,7 +148,9 @@ class Server:
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         try:
-            server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+            server = await asyncio.start_server(
+                self._connected, "127.0.0.1", self.port, ssl=self.tls
+            )
         except OSError as problem:
             started.set_exception(problem)
             return
@@ -157,6 +161,8 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _ in range(3):  # until the transports have noticed
+            await asyncio.sleep(0)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._converse(reader, writer))
@@ -193,7 +199,10 @@ class Server:
         except (asyncio.IncompleteReadError, ConnectionError):
             self.num_closed_early += 1
         finally:
-            writer.close()
+            if self.tls is None:
+                writer.close()
+            else:  # nobody waits for the end of a conversation in TLS
+                writer.transport.abort()
 
 
 class OpenRemote:

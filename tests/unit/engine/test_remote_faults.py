@@ -3,15 +3,22 @@
 # ruff: noqa: ANN401 - what a test changes is whatever field there is
 
 import asyncio
+import ipaddress
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from engine.config import RemoteConfig
 from engine.process import ProcessEngine
@@ -382,6 +389,51 @@ def test_spent_quota_is_said_at_once(open_remote: OpenRemote) -> None:
 
     with Server(behave) as server, pytest.raises(EngineUnavailable, match="no quota left"):
         collect(open_remote(server, patience_seconds=3600), ask())
+
+
+def _write_certificate(path: Path) -> None:
+    """Write a certificate of this machine that nobody has signed, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def test_certificate_is_checked(
+    open_remote: OpenRemote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def behave(call: Call) -> None:
+        await call.answer()
+
+    path = tmp_path / "certificate.pem"
+    _write_certificate(path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(path)
+    with Server(behave, tls=tls) as server:
+        with pytest.raises(EngineMisconfigured, match=r"certificate .* is not trusted here"):
+            collect(open_remote(server, patience_seconds=60), ask())
+        assert not server.calls
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        assert collect(open_remote(server), ask())[1].text == "fine"
 
 
 def test_redirect_is_not_followed(open_remote: OpenRemote) -> None:
