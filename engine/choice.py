@@ -180,14 +180,14 @@ def _place(engine: LocalEngine, machine: Machine, plan: Plan) -> Place | None:
     """Return where the engine would load a model; None where that is not there."""
     gpus = machine.usable_gpus
     if engine == "vllm" and gpus:
-        group = gpus[: plan.gpus_per_engine]
-        total = min(gpu.total_bytes for gpu in group)
+        num_gpus = plan.gpus_per_engine
+        total = min(gpu.total_bytes for gpu in gpus[:num_gpus])
         return Place(
-            device="cuda:0" if len(group) == 1 else "cuda",
-            name=_name(gpus[0]) if len(group) == 1 else f"each of {len(group)} GPUs",
+            device="cuda:0" if num_gpus == 1 else "cuda",
+            name=_name(gpus[0]) if num_gpus == 1 else f"each of {num_gpus} GPUs",
             total_bytes=total,
             usable_bytes=int(total * plan.gpu_share),
-            num_gpus=len(group),
+            num_gpus=num_gpus,
         )
     asked = "auto" if engine == "vllm" else plan.device
     if asked.startswith("cuda") or (asked == "auto" and gpus):
@@ -250,10 +250,8 @@ def choose(
 
     Raises:
         EngineOutOfMemory: it does not fit, in 16 bit or in 4.
-        EngineMisconfigured: only nf4 fits, and its library is not installed; or vLLM is to use
-            more GPUs than there are.
+        EngineMisconfigured: only nf4 fits, and its library is not installed.
     """
-    _check_group(name, engine, machine, plan)
     place = _place(engine, machine, plan)
     device = place.device if place is not None else plan.device
     if quantization != "auto":
@@ -273,12 +271,19 @@ def choose(
     return _choose_bits(name, list_options(size, engine, machine, plan), machine)
 
 
-def _check_group(name: str, engine: LocalEngine, machine: Machine, plan: Plan) -> None:
-    num_gpus = len(machine.usable_gpus)
-    if engine == "vllm" and 0 < num_gpus < plan.gpus_per_engine:
+def check_group(name: str, machine: Machine, *, num_gpus: int) -> None:
+    """Check that the GPUs are there over which vLLM is to spread a model.
+
+    Not a part of choosing: whoever hands out the GPUs of a machine sees all of them, and its
+    workers their group.
+
+    Raises:
+        EngineMisconfigured: there are fewer; without any, vLLM runs on the CPU.
+    """
+    if 0 < len(machine.usable_gpus) < num_gpus:
         raise EngineMisconfigured(
-            f"The model {name} is to run on {plan.gpus_per_engine} GPUs (tensor_parallel_size x "
-            f"pipeline_parallel_size), and this process sees {num_gpus}."
+            f"The model {name} is to run on {num_gpus} GPUs (tensor_parallel_size x "
+            f"pipeline_parallel_size), and this process sees {len(machine.usable_gpus)}."
         )
 
 

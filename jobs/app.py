@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config import EngineConfig
+from engine.choice import check_group, look_around
+from engine.config import EngineConfig, VllmConfig
 from engine.registry import describe_model
 from engine.sandbox import Sandbox
 from jobs.catalogue import ModelSettings, did_you_mean
@@ -61,7 +62,8 @@ class App:
 
         Raises:
             NotFound: there is no such model.
-            EngineMisconfigured: its engine is not installed, or its weights are damaged.
+            EngineMisconfigured: its engine is not installed, its weights are damaged, or it is to
+                run on more GPUs than there are.
             EngineOutOfMemory: it does not fit this machine.
         """
         self._check_known(name)
@@ -69,7 +71,12 @@ class App:
         if choice is not None and choice.is_notable:
             # A warning, since `batchctl run` shows no less.
             log.warning("engine_chosen", model=name, reason=choice.reason)
-        return self._config_of(model)
+        config = self._config_of(model)
+        if isinstance(config, VllmConfig):
+            num_gpus = config.tensor_parallel_size * config.pipeline_parallel_size
+            if num_gpus > 1:
+                check_group(name, look_around(), num_gpus=num_gpus)
+        return config
 
     def _config_of(self, model: ModelSettings) -> EngineConfig:
         return model.to_engine_config(limiter=self.settings.limiter)

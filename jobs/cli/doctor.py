@@ -14,6 +14,7 @@ from engine.choice import (
     Machine,
     Option,
     Plan,
+    check_group,
     find_size,
     gigabytes,
     list_options,
@@ -273,14 +274,25 @@ def _examine(
     )
     if problem or completed is None:
         return found
+    try:
+        if planned.engine == "vllm":
+            check_group(name, machine, num_gpus=plan.gpus_per_engine)
+    except EngineError as error:
+        return replace(found, choice=error.message)
+    return _judge(found, completed)
+
+
+def _judge(found: _Model, completed: Completed) -> _Model:
+    """Return what was found with what will be done, as was chosen or as the settings say."""
     if completed.choice is not None:
         return replace(found, choice=completed.choice.reason, can_run=True)
+    model = completed.settings
     asked = [
         row
-        for row in rows
-        if (row.engine, row.quantization) == (planned.engine, planned.quantization)
+        for row in found.options
+        if (row.engine, row.quantization) == (model.engine, model.quantization)
     ]
-    told = f"{name} runs on {planned.engine} with quantization {planned.quantization}, as is set"
+    told = f"{found.name} runs on {model.engine} with quantization {model.quantization}, as is set"
     if not asked or asked[0].fits:
         return replace(found, choice=f"{told}.", can_run=True)
     needed, place = asked[0].need.total, asked[0].place

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from engine.choice import Choice, Machine, look_around
+from engine.choice import Choice, Machine, check_group, look_around
 from engine.config import HfConfig, VllmConfig
 from engine.devices import Device, Memory
 from jobs.app import open_app
@@ -177,8 +177,12 @@ def test_gpus_of_a_group_share_weights_and_cache(
         *("vllm", "nf4"),
         True,
     )
+    # Whether they are there is not judged here: a launcher sees all GPUs, a worker its group.
+    assert complete(folder, machine(48, 48, has_vllm=True), settings=four)
     with pytest.raises(EngineMisconfigured, match=r"4 GPUs .* sees 2"):
-        complete(folder, machine(48, 48, has_vllm=True), settings=four)
+        check_group("m", machine(48, 48), num_gpus=4)
+    check_group("m", machine(48, 48), num_gpus=2)
+    check_group("m", machine(), num_gpus=4)
 
 
 def test_gpu_that_torch_cannot_use_is_named(model: Callable[..., str]) -> None:
