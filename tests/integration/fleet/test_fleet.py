@@ -86,8 +86,12 @@ def test_worker_without_celery_works_too(make_fleet: MakeFleet) -> None:
 # --- stopping and dying ---
 
 
-def test_sigterm_flushes_and_gives_leases_back(make_fleet: MakeFleet, valkey: ValkeyServer) -> None:
-    fleet = make_fleet(valkey.connection_url, step_seconds=0.02, slots=8)
+@pytest.mark.parametrize("has_broker", [True, False], ids=["message", "poll"])
+def test_sigterm_flushes_and_gives_leases_back(
+    make_fleet: MakeFleet, valkey: ValkeyServer, *, has_broker: bool
+) -> None:
+    url = valkey.connection_url if has_broker else NOBODY
+    fleet = make_fleet(url, step_seconds=0.02, slots=8)
     fleet.start("control", role="control")
     first = fleet.start("one", role="engine")
     batch = fleet.submit(160)
