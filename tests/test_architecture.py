@@ -33,7 +33,7 @@ TOUCHES_ENVIRONMENT = {
 # What the core is installed without: the extras.
 EXTRAS = (
     *("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "psutil"),
-    *("outlines", "outlines_core", "boto3", "botocore", "psycopg", "psycopg_pool"),
+    *("outlines", "outlines_core", "boto3", "botocore", "psycopg", "psycopg_pool", "pynvml"),
     *("celery", "kombu", "redis"),
 )
 
