@@ -152,7 +152,8 @@ def _arguments(settings: Settings, name: str, *, host: str) -> Iterator[str]:
         yield "jobs.worker.process"
         return
     # Pool, concurrency and queues are in the application's settings, which go by role and models.
-    yield from ("celery", "-A", "jobs.worker.celery_app", "worker")
+    # Its banner would stand between log events in JSON.
+    yield from ("celery", "-A", "jobs.worker.celery_app", "--quiet", "worker")
     # Two launchers on one machine need two names: Celery tells its workers apart by them.
     yield from ("-n", f"{name}-{os.getpid()}@{host}")
     # Workers have nothing to tell each other.
