@@ -25,6 +25,7 @@ from jobs.settings import Settings
 from storage import batches, files, workers
 from storage.workers import Worker
 from tests.builders import Bench, Clock, make_line
+from tests.conftest import free_port
 
 _T = TypeVar("_T")
 ROOT = Path(__file__).parents[3]
@@ -231,7 +232,8 @@ def open_fleet(folder: Path, values: dict[str, Any], **model_options: Any) -> It
 
 @contextmanager
 def run_valkey(port: int | None = None) -> Iterator[ValkeyServer]:
-    server = ValkeyServer(port=port)
+    # Its own choice is the first free one from 16379, the same for tests that run side by side.
+    server = ValkeyServer(port=port or free_port())
     server.start()
     try:
         yield server
