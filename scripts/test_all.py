@@ -5,13 +5,18 @@ is 3 then, and 1 where a test failed. BATCHCTL_ALLOW_NOT_RUN=1 lets such a machi
 same; the lines still say it.
 """
 
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +34,7 @@ class Suite:
     python: Path
     arguments: tuple[str, ...]
     environment: Path | None = None
-    variables: dict[str, str] = field(default_factory=dict)
+    on_fleet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,17 @@ SUITES = (
         arguments=("--confcutdir=tests/airflow", "tests/airflow"),
         environment=ROOT / "scripts" / "airflow_env.sh",
     ),
+    Suite(
+        name="airflow on a fleet",
+        python=ROOT / ".venv-airflow" / "bin" / "python",
+        arguments=(
+            "--confcutdir=tests/airflow",
+            "tests/airflow/test_openai_operator.py",
+            "tests/airflow/test_operator.py",
+        ),
+        environment=ROOT / "scripts" / "airflow_env.sh",
+        on_fleet=True,
+    ),
 )
 
 
@@ -91,18 +107,44 @@ def run(suite: Suite) -> Outcome:
                 words=f"failed: {suite.environment.name} ended with {built.returncode}",
                 is_failure=True,
             )
-    report = REPORTS / f"{suite.name.split()[0].strip(',')}.xml"
+    report = REPORTS / f"{re.sub('[^a-z0-9]+', '-', suite.name.lower()).strip('-')}.xml"
     report.unlink(missing_ok=True)
     began = time.monotonic()
-    ended = subprocess.run(  # noqa: S603  our own tests
-        [str(suite.python), "-m", "pytest", "-q", f"--junitxml={report}", *suite.arguments],
-        cwd=ROOT,
-        # The programs under test take every BATCHCTL_ name for a setting, and refuse this one.
-        env={name: value for name, value in os.environ.items() if name != _ALLOW_NOT_RUN}
-        | suite.variables,
-        check=False,
-    ).returncode
+    # The programs under test take every BATCHCTL_ name for a setting, and refuse this one.
+    environment = {name: value for name, value in os.environ.items() if name != _ALLOW_NOT_RUN}
+    with _surroundings(suite) as variables:
+        if variables is None:
+            return Outcome(name=suite.name, words="failed: no fleet started", is_failure=True)
+        ended = subprocess.run(  # noqa: S603  our own tests
+            [str(suite.python), "-m", "pytest", "-q", f"--junitxml={report}", *suite.arguments],
+            cwd=ROOT,
+            env=environment | variables,
+            check=False,
+        ).returncode
     return _read(suite, report, ended, time.monotonic() - began)
+
+
+@contextmanager
+def _surroundings(suite: Suite) -> Iterator[dict[str, str] | None]:
+    """Run what the suite is run against; yield what it is told of it, or None where that fails."""
+    if not suite.on_fleet:
+        yield {}
+        return
+    folder = ROOT / "build" / "fleet-test"
+    command = [str(MAIN), "scripts/fleet.py", "--port", "0", "--fresh", "--json"]
+    with subprocess.Popen(  # noqa: S603  our own script
+        [*command, "--folder", str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as fleet:
+        try:
+            said = fleet.stdout.readline() if fleet.stdout is not None else ""
+            if said:
+                told = json.loads(said)
+                yield {"BATCHCTL_TEST_URL": told["url"], "BATCHCTL_TEST_MODEL": "simulated"}
+            else:
+                yield None
+        finally:
+            fleet.send_signal(signal.SIGINT)
+            fleet.wait(60)
 
 
 def _read(suite: Suite, report: Path, ended: int, seconds: float) -> Outcome:
