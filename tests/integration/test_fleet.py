@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -22,6 +23,7 @@ from tests.integration.api.servers import wait_for
 ROOT = Path(__file__).parents[2]
 BATCHCTL = (sys.executable, "-m", "jobs.cli.main")
 NUM_LINES = 2000
+PROMPT, ANSWER = "CANARY-prompt-5be2", "CANARY-answer-c41a"
 # 100 requests a second on each engine worker, in shards of which a worker holds a few.
 SLOW = {"simulated": {"options": {"slots": 16, "reply_tokens": 16, "step_seconds": 0.01}}}
 
@@ -37,6 +39,7 @@ def environment(**more: str) -> dict[str, str]:
         "BATCHCTL_LEASES__TIMING_PROFILE": "fast",
         "BATCHCTL_SHARDS__MAX_LINES": "100",
         "BATCHCTL_MODELS": json.dumps(SLOW),
+        "BATCHCTL_LOG__LEVEL": "debug",
         "OMP_NUM_THREADS": "1",
         **more,
     }
@@ -51,6 +54,9 @@ class Fleet:
         self.process = process
         self.url: str = ready["url"]
         self.pids: dict[str, int] = {one["name"]: one["pid"] for one in ready["processes"]}
+        self.metrics = [
+            one["where"].split()[0] for one in ready["processes"] if "/metrics" in one["where"]
+        ]
         self.log = log
 
     def run(self, *args: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -100,8 +106,7 @@ def running(folder: Path, log: Path) -> Iterator[Fleet]:
         tree = fleet.tree()
         process.send_signal(signal.SIGINT)
         assert process.wait(45) == 0, log.read_text()
-        _, alive = psutil.wait_procs(tree, timeout=1)
-        assert not alive, [one.cmdline() for one in alive]
+        assert_ended(tree, seconds=1)
         assert left_of(folder) == []
     finally:
         process.kill()
@@ -109,6 +114,16 @@ def running(folder: Path, log: Path) -> Iterator[Fleet]:
         for one in left_of(folder):
             with suppress(psutil.NoSuchProcess):
                 one.kill()
+
+
+def assert_ended(tree: list[psutil.Process], *, seconds: float) -> None:
+    """Wait for processes; one that only waits to be noticed by whoever adopted it has ended."""
+    _, left = psutil.wait_procs(tree, timeout=seconds)
+    alive = []
+    for one in left:
+        with suppress(psutil.NoSuchProcess):  # a zombie's error is one of these
+            alive.append(one.cmdline())
+    assert alive == []
 
 
 def left_of(folder: Path) -> list[psutil.Process]:
@@ -123,7 +138,8 @@ def left_of(folder: Path) -> list[psutil.Process]:
 
 
 def write_input(path: Path) -> None:
-    body = {"model": "simulated", "messages": [{"role": "user", "content": "hello"}]}
+    content = f"{PROMPT} [[reply={ANSWER}]]"
+    body = {"model": "simulated", "messages": [{"role": "user", "content": content}]}
     with path.open("w") as file:
         for number in range(NUM_LINES):
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions"}
@@ -182,6 +198,12 @@ def test_a_fleet_finishes_its_batches_whoever_is_killed(tmp_path: Path, folder: 
         fleet.run("results", batch_id, "--output", "out.jsonl", folder=tmp_path)
         answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert [one["custom_id"] for one in answers] == [f"r{n}" for n in range(NUM_LINES)]
+        assert all(
+            one["response"]["body"]["choices"][0]["message"]["content"] == ANSWER for one in answers
+        )
+        metrics = "".join(httpx2.get(url).text for url in [*fleet.metrics, f"{fleet.url}/metrics"])
+        assert 'batchctl_requests_total{model="simulated",outcome="completed"}' in metrics
+        assert "CANARY" not in metrics
         said = log.read_text()
         for name, how in (
             ("engine-1", "ended with status 0"),
@@ -190,6 +212,9 @@ def test_a_fleet_finishes_its_batches_whoever_is_killed(tmp_path: Path, folder: 
         ):
             assert f"{name} {how}, starts again in 1 s" in said
     assert log.read_text().endswith("Everything has ended.\n")
+    logs = [*folder.glob("*.log"), *folder.glob("data/*/server/*.log"), log]
+    assert len(logs) > 8
+    assert [one.name for one in logs if "CANARY" in one.read_text(errors="replace")] == []
 
     with running(folder, log) as fleet:  # what was there is there
         assert fleet.json("status", batch_id, folder=tmp_path)["status"] == "completed"
@@ -205,8 +230,7 @@ def test_a_fleet_that_is_killed_leaves_nothing(tmp_path: Path, folder: Path) -> 
         tree = psutil.Process(process.pid).children(recursive=True)
         assert len(tree) > 5
         process.kill()
-        _, alive = psutil.wait_procs(tree, timeout=40)
-        assert not alive, [one.cmdline() for one in alive]
+        assert_ended(tree, seconds=40)
     finally:
         process.kill()
         process.communicate()
