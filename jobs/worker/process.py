@@ -39,6 +39,7 @@ _DRAIN_LOOK_SECONDS = 0.2
 _WAIT_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 _RELAXED_POLLS = 15
 """How many times less often an idle worker looks for work while it hears what others tell."""
+_MAX_RELAXED_SECONDS = 30.0
 _REFUSED_LOOK_SECONDS = 300.0
 
 
@@ -95,9 +96,14 @@ class WorkerProcess:
         self._stopping = threading.Event()
         self._crew: Crew | None = None
         self._loops: dict[str, _Loop] = {}
-        idle_seconds = settings.leases.idle_poll_seconds * _RELAXED_POLLS
+        self._num_notes = 0
+        leases = settings.leases
+        idle_seconds = leases.idle_poll_seconds * _RELAXED_POLLS
+        # An engine that hangs is ended after `stall_seconds`, which is better than all of it.
+        stall_seconds = leases.stall_seconds + leases.lease_seconds
         self._pulse = Pulse(
-            progress=self._progress, limit_seconds=max(HEALTHY_SECONDS, 2 * idle_seconds)
+            progress=self.progress,
+            limit_seconds=max(HEALTHY_SECONDS, 2 * idle_seconds, stall_seconds),
         )
         self._work: WorkLoop | None = None
         self._ended = threading.Event()
@@ -220,7 +226,8 @@ class WorkerProcess:
         role, loops = self._settings.worker.role, []
         if role != "engine":
             sandbox = stack.enter_context(app.open_sandbox())
-            loops.append(_Loop("control", ControlLoop(crew, checker=sandbox).turn))
+            control = ControlLoop(crew, checker=sandbox, on_progress=self._note_lines)
+            loops.append(_Loop("control", control.turn))
             sweeper = SweepLoop(crew)
             loops.append(_Loop("sweep", sweeper.turn, once=sweeper.sweep))
             app.doorbell.poke_every(self._settings.leases.reap_seconds / 2)
@@ -266,10 +273,15 @@ class WorkerProcess:
         # With both roles, one message may wait behind hours of the other's work.
         if app.settings.worker.role == "all" or not app.doorbell.is_shared:
             return seconds
-        return seconds * _RELAXED_POLLS
+        return max(seconds, min(seconds * _RELAXED_POLLS, _MAX_RELAXED_SECONDS))
 
-    def _progress(self) -> object:
-        return self._work.progress() if self._work is not None else None
+    def _note_lines(self, _phase: str, _num_lines: int) -> None:
+        self._num_notes += 1
+
+    def progress(self) -> object:
+        """Return something that changes while a unit or the engine gets on."""
+        work = self._work
+        return self._num_notes, work.progress() if work is not None else None
 
     def _problem(self) -> str | None:
         if self._work is not None and self._work.has_no_engine_to_offer:

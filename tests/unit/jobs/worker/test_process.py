@@ -150,3 +150,12 @@ def test_control_worker_runs_no_shards(app: App, tmp_path: Path) -> None:
         worker.wake("work")
         assert [(one.role, one.models) for one in live(app)] == [("control", ())]
         assert num_done(app, batch) == 0
+
+
+def test_worker_that_plans_for_long_is_alive_by_its_lines(app: App, tmp_path: Path) -> None:
+    batch = submit(app, 5000)
+    chosen = {"role": "control", "heartbeat_seconds": 0.05}
+    with running(settings_in(tmp_path, worker=chosen)) as worker:
+        before = worker.progress()
+        await_true(lambda: batches.get(app.db, batch.id).request_counts.total == 5000)
+        assert worker.progress() != before
