@@ -100,6 +100,8 @@ class Embedded:
             for name, turn in turns.items()
         ]
         self._stack.enter_context(crew.keeping())
+        # On Postgres with a broker there may be workers beside this process; it sweeps for them.
+        self.app.doorbell.poke_every(self.app.settings.leases.reap_seconds / 2)
         for thread in self._threads:
             thread.start()
         return self
