@@ -27,6 +27,8 @@ _SPELLED = {
     "tokenizer": "a folder that holds model and tokenizer as the `source`",
     "max_model_len": "`context_tokens`",
     "max_num_seqs": "`slots`",
+    "tensor_parallel_size": "`tensor_parallel_size` of the vllm settings",
+    "pipeline_parallel_size": "`pipeline_parallel_size` of the vllm settings",
     "enable_lora": "`adapter`",
     "structured_outputs_config": "`asking.backend`",
     "disable_log_stats": "the metrics of the worker",
@@ -42,6 +44,7 @@ _DROPPED = {
 _REFUSED = {
     "trust_remote_code": "code that a model brings is never run",
     "skip_tokenizer_init": "stop strings and constraints need the tokenizer",
+    "data_parallel_size": "each group of GPUs has a worker of its own",
     "worker_cls": "code from elsewhere is never run",
     "worker_extension_cls": "code from elsewhere is never run",
     "scheduler_cls": "code from elsewhere is never run",

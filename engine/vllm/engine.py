@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams as VllmSampling
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -37,7 +38,8 @@ from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemor
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
 
-_STARVED_SECONDS = 0.002
+_IDLE_SECONDS = 0.002
+_STARVED_SECONDS = 0.01
 _FULL_SECONDS = 0.05
 _ABORT_SECONDS = 0.25
 _TAKE_AT_ONCE = 64
@@ -235,7 +237,7 @@ class VllmEngine:
                     yield from self._submit(taken, llm, live, outputs)
                     wait = 0.0
                 elif is_open:
-                    wait = _STARVED_SECONDS
+                    wait = _STARVED_SECONDS if live else _IDLE_SECONDS
             if time.monotonic() >= next_abort_at:
                 next_abort_at = time.monotonic() + _ABORT_SECONDS
                 aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
@@ -393,9 +395,25 @@ class VllmEngine:
                 lora_request=self._adapter,
             ):
                 output = part
+        except VLLMValidationError as error:
+            if self._give_up_constraint(running):
+                await self._serve(running, llm, outputs)
+                return
+            output = error
         except Exception as error:  # noqa: BLE001 -- it becomes the request's result
             output = error
         outputs.put((running, output))
+
+    def _give_up_constraint(self, running: _Running) -> bool:
+        """Leave a constraint that vLLM refuses to validation; False where nothing can be left."""
+        if (
+            running.params.structured_outputs is None
+            or self._config.asking.on_unsupported_schema == "refuse"
+        ):
+            return False
+        running.params.structured_outputs = None
+        running.constraint = "validated"
+        return True
 
     def _abort(self, aborted: list[_Running]) -> None:
         """Make vLLM drop requests, and wait until it knows."""
