@@ -145,6 +145,10 @@ def _quantization(asked: str, described: Mapping[str, Any]) -> str | None:
                 "vLLM has no bitsandbytes of its own since 0.28: install vllm-bnb-plugin beside "
                 "it, or use the hf engine for nf4."
             )
+        if current_platform.is_cpu():
+            raise EngineMisconfigured(
+                "vllm-bnb-plugin loads nothing on a CPU; use the hf engine for nf4 there."
+            )
         return "bitsandbytes"
     if asked == "marlin":
         # Today a kernel, not a format: the checkpoint's format decides.

@@ -11,7 +11,7 @@ from jobs.domain.errors import EngineError, EngineMisconfigured, EngineOutOfMemo
 
 _KEPT_BYTES = 256 * 1024
 _REASON = re.compile(
-    r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:[\w.]*\.)?(\w*(?:Error|Exception)): (.+)$"
+    r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?(?:[\w.]*\.)?(\w*(?:Error|Exception))(?:: (.+))?$"
 )
 _NO_REASON = re.compile(r"initialization failed|See (?:stack trace|root cause)|died unexpectedly")
 _EXIT = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
@@ -99,7 +99,8 @@ def last_reason(said: str) -> str:
 
 def _reasons(said: str) -> list[str]:
     found = [match for line in said.splitlines() if (match := _REASON.match(line.strip()))]
-    return [f"{match[1]}: {match[2]}" for match in found if not _NO_REASON.search(match[2])]
+    said_so = [f"{match[1]}: {match[2]}" if match[2] else match[1] for match in found]
+    return [reason for reason in said_so if not _NO_REASON.search(reason)]
 
 
 def ran_out_of_memory(said: str) -> bool:
