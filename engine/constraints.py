@@ -11,6 +11,7 @@ writes by default and the compact form, and never the endless blanks that a weak
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
+from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeVar
 
 import jsonschema_rs
@@ -34,16 +35,25 @@ MAX_ENUM_VALUES = 5_000
 MAX_PATTERN_CHARS = 2_048
 
 _ONE_SPACE = " ?"
-_JSON_OPTIONS = {
+_STRICT = {"coerce_one_of": False, "lenient": False}
+_SPACE_BEHIND = {
+    "whitespace_flexible": False,
+    "whitespace_pattern": "",
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+}
+_SPACE_ANYWHERE = {
     "whitespace_flexible": True,
     "whitespace_pattern": _ONE_SPACE,
     "item_separator": ",",
     "key_separator": ":",
-    "coerce_one_of": False,
-    "lenient": False,
 }
+# llguidance before 1.9, which vLLM holds to, repeats `whitespace_pattern` without end.
+_REPEATS_PATTERN = tuple(map(int, version("llguidance").split(".")[:2])) < (1, 9)
+_JSON_OPTIONS = {**_STRICT, **(_SPACE_BEHIND if _REPEATS_PATTERN else _SPACE_ANYWHERE)}
 """Given as overrides: a schema may not loosen them with an `x-guidance` of its own."""
-_LENIENT = {**_JSON_OPTIONS, "coerce_one_of": True, "lenient": True}
+_LOOSE = {"coerce_one_of": True, "lenient": True}
+_LENIENT = {**_JSON_OPTIONS, **_LOOSE}
 _ANY_OBJECT = '{"type": "object"}'
 _OUTLINES_IGNORES = frozenset(
     {
@@ -343,17 +353,10 @@ def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
     """Return a JSON constraint's schema that carries our options itself.
 
     For an engine that calls llguidance without them; with `lenient` without the keywords that
-    cannot be kept. One space may follow a comma or a colon: llguidance before 1.9, which vLLM
-    holds to, repeats `whitespace_pattern` without end.
+    cannot be kept. One space may follow a comma or a colon, with every version of llguidance.
     """
     schema = parse_schema(_ANY_OBJECT if constraint.kind == "json_object" else constraint.spec)
-    options = {
-        **(_LENIENT if lenient else _JSON_OPTIONS),
-        "whitespace_flexible": False,
-        "item_separator": ", ?",
-        "key_separator": ": ?",
-    }
-    del options["whitespace_pattern"]
+    options = {**(_LOOSE if lenient else _STRICT), **_SPACE_BEHIND}
     described = schema if isinstance(schema, dict) else {}
     return msgspec.json.encode({**described, "x-guidance": options}).decode()
 
