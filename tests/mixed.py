@@ -13,6 +13,8 @@ from engine.constraints import validate
 from engine.demo.text import Example, examples_of
 from jobs.domain.request import CHAT, parse_line
 
+TOTALS = {"lines": 500, "schema": 250, "choice": 125, "free": 125}
+"""Of the whole batch, on every engine."""
 _SENTIMENTS = ["positive", "negative", "neutral"]
 _STRING = {"type": "string", "maxLength": 80}
 _FIELDS: dict[str, dict[str, Any]] = {

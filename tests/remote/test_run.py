@@ -9,7 +9,7 @@ import pytest
 
 from tests.builders import await_true
 from tests.integration.runs import REPOSITORY, Folder
-from tests.mixed import check_mixed, write_mixed
+from tests.mixed import TOTALS, check_mixed, write_mixed
 from tests.remote.conftest import START_SECONDS, VllmServer
 
 NUM_LINES = 500
@@ -35,7 +35,7 @@ def test_mixed_batch_has_only_valid_answers(folder: Folder) -> None:
     ended = folder.run("in.jsonl", "-o", "out.jsonl", "--errors", "err.jsonl", seconds=400)
     assert ended.code == 0, ended.stderr
     totals = check_mixed(folder / "out.jsonl", folder / "err.jsonl", NUM_LINES)
-    assert totals["lines"] == NUM_LINES
+    assert totals == TOTALS
     lines = [json.loads(line) for line in (folder / "out.jsonl").read_text("utf-8").splitlines()]
     kept = {line["response"]["body"].get("batchctl", {}).get("constraint") for line in lines}
     assert kept == {"enforced", None}

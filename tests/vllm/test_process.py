@@ -18,7 +18,7 @@ from engine.registry import open_engine
 from jobs.domain.errors import EngineDied
 from jobs.domain.request import CHAT, Request, SamplingParams, parse_line
 from tests.builders import await_true
-from tests.mixed import answers_of, check_mixed, write_mixed
+from tests.mixed import TOTALS, answers_of, check_mixed, write_mixed
 from tests.vllm.conftest import CACHE_BYTES, Ask, make_config
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_mixed_batch_is_answered_as_by_the_hf_engine(tmp_path: Path, ask: Ask) -
     ended = run(tmp_path, str(mixed), "--engine", "vllm", "-m", "demo", "-o", "out.jsonl")
     assert ended.returncode == 0, ended.stderr
     totals = check_mixed(tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl")
-    assert totals == {"lines": 500, "schema": 250, "choice": 125, "free": 125}
+    assert totals == TOTALS
     answers = answers_of(tmp_path / "out.jsonl")
     hf = open_engine(
         HfConfig(model=str(model_path()), device="cpu", compute_dtype="float32"), model="demo"
