@@ -65,6 +65,7 @@ _SPELLED = frozenset(
         "asking",
     }
 )
+_OPENAI = "https://api.openai.com"
 # Words of other tools for options that their makers have dropped since, and why.
 _DROPPED = {
     "squeezellm": "vLLM has no squeezellm since 0.7",
@@ -204,7 +205,9 @@ class ModelSettings(BaseModel):
         default=None, description="the server of a remote model; unset: `remote.url`"
     )
     api_key: SecretStr | None = Field(
-        default=None, description="its key; unset: `remote.api_key`, on the server of `remote.url`"
+        default=None,
+        description="its key; unset: `remote.api_key`, on the server of `remote.url`; without that "
+        "on https://api.openai.com",
     )
     served_model: str | None = Field(
         default=None, description="what that server calls the model; unset: `remote.model`"
@@ -404,9 +407,11 @@ def _remote_changes(name: str, entry: ModelSettings, groups: EngineGroups) -> di
 
 
 def _shared_key(url: str, remote: RemoteSettings) -> SecretStr | None:
-    """Return the key of `remote` where it is meant for this URL: no key goes to another server."""
-    is_meant = may_carry_keys(url) if remote.url is None else _origin(url) == _origin(remote.url)
-    return remote.api_key if is_meant else None
+    """Return the key of `remote` where it is meant for this URL: no key goes to another server.
+
+    It belongs to the origin of `remote.url`; without that it can only be one of OpenAI's.
+    """
+    return remote.api_key if _origin(url) == _origin(remote.url or _OPENAI) else None
 
 
 def _origin(url: str) -> tuple[str, str]:

@@ -471,7 +471,8 @@ ALIASES = (
     Alias(
         name="OPENAI_API_KEY",
         path=("remote", "api_key"),
-        note="key of a remote server, if its URL has https or is on this machine",
+        note="key of the server of `remote.url`, if that has https or is on this machine; without "
+        "`remote.url` of https://api.openai.com",
         family="openai",
     ),
     Alias(
@@ -717,6 +718,8 @@ def _read_aliases(environment: Mapping[str, str], covered: Mapping[str, Any]) ->
         its_url = environment.get(_URL_NAMES.get(alias.family, ""))
         if its_url and its_url != url:
             continue  # what belongs to another server than the one in use
+        if alias.name == "VLLM_REMOTE_API_KEY" and url is None:
+            continue  # without that server's URL nobody can say to whom it may be sent
         if alias.name == "OPENAI_API_KEY" and url is not None and not may_carry_keys(url):
             continue  # set for whatever runs here; this server needs a key of its own name
         try:

@@ -17,6 +17,7 @@ HERE = "http://127.0.0.1:8000/v1"
 VLLM = "http://127.0.0.1:8001"
 FAR = "http://10.1.2.3:8000/v1"
 CLOUD = "https://api.example.com/v1"
+OPENAI = "https://api.openai.com/v1"
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +131,13 @@ def test_openai_key_is_kept_from_a_url_of_the_settings_too(
         (CLOUD, "https://api.example.com/other/v1", True),
         (CLOUD, "https://api.example.org/v1", False),
         (CLOUD, "http://api.example.com/v1", False),
-        (None, CLOUD, True),
-        (None, HERE, True),
+        (None, CLOUD, False),
+        (None, HERE, False),
         (None, FAR, False),
+        (None, OPENAI, True),
+        (None, "http://api.openai.com/v1", False),
+        (None, "https://api.openai.com@example.com/v1", False),
+        (CLOUD, OPENAI, False),
     ],
 )
 def test_shared_key_is_for_the_shared_server(
@@ -145,6 +150,24 @@ def test_shared_key_is_for_the_shared_server(
     models["far"]["api_key"] = "own-key"
     config = config_of(monkeypatch, {}, model="far", remote=remote, models=models)
     assert config.api_key == "own-key"
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "is_sent"),
+    [
+        ("OPENAI_API_KEY", CLOUD, False),
+        ("OPENAI_API_KEY", OPENAI, True),
+        ("REMOTE_OPENAI_API_KEY", CLOUD, False),
+        ("VLLM_REMOTE_API_KEY", CLOUD, False),
+        ("VLLM_REMOTE_API_KEY", OPENAI, False),
+    ],
+)
+def test_key_of_the_environment_goes_to_no_server_that_only_a_model_names(
+    monkeypatch: pytest.MonkeyPatch, name: str, own: str, is_sent: bool
+) -> None:
+    models = {"far": {"url": own}}
+    config = config_of(monkeypatch, {name: "ambient"}, model="far", models=models)
+    assert config.api_key == ("ambient" if is_sent else None)
 
 
 def test_server_may_know_any_model(monkeypatch: pytest.MonkeyPatch) -> None:
