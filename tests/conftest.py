@@ -20,6 +20,7 @@ import boto3
 import botocore.config
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
 
 from storage.config import BlobSettings
 from storage.database import open_database, upgrade
@@ -27,6 +28,10 @@ from storage.tables import metadata
 
 # pytest-alembic, where it is installed, collects this file as tests, and fails on pytest 9.2.
 collect_ignore = ["conftest.py"]
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
