@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -26,11 +28,13 @@ from engine.config import (
     EngineConfig,
     GenerationDefaults,
     HfConfig,
+    HfQuantization,
     NativeConstraints,
     RemoteConfig,
     SimulatedConfig,
     VllmConfig,
     VllmDtype,
+    VllmQuantization,
 )
 from engine.demo import model_path
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
@@ -81,7 +85,36 @@ def _spelled_quantization(value: object) -> object:
     return value
 
 
-QuantizationChoice = Annotated[str, BeforeValidator(_spelled_quantization)]
+_OF_HF = frozenset(get_args(HfQuantization))
+_OF_VLLM = frozenset(get_args(VllmQuantization))
+
+
+def _known_quantization(*words: str) -> AfterValidator:
+    """Return a check that a word is one of these or "auto"."""
+
+    def check(word: str) -> str:
+        if word == "auto" or word in words:
+            return word
+        if word in _DROPPED:
+            raise ValueError(f"{word} is not possible: {_DROPPED[word]}.")
+        if word in _OF_VLLM:
+            raise ValueError(_not_of_hf(word))
+        raise ValueError(
+            f"there is no quantization {word!r}.{did_you_mean(word, words)} Known are: auto, "
+            f"{', '.join(words)}."
+        )
+
+    return AfterValidator(check)
+
+
+def _not_of_hf(word: str) -> str:
+    return f"only the vllm engine has {word}; hf has auto, {', '.join(get_args(HfQuantization))}."
+
+
+_Spelled = Annotated[str, BeforeValidator(_spelled_quantization)]
+HfQuantizationChoice = Annotated[_Spelled, _known_quantization(*get_args(HfQuantization))]
+VllmQuantizationChoice = Annotated[_Spelled, _known_quantization(*get_args(VllmQuantization))]
+QuantizationChoice = VllmQuantizationChoice  # those of hf are among them
 
 
 class HfSettings(BaseModel):
@@ -94,7 +127,7 @@ class HfSettings(BaseModel):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto, cpu, cuda, cuda:N or mps",
     )
-    quantization: QuantizationChoice = Field(
+    quantization: HfQuantizationChoice = Field(
         default="auto",
         description="none, nf4 for 4-bit weights, or auto: nf4 if only that fits the device",
     )
@@ -118,7 +151,7 @@ class VllmSettings(BaseModel):
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes"
     )
-    quantization: QuantizationChoice = Field(
+    quantization: VllmQuantizationChoice = Field(
         default="auto",
         description="none, nf4, awq, awq_marlin, gptq, gptq_marlin, marlin, fp8, nvfp4, or auto: "
         "nf4 if only that fits the GPUs",
@@ -234,6 +267,8 @@ class ModelSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
+        if self.engine == "hf" and _needs_vllm(self.quantization):
+            raise ValueError(_not_of_hf(str(self.quantization)))
         known = self._known_options()
         for name in self.options:
             if name in known:
@@ -250,7 +285,7 @@ class ModelSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"option {where}: {first['msg']}{_why_dropped(first)}") from None
+            raise ValueError(f"option {where}: {first['msg']}") from None
         except InvalidInput:  # no source yet: asked for when the model is used
             pass
         return self
@@ -340,7 +375,8 @@ def resolve(
         engine: goes before the entry's own, unless it is "auto".
         quantization: likewise, unless it is None or "auto".
         check_installed: whether the engine will run here, so that it has to be installed, and
-            to fit; if not, nothing is looked at, and what is open becomes hf at 16 bit.
+            to fit; if not, nothing is looked at, and what is open becomes hf at 16 bit, or vllm
+            where the entry's quantization is one that only vllm has.
         machine: what there is to run it on; unset, this one.
 
     Raises:
@@ -351,6 +387,9 @@ def resolve(
     """
     entry = models.get(name) or _from_source(models, name, engine=engine, remote=groups.remote)
     wanted = entry.engine if engine == "auto" else engine
+    quantization = _checked_quantization(quantization)
+    if wanted == "auto" and not entry.url and _needs_vllm(quantization, entry.quantization):
+        wanted = "vllm"
     kind = concrete(wanted, url=entry.url)
     choice = None
     changes: dict[str, Any] = {}
@@ -384,11 +423,26 @@ def resolve(
         return Completed(name, ModelSettings.model_validate(unset | changes), choice)
     except ValidationError as error:
         first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
         raise InvalidInput(
-            f"The model {name} cannot run so: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg'].removeprefix('Value error, ')}",
+            f"The model {name} cannot run so: {where}{first['msg'].removeprefix('Value error, ')}",
             param="model",
         ) from None
+
+
+def _checked_quantization(word: str | None) -> str | None:
+    """Return the one spelling of a quantization that a flag gave."""
+    try:
+        return TypeAdapter(QuantizationChoice | None).validate_python(word)
+    except ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise InvalidInput(f"{told[0].upper()}{told[1:]}", param="quantization") from None
+
+
+def _needs_vllm(*words: str | None) -> bool:
+    """Return whether the first of these words that says anything is one that hf does not have."""
+    said = next((word for word in words if word not in {None, "auto"}), "none")
+    return said not in _OF_HF
 
 
 def _remote_changes(name: str, entry: ModelSettings, groups: EngineGroups) -> dict[str, Any]:
@@ -517,11 +571,6 @@ def concrete(engine: EngineChoice, *, url: str | None) -> EngineKind:
     if engine != "auto":
         return engine
     return "remote" if url else "hf"
-
-
-def _why_dropped(problem: Any) -> str:  # noqa: ANN401  pydantic's
-    reason = _DROPPED.get(str(problem.get("input")))
-    return f" ({reason})" if reason else ""
 
 
 def _option_names(kind: EngineKind) -> frozenset[str]:

@@ -405,3 +405,62 @@ def test_hardware_of_the_guide_holds_what_it_says(
     heads = SHAPES[billions]["hidden_size"] // 128
     folder = model(billions, num_key_value_heads=8 if billions == "70b" else heads)
     assert chosen(complete(folder, machine(*gpus)))[1] == chosen_bits
+
+
+@pytest.mark.parametrize("word", ["awq", "gptq", "fp8", "marlin", "nvfp4", "gptq_marlin"])
+@pytest.mark.parametrize("where", ["entry", "flag"])
+def test_quantization_that_only_vllm_has_chooses_vllm(where: str, word: str) -> None:
+    entry = {"source": "owner/name", **({"quantization": word} if where == "entry" else {})}
+    flag = word.upper() if where == "flag" else None
+    models = {"m": ModelSettings.model_validate(entry)}
+    groups = Settings().engine_groups
+    planned = resolve(
+        models, "m", groups=groups, engine="auto", quantization=flag, check_installed=False
+    )
+    assert (planned.settings.engine, planned.settings.quantization) == ("vllm", word)
+    config = planned.settings.to_engine_config()
+    assert isinstance(config, VllmConfig)
+    assert config.quantization == word
+
+
+def test_quantization_that_only_vllm_has_runs_on_vllm_here_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    for there in (machine(24, has_vllm=True), machine(memory_gb=16, has_vllm=True)):
+        found = complete("owner/name", there, quantization="awq")
+        assert (found.settings.engine, found.settings.quantization) == ("vllm", "awq")
+
+
+def test_quantization_that_only_vllm_has_is_not_run_on_hf_where_hf_is_named() -> None:
+    with pytest.raises(InvalidInput, match="m cannot run so: only the vllm engine has awq"):
+        complete("owner/name", machine(24), engine="hf", quantization="awq")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"vllm": {"quantization": "squeezellm"}}, "vLLM has no squeezellm since 0.7"),
+        ({"vllm": {"quantization": "nonsense"}}, "no quantization 'nonsense'"),
+        ({"hf": {"quantization": "awq"}}, "only the vllm engine has awq"),
+        ({"hf": {"quantization": "nonsense"}}, "Known are: auto, none, nf4"),
+        (
+            {"models": {"m": {"source": "a/b", "quantization": "squeezellm"}}},
+            "vLLM has no squeezellm since 0.7",
+        ),
+        ({"models": {"m": {"engine": "hf", "quantization": "fp8"}}}, "only the vllm engine has"),
+        ({"models": {"m": {"quantization": "gtpq"}}}, "Did you mean 'gptq'?"),
+    ],
+)
+def test_wrong_quantization_is_refused_with_the_settings(
+    given: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        load(**given)
+    assert reason in refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_wrong_quantization_of_a_flag_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"^There is no quantization 'nonsense'"):
+        complete("owner/name", machine(24), flag="nonsense")
