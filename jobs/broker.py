@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import kombu.exceptions
 import redis
@@ -25,7 +25,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
-from jobs.domain.errors import InvalidInput, StorageError
+from jobs.broker_url import check_url, tls_options, without_options
+from jobs.domain.errors import StorageError
 from jobs.domain.ids import BatchId
 from jobs.domain.shard import UnitKind
 from jobs.telemetry import log
@@ -48,7 +49,6 @@ _MIN_PAUSE_SECONDS = 0.02
 _BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,64}")
 _MAX_HINT_BYTES = 200
 _ERRORS = (redis.RedisError, kombu.exceptions.KombuError, OSError)
-_SCHEMES = ("redis", "rediss", "sentinel")
 
 
 def transport_settings(config: BrokerConfig) -> dict[str, Any]:
@@ -142,39 +142,13 @@ def connect(config: BrokerConfig) -> redis.Redis:
 
 
 def _split_tls(url: str) -> tuple[str, dict[str, Any] | None]:
-    """Return the URL without its `ssl_` options, and these, or None where there is no TLS."""
-    scheme = urlsplit(url).scheme
-    if scheme not in _SCHEMES:
-        raise InvalidInput(
-            f"broker.url begins with {scheme or 'no scheme'!r}; it has to be one of "
-            f"{', '.join(f'{one}://' for one in _SCHEMES)}.",
-            param="broker.url",
-        )
-    if scheme != "rediss":
+    """Return the URL without its options, and those of TLS, or None where there is no TLS."""
+    check_url(url)
+    options = tls_options(url)
+    if options is None:
         return url, None
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    tls: dict[str, Any] = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
-    for name in [name for name in query if name.startswith("ssl_")]:
-        value = query.pop(name)
-        if name == "ssl_cert_reqs":
-            tls[name] = _certificate_rule(value)
-            tls["ssl_check_hostname"] &= tls[name] is not ssl.CERT_NONE
-        elif name == "ssl_check_hostname":
-            tls[name] = value.lower() not in {"false", "0", "no"}
-        else:
-            tls[name] = value
-    return urlunsplit(parts._replace(query=urlencode(query))), tls
-
-
-def _certificate_rule(value: str) -> ssl.VerifyMode:
-    try:
-        return ssl.VerifyMode[f"CERT_{value.upper().removeprefix('CERT_')}"]
-    except KeyError:
-        raise InvalidInput(
-            f"ssl_cert_reqs in broker.url is {value!r}; it is required, optional or none.",
-            param="broker.url",
-        ) from None
+    rule = ssl.VerifyMode[f"CERT_{str(options['ssl_cert_reqs']).upper()}"]
+    return without_options(url), {**options, "ssl_cert_reqs": rule}
 
 
 class Broker:

@@ -40,6 +40,7 @@ from pydantic_settings import (
 from typing_extensions import override
 
 from jobs import fields
+from jobs.broker_url import check_url, for_redis_py
 from jobs.catalogue import (
     BUILT_IN,
     Completed,
@@ -201,6 +202,16 @@ class BrokerSettings(_Group):
         description="what queues and keys begin with; two systems on one Redis need two",
     )
 
+    @field_validator("url", mode="after")
+    @classmethod
+    def _check_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            try:
+                check_url(url.get_secret_value())
+            except InvalidInput as error:
+                raise ValueError(error.message) from None
+        return url
+
 
 class WorkerSettings(_Group):
     """What `batchctl worker` starts, and how workers show that they are there."""
@@ -354,7 +365,8 @@ class Settings(BaseSettings):
         broker = self.broker
         if broker.url is None:
             return None
-        return Limiter(url=broker.url, prefix=broker.prefix, master=broker.sentinel_master)
+        url = SecretStr(for_redis_py(broker.url.get_secret_value()))
+        return Limiter(url=url, prefix=broker.prefix, master=broker.sentinel_master)
 
     def check_serving(self) -> None:
         """Check that an API with these settings is not open to the world.

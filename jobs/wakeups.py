@@ -16,6 +16,7 @@ from typing import Protocol
 
 import xxhash
 
+from jobs.broker_url import shown_url
 from jobs.domain.ids import BatchId
 
 _NOT_IN_QUEUES = re.compile(r"[^A-Za-z0-9_.-]")
@@ -60,8 +61,8 @@ class BrokerConfig:
 
     @property
     def shown_url(self) -> str:
-        """The URL without its password."""
-        return re.sub(r"(://[^/@]*:)[^@]*@", r"\1***@", self.url)
+        """The URL without user, password and options."""
+        return shown_url(self.url)
 
 
 class Doorbell:

@@ -1,11 +1,15 @@
 import ssl
 import threading
+from typing import Any
+from urllib.parse import parse_qsl
 
 import pytest
+import redis
 
-from jobs.broker import transport_settings
+from jobs.broker import connect, transport_settings
 from jobs.domain.errors import InvalidInput
 from jobs.domain.ids import BatchId
+from jobs.settings import load
 from jobs.wakeups import BrokerConfig, Doorbell, Hint, control_queue, work_queue
 
 BATCH = BatchId("batch_1")
@@ -127,14 +131,93 @@ def test_sentinel_url_names_its_master() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["amqp://host", "host:6379", "rediss://host?ssl_cert_reqs=perhaps"],
+    [
+        "amqp://host",
+        "host:6379",
+        "rediss://host?ssl_cert_reqs=perhaps",
+        "redis://:s3cret@h:abc/0",
+        "redis://:s3cret@h:99999/0",
+        "redis://:s3cret/1@h/0",
+        "redis://:s3cret@h/name",
+        "redis://:s3cret@h/0?socket_timeout=x",
+        "redis://h/0?password=s3cret",
+        "redis://h/0?ssl_cert_reqs=none",
+        "rediss://h/0?ssl_nonsense=1",
+        "redis://:s3cret@[::1/0",
+        "sentinel://:s3cret@h:26379/mymaster",
+        "sentinel://:s3cret@h:x",
+        "sentinel://h:26379;:s3cret@g:x",
+    ],
 )
 def test_url_that_cannot_be_used_is_refused(url: str) -> None:
-    with pytest.raises(InvalidInput, match=r"broker\.url"):
-        transport_settings(BrokerConfig(url=url))
+    for use in (transport_settings, connect):
+        with pytest.raises(InvalidInput, match=r"broker\.url") as refused:
+            use(BrokerConfig(url=url))
+        assert "s3cret" not in refused.value.message
+        assert "\n" not in refused.value.message
+    with pytest.raises(InvalidInput, match=r"broker\.url \(flag\)") as refused:
+        load(broker={"url": url})
+    assert "s3cret" not in refused.value.message
+    assert "\n" not in refused.value.message
 
 
-def test_password_of_the_broker_is_not_shown() -> None:
-    config = BrokerConfig(url="sentinel://u:secret@one:1/0;sentinel://u:secret@two:1/0")
-    assert "secret" not in config.shown_url
-    assert "one" in config.shown_url
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://h:6379/",
+        "redis://user:p%2Fss@[::1]:6379/15",
+        "rediss://h/0?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs=/ca.pem",
+        "sentinel://h;g:1/2",
+    ],
+)
+def test_url_that_can_be_used_is_taken_everywhere(url: str) -> None:
+    transport_settings(BrokerConfig(url=url))
+    connect(BrokerConfig(url=url)).close()
+    assert load(broker={"url": url}).limiter is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "rule", "checks_name"),
+    [
+        ("CERT_REQUIRED", "required", "True"),
+        ("required", "required", "True"),
+        ("CERT_NONE", "none", "False"),
+    ],
+)
+def test_limiter_is_given_the_options_of_tls_in_its_own_words(
+    given: str, rule: str, checks_name: str
+) -> None:
+    url = f"rediss://:p%40ss@h:1/2?ssl_cert_reqs={given}&ssl_ca_certs=/etc/ca.pem"
+    limiter = load(broker={"url": url}).limiter
+    assert limiter is not None
+    handed = limiter.url.get_secret_value()
+    base, _, query = handed.partition("?")
+    assert base == "rediss://:p%40ss@h:1/2"
+    assert dict(parse_qsl(query)) == {
+        "ssl_cert_reqs": rule,
+        "ssl_check_hostname": checks_name,
+        "ssl_ca_certs": "/etc/ca.pem",
+    }
+    client = redis.Redis.from_url(handed)  # which refuses Celery's words only when it connects
+    made: Any = client.connection_pool.make_connection()
+    assert made.cert_reqs is ssl.VerifyMode[f"CERT_{rule.upper()}"]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:p@ss@h:6379/2", "redis://h:6379/2"),
+        ("redis://user:ss@h", "redis://h"),
+        ("redis://h/0?password=ss", "redis://h/0"),
+        ("redis://:ss@[::1]:6379/0", "redis://[::1]:6379/0"),
+        ("redis://:ss/@h/0", "redis://..."),
+        (
+            "sentinel://u:ss@one:1/0;sentinel://u:ss@two:1/0",
+            "sentinel://one:1/0;sentinel://two:1/0",
+        ),
+    ],
+)
+def test_password_of_the_broker_is_not_shown(url: str, shown: str) -> None:
+    assert BrokerConfig(url=url).shown_url == shown
