@@ -320,7 +320,8 @@ class Traffic:
         await self._rates.settle(estimated=job.estimate, used=used or job.estimate)
 
     def _finish(self, job: _Job, result: Result) -> None:
-        if self._jobs.pop(job.request.id, None) is not None:
+        if self._jobs.get(job.request.id) is job:
+            del self._jobs[job.request.id]
             self._progress += 1
             self._emit(result)
 
@@ -403,14 +404,18 @@ class Traffic:
         job.codes[trouble.code] += 1
         self._note_trouble(trouble, started_at=job.started_at)
         is_news = trouble.slows and self._slow_down(trouble, job.started_at)
-        if trouble.retry_after is not None:
-            pause = min(trouble.retry_after, _MAX_PAUSE_SECONDS)
-            self._pause_until = max(self._pause_until, now + pause)
-            await self._rates.pause(pause)
-        elif trouble.kind != "fault" and is_news:
+        pause = 0.0
+        if trouble.kind != "fault" and is_news:
             self._rounds += 1
             most = _MAX_PROBE_SECONDS if trouble.kind == "away" else _BACK_OFF_SECONDS[1]
-            self._pause_until = max(self._pause_until, now + self._jitter(self._rounds, most))
+            pause = self._jitter(self._rounds, most)
+        # A server may ask for no pause at all, or for one that is over, each time.
+        asked = min(trouble.retry_after or 0.0, _MAX_PAUSE_SECONDS)
+        self._pause_until = max(self._pause_until, now + max(pause, asked))
+        if asked > 0:
+            await self._rates.pause(asked)
+            if self._jobs.get(job.request.id) is not job:
+                return  # given up meanwhile, and its id perhaps given to another
         if self._is_blamed(job):
             job.blame += {"fault": _FAULT, "load": _LOAD, "away": 0}[trouble.kind]
         job.alive_before = self._num_alive

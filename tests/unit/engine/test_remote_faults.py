@@ -205,6 +205,34 @@ def test_retry_after_is_waited_for_by_everybody(open_remote: OpenRemote) -> None
     assert min(others) - first >= 0.95
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("retry-after", "0"),
+        ("retry-after-ms", "1"),
+        ("retry-after", "Wed, 21 Oct 2015 07:28:00 GMT"),
+    ],
+)
+def test_server_that_asks_for_no_pause_is_not_asked_without_one(
+    open_remote: OpenRemote, header: tuple[str, str]
+) -> None:
+    began = 0.0
+
+    async def behave(call: Call) -> None:
+        nonlocal began
+        began = began or call.at
+        if call.at - began < 1:
+            await call.respond(429, error(), headers=dict([header]))
+        else:
+            await call.answer()
+
+    with Server(behave) as server:
+        engine = open_remote(server, patience_seconds=60, slots=1)
+        assert len(collect(engine, ask(1))) == 1
+    # Pauses of up to 0.5, 1 and 2 seconds, at random; without one there would be hundreds.
+    assert 2 <= len(server.calls) <= 25
+
+
 def test_concurrency_finds_what_the_server_bears(open_remote: OpenRemote) -> None:
     busy = 0
     seen: list[int] = []
