@@ -17,6 +17,8 @@ from jobs.worker.launcher import Command
 DRAIN_MARGIN_SECONDS = 40.0
 """Beyond the drain itself: Celery's pool may wait 30 s for its last results to be taken."""
 
+_MAX_PORT = 65535
+
 
 def plan_commands(
     settings: Settings,
@@ -34,7 +36,8 @@ def plan_commands(
         flags: those of this command, as `jobs.settings.load` takes them.
 
     Raises:
-        InvalidInput: there is no such model or GPU, or no database that processes can share.
+        InvalidInput: there is no such model or GPU, no database that processes can share, or
+            not a port for each worker's metrics.
         EngineMisconfigured: a model needs more GPUs than there are.
     """
     _check_database(settings)
@@ -49,6 +52,7 @@ def plan_commands(
     planned = [("engine", f"engine-{number}", group) for number, group in enumerate(engines)]
     if settings.worker.role != "engine":
         planned.append(("control", "control", ()))
+    _check_ports(settings, len(planned))
     commands = []
     for number, (role, name, group) in enumerate(planned):
         decided = {
@@ -138,6 +142,16 @@ def _group_size(settings: Settings, name: str) -> tuple[int, str]:
         return 1, ""
     tensor, pipeline = config.tensor_parallel_size, config.pipeline_parallel_size
     return tensor * pipeline, f"tensor parallel {tensor} x pipeline parallel {pipeline}"
+
+
+def _check_ports(settings: Settings, num_workers: int) -> None:
+    first = settings.worker.metrics_port
+    if first and first + num_workers - 1 > _MAX_PORT:
+        raise InvalidInput(
+            f"worker.metrics_port is {first}, and {num_workers} workers need as many ports from "
+            f"there: {_MAX_PORT - num_workers + 1} is the last that leaves room for them.",
+            param="worker.metrics_port",
+        )
 
 
 def _metrics_port(settings: Settings, number: int) -> int | None:

@@ -147,3 +147,10 @@ def test_what_a_machine_cannot_do_is_one_sentence(worker: dict[str, Any], said: 
     with pytest.raises(InvalidInput, match=said) as refused:
         plan(settings_with(**worker), 1)
     assert refused.value.param == "settings"
+
+
+def test_metrics_ports_that_there_are_not_are_refused() -> None:
+    assert len(plan(settings_with(metrics_port=65533), num_gpus=2)) == 3
+    with pytest.raises(InvalidInput, match="65533 is the last") as refused:
+        plan(settings_with(metrics_port=65534), num_gpus=2)
+    assert "\n" not in refused.value.message
