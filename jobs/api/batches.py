@@ -1,6 +1,7 @@
 """Routes of batches: create, list, look, cancel, and their results as they come."""
 
 import re
+from contextlib import suppress
 from dataclasses import fields as fields_of
 from datetime import timedelta
 from typing import Annotated, Literal
@@ -21,7 +22,7 @@ from jobs.domain.ids import BatchId, FileId, mint_batch_id
 from jobs.domain.request import ENDPOINTS
 from jobs.settings import resolve_model
 from jobs.wakeups import Hint
-from storage import batches
+from storage import batches, models
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _WINDOW = re.compile(r"([0-9]{1,9})([smhd])")
@@ -242,6 +243,11 @@ def create_batch(
 
 
 def _check_model(context: Context, name: str) -> None:
+    """Check that there is such a model; one that a worker published goes before this node's own."""
+    if context.app.db.is_postgres:
+        with suppress(NotFound):
+            models.get(context.app.db, name)
+            return
     try:
         resolve_model(context.app.settings, name, check_installed=False)
     except NotFound as error:

@@ -111,7 +111,8 @@ def test_models_that_workers_published_are_listed_behind_those_of_the_catalogue(
 ) -> None:
     url = postgres_server.create_database()
     try:
-        with serve_api(database={"url": url}) as running, running.client() as client:
+        here = {"engine": "auto", "database": {"url": url}}  # simulated would know any model
+        with serve_api(**here) as running, running.client() as client:
             for name in ("afar", "demo"):
                 models.upsert(
                     running.app.db,
@@ -126,6 +127,21 @@ def test_models_that_workers_published_are_listed_behind_those_of_the_catalogue(
             assert client.models.retrieve("afar").id == "afar"
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("nowhere")
+            given = client.files.create(file=("in.jsonl", b"{}"), purpose="batch")
+            batch = client.batches.create(
+                input_file_id=given.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                extra_body={"model": "afar"},
+            )
+            assert batch.model == "afar"
+            with pytest.raises(openai.NotFoundError):
+                client.batches.create(
+                    input_file_id=given.id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                    extra_body={"model": "nowhere"},
+                )
             assert running.app.describe("afar") == Capabilities(model="afar", engine="hf")
     finally:
         postgres_server.drop_database(url)
