@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Never
 
 from celery import Celery, signals
+from celery.concurrency import get_implementation
+from celery.concurrency.prefork import TaskPool
 from kombu.entity import Exchange, Queue
 from typing_extensions import override
 
 from jobs.app import broker_config
 from jobs.broker import transport_settings
-from jobs.domain.errors import BatchctlError
+from jobs.domain.errors import BatchctlError, InvalidInput
 from jobs.settings import Settings, load
 from jobs.telemetry import configure_logging
 from jobs.wakeups import control_queue, work_queue
@@ -130,6 +132,20 @@ def _refuse(error: BatchctlError) -> Never:
     sys.exit(f"error: {error.message}")
 
 
+def _check_pool(pool: object) -> None:
+    """Check that there will be a child process: elsewhere nothing would work, and messages go.
+
+    Raises:
+        InvalidInput: it is another pool than prefork.
+    """
+    if get_implementation(pool) is not TaskPool:
+        raise InvalidInput(
+            "The worker's pool is prefork, which has the process that works; leave out -P or "
+            "--pool.",
+            param="pool",
+        )
+
+
 app = Celery("batchctl", config_source=_FromSettings())
 
 
@@ -141,9 +157,10 @@ def _set_up_logging(**_: object) -> None:
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
-def _prepare(**_: object) -> None:
+def _prepare(sender: Any, **_: object) -> None:  # noqa: ANN401  Celery's
     """In the main process, before there is a child: look at the settings, name the drain file."""
     try:
+        _check_pool(sender.pool_cls)
         process.check(load())
     except BatchctlError as error:
         _refuse(error)
