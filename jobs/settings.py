@@ -209,7 +209,7 @@ class BrokerSettings(_Group):
             try:
                 check_url(url.get_secret_value())
             except InvalidInput as error:
-                raise ValueError(error.message) from None
+                raise ValueError(error.message.removeprefix("broker.url ")) from None
         return url
 
 

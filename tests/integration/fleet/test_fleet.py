@@ -258,7 +258,7 @@ def forged(task: str, body: str | bytes, *, kind: str = "application/json") -> s
     ("changes", "said"),
     [
         ({"broker": {}}, "error: No broker is set"),
-        ({"broker": {"url": "amqp://127.0.0.1"}}, "error: broker.url begins with 'amqp'"),
+        ({"broker": {"url": "amqp://127.0.0.1"}}, ": begins with 'amqp'"),
         ({"database": {"url": "sqlite:////tmp/none.sqlite3"}}, "error: Workers share a database"),
         ({"worker": {"models": ["demoo"]}}, "error: worker.models names 'demoo'"),
     ],
