@@ -14,7 +14,7 @@ import xxhash
 
 from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import LineProblem
-from jobs.domain.errors import EngineMisconfigured, InvalidLine, NotFound
+from jobs.domain.errors import EngineMisconfigured, InvalidInput, InvalidLine, NotFound
 from jobs.domain.request import Capabilities, Constraint
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Models:
         """Run on `override` if given, else on what the first good line names.
 
         Raises:
-            NotFound, EngineMisconfigured: `override` is not to be had.
+            NotFound, InvalidInput, EngineMisconfigured: `override` is not to be had.
         """
         self._describe = describe
         self._problems = problems
@@ -234,7 +234,7 @@ class Models:
         """Return what is wrong with naming this model; the first good one becomes the batch's."""
         try:
             found = self._describe(name)
-        except (NotFound, EngineMisconfigured) as reason:
+        except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             error = InvalidLine(reason.message, param="body.model", error_code="model_not_found")
         else:
             if self.capabilities is None:

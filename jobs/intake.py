@@ -13,7 +13,13 @@ import xxhash
 from engine.sandbox import Sandbox
 from jobs.checks import CustomIds, Models, Problems, Schemas
 from jobs.domain.batch import Batch, LineProblem
-from jobs.domain.errors import BlobMissing, EngineMisconfigured, InvalidLine, NotFound
+from jobs.domain.errors import (
+    BlobMissing,
+    EngineMisconfigured,
+    InvalidInput,
+    InvalidLine,
+    NotFound,
+)
 from jobs.domain.request import ENDPOINTS, Capabilities, Line, parse_line
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.wakeups import Doorbell
@@ -179,7 +185,7 @@ class _Reading:
             )
         try:
             return Models(describe, self._problems, override=self._batch.model_override)
-        except (NotFound, EngineMisconfigured) as reason:
+        except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             raise InvalidLine(reason.message, param="model", error_code="model_not_found") from None
 
     def _parse(self, number: int, num_bytes: int, content: bytes | None) -> Line | None:

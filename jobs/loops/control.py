@@ -55,10 +55,11 @@ class ControlLoop:
         crew.keeper.hold(
             lease, progress=progress.read, on_lost=_ignore, on_stopping=lambda _u, _s: None
         )
-        began, outcome = time.monotonic(), "done"
+        began, outcome = time.monotonic(), "failed"
         try:
             with bound(unit_id=lease.unit_id, batch_id=lease.batch_id):
                 self._run(lease, progress)
+            outcome = "done"
         except LeaseLost:
             outcome = "lost"
             log.info("lease_lost", unit_id=lease.unit_id)
@@ -66,7 +67,6 @@ class ControlLoop:
             outcome = "released"
             self._release(lease)
         except finalizer.InputLost as error:
-            outcome = "failed"
             log.error("batch_failed", batch_id=lease.batch_id, code=error.code)
             problem = LineProblem(code=error.code, message=error.message)
             batches.give_up(self._app.db, lease, errors=[problem])

@@ -265,9 +265,12 @@ def test_chosen_model_that_does_not_exist_is_said_once(bench: Bench) -> None:
     assert faults(batch) == [(None, "model_not_found", "model")]
 
 
-def test_model_that_cannot_be_used_says_why(bench: Bench) -> None:
+@pytest.mark.parametrize("kind", [EngineMisconfigured, InvalidInput])
+def test_model_that_cannot_be_used_says_why(
+    bench: Bench, kind: type[EngineMisconfigured | InvalidInput]
+) -> None:
     def broken(_name: str) -> Capabilities:
-        raise EngineMisconfigured("There is no config.json.")
+        raise kind("There is no config.json.")
 
     bench.submit(lines(GOOD, make_line("b")))
     batch = bench.plan(describe=broken)
