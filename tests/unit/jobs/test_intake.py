@@ -5,7 +5,7 @@ import pytest
 
 from jobs import intake
 from jobs.domain.batch import Batch, BatchStatus
-from jobs.domain.errors import EngineMisconfigured, LeaseLost
+from jobs.domain.errors import EngineMisconfigured, InvalidInput, LeaseLost
 from jobs.domain.request import CHAT, COMPLETIONS, PARAMETERS, Capabilities
 from jobs.domain.shard import UnitKind
 from jobs.intake import PlanLimits
