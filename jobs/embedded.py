@@ -22,6 +22,7 @@ from jobs.loops.control import ControlLoop
 from jobs.loops.sweep import SweepLoop
 from jobs.loops.turns import Crew
 from jobs.loops.work import WorkLoop
+from jobs.worker.presence import Presence
 from storage import units
 
 
@@ -79,14 +80,30 @@ class Embedded:
         self.app = app
         self._on_progress = on_progress
         self._crew = Crew(app, fail_without_engine=fail_without_engine)
-        self._work = WorkLoop(self._crew)
+        # On Postgres there may be workers beside this process: it is one of them, and leaves to
+        # the others what it cannot serve as they do. SQLite is this folder's alone.
+        self._presence = (
+            Presence(app, self._crew, device="serve", work=lambda: self._work)
+            if app.db.is_postgres
+            else None
+        )
+        self._work = (
+            WorkLoop(self._crew)
+            if self._presence is None
+            else WorkLoop(
+                self._crew,
+                models=(),
+                others_serve=self._presence.do_others_serve,
+                on_loaded=self._presence.offer_loaded,
+            )
+        )
         self._threads: list[threading.Thread] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         """Take over what an earlier process left, and start."""
         crew = self._crew
-        if not self.app.db.is_postgres:  # SQLite is this folder's; Postgres may have other workers
+        if self._presence is None:
             units.reap_other_boots(self.app.db, boot_id=crew.boot_id)
         sandbox = self._stack.enter_context(self.app.open_sandbox())
         control = ControlLoop(crew, checker=sandbox, on_progress=self._on_progress)
@@ -100,7 +117,10 @@ class Embedded:
             for name, turn in turns.items()
         ]
         self._stack.enter_context(crew.keeping())
-        # On Postgres with a broker there may be workers beside this process; it sweeps for them.
+        if self._presence is not None:
+            self._stack.enter_context(self._presence)
+            self._presence.offer()
+        # With a broker there may be workers that wait for a ring; it sweeps for them.
         self.app.doorbell.poke_every(self.app.settings.leases.reap_seconds / 2)
         for thread in self._threads:
             thread.start()

@@ -20,6 +20,8 @@ from jobs.worker import capabilities
 from storage import workers
 from storage.workers import Worker, WorkerState
 
+_LONGEST_OFFER_PAUSE_SECONDS = 300.0
+
 
 class Presence:
     """A worker's row, written at intervals; use as a context manager.
@@ -44,6 +46,8 @@ class Presence:
         self._wanted: tuple[str, ...] = ()
         self._served: tuple[str, ...] = ()
         self._counted = (time.monotonic(), 0)
+        self._offer_at = 0.0
+        self._offer_pause = 0.0
         self._is_failing = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
@@ -79,12 +83,22 @@ class Presence:
         chosen = self._app.settings.worker
         self._wanted = chosen.models or tuple(self._app.settings.models)
         self._publish(self._wanted)
+        # A rival that was killed counts as alive for so long.
+        self._offer_pause = chosen.lost_seconds
+        self._offer_at = time.monotonic() + self._offer_pause
+
+    @property
+    def serves_nothing(self) -> bool:
+        """Whether every model that it is for has been refused, or not been published yet."""
+        return bool(self._wanted) and not self._served
 
     def offer_again(self) -> None:
         """Try the models again that were refused before; what was in their way may be gone."""
         refused = tuple(name for name in self._wanted if name not in self._served)
-        if refused:
+        if refused and time.monotonic() >= self._offer_at:
             self._publish(refused, say=False)
+            self._offer_pause = min(_LONGEST_OFFER_PAUSE_SECONDS, 2 * self._offer_pause)
+            self._offer_at = time.monotonic() + self._offer_pause
 
     def offer_loaded(self, found: Capabilities) -> bool:
         """Publish what a loaded engine says of itself; return whether it may serve."""
@@ -94,7 +108,7 @@ class Presence:
         """Return whether another live worker says that it serves a model."""
         alive_since = self._app.db.now() - timedelta(seconds=self._app.settings.worker.lost_seconds)
         return any(
-            model in other.models and other.id != self._crew.worker_id
+            model in other.models and not other.draining and other.id != self._crew.worker_id
             for other in workers.list_recent(self._app.db, since=alive_since)
         )
 
@@ -115,6 +129,7 @@ class Presence:
         while not self._stop.wait(self._app.settings.worker.heartbeat_seconds):
             try:
                 self._beat()
+                self.offer_again()
                 self._is_failing = False
             except StorageError as error:
                 if not self._is_failing:

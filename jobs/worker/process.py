@@ -40,7 +40,7 @@ _WAIT_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 _RELAXED_POLLS = 15
 """How many times less often an idle worker looks for work while it hears what others tell."""
 _MAX_RELAXED_SECONDS = 30.0
-_REFUSED_LOOK_SECONDS = 300.0
+_STOP_LOOK_SECONDS = 60.0
 
 
 def check(settings: Settings) -> None:
@@ -106,6 +106,7 @@ class WorkerProcess:
             limit_seconds=max(HEALTHY_SECONDS, 2 * idle_seconds, stall_seconds),
         )
         self._work: WorkLoop | None = None
+        self._presence: Presence | None = None
         self._ended = threading.Event()
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -190,6 +191,7 @@ class WorkerProcess:
             presence = stack.enter_context(
                 Presence(app, crew, device=self._device, work=lambda: self._work)
             )
+            self._presence = presence
             stack.enter_context(self._probing())
             stack.enter_context(crew.keeping())
             loops = self._make_loops(app, crew, presence, stack)
@@ -203,8 +205,8 @@ class WorkerProcess:
             log.info("worker_ready", role=self._settings.worker.role, device=self._device)
             for thread in threads:
                 thread.start()
-            while not crew.stopping.wait(_REFUSED_LOOK_SECONDS):
-                presence.offer_again()
+            while not crew.stopping.wait(_STOP_LOOK_SECONDS):
+                pass
             self._end(threads)
 
     def _end(self, threads: list[threading.Thread]) -> None:
@@ -284,6 +286,8 @@ class WorkerProcess:
         return self._num_notes, work.progress() if work is not None else None
 
     def _problem(self) -> str | None:
+        if self._presence is not None and self._presence.serves_nothing:
+            return "None of its models may be served; see the log."
         if self._work is not None and self._work.has_no_engine_to_offer:
             return "No engine of its models can be started; see the log."
         return self._pulse.problem()

@@ -1,9 +1,18 @@
 """The same calls over Postgres and S3."""
 
+from datetime import timedelta
+
 import httpx2
+import msgspec
 import openai
 import pytest
 
+from jobs.domain.ids import WorkerId
+from jobs.domain.request import Capabilities
+from storage import models, workers
+from storage.database import open_database
+from storage.models import Model
+from storage.workers import Worker
 from tests.conftest import s3_settings
 from tests.integration.api.servers import Serve, lines, wait_for
 
@@ -77,3 +86,64 @@ def test_a_bucket_that_is_not_there_makes_it_not_ready(serve_api: Serve, moto_ur
             client.files.create(file=b"x", purpose="batch")
     assert caught.value.status_code == 503
     assert "no-such-bucket" not in caught.value.message
+
+
+def test_a_server_with_workers_leaves_to_others_what_they_serve(
+    serve_api: Serve, postgres_url: str
+) -> None:
+    here: dict[str, object] = {
+        "engine": "auto",
+        "database": {"url": postgres_url},
+        "models": {"theirs": {"source": "/only/on/the/other/machine"}},
+    }
+    with open_database(postgres_url) as db:
+        now = db.now()
+        other = WorkerId("worker_other")
+        workers.heartbeat(
+            db,
+            Worker(
+                id=other,
+                boot_id="b",
+                started_at=now,
+                heartbeat_at=now + timedelta(hours=1),
+                host="other",
+                models=("theirs",),
+            ),
+        )
+        capabilities = Capabilities(model="theirs", engine="vllm", fingerprint="f")
+        models.upsert(
+            db,
+            Model(
+                name="theirs",
+                fingerprint="f",
+                capabilities=msgspec.to_builtins(capabilities),
+                published_at=now,
+                published_by=other,
+            ),
+        )
+    with serve_api(workers=True, **here) as running, running.client() as client:
+
+        def submit(model: str) -> str:
+            file = client.files.create(file=("in.jsonl", lines(3, model=model)), purpose="batch")
+            batch = client.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+            )
+            return batch.id
+
+        theirs = submit("theirs")
+        wait_for(lambda: client.batches.retrieve(theirs).request_counts.total == 3)  # type: ignore[union-attr]
+        ours = submit("simulated")
+        wait_for(lambda: client.batches.retrieve(ours).status == "completed")
+        counts = client.batches.retrieve(theirs).request_counts
+        assert counts is not None
+        assert (counts.completed, counts.failed) == (0, 0)
+        with running.http() as http:
+
+            def listed() -> set[str]:
+                return {
+                    name for one in http.get("/v1/workers").json()["data"] for name in one["models"]
+                }
+
+            wait_for(lambda: listed() == {"theirs", "demo", "simulated"})
