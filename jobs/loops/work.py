@@ -13,12 +13,13 @@ from jobs.domain.errors import (
     BatchctlError,
     EngineError,
     EngineMisconfigured,
+    InvalidInput,
     NotFound,
     StorageError,
 )
 from jobs.domain.request import Capabilities
 from jobs.domain.result import Result
-from jobs.domain.retry import Settlement, decide
+from jobs.domain.retry import Settlement
 from jobs.domain.shard import UnitKind, UnitState
 from jobs.feed import FeedSettings
 from jobs.loops.turns import Crew
@@ -63,9 +64,10 @@ class WorkLoop:
         self._model: str | None = None
         self._model_since = 0.0
         self._may_stay = (0.0, True)
-        self._engine_failures = 0
+        # Models whose engine could not be had: left alone until when, after how many tries.
         self._avoided: dict[str, tuple[float, int]] = {}
         self._busy = False
+        self._num_results = 0
         self._num_tokens = 0
         self._past_starts = 0
 
@@ -149,7 +151,7 @@ class WorkLoop:
         self._model = None
 
     def _work(self, model: str) -> bool:
-        crew = self._crew
+        crew, num_results = self._crew, self._num_results
         try:
             supervisor = self._engine_for(model)
             runner.work(
@@ -168,10 +170,11 @@ class WorkLoop:
                 model_keys=[model],
                 stop=crew.stopping,
             )
-            self._engine_failures = 0
             self._avoided.pop(model, None)
-        except (EngineError, NotFound) as error:
+        except (EngineError, NotFound, InvalidInput) as error:
             self.close()
+            if self._num_results > num_results:
+                self._avoided.pop(model, None)  # it was there, so this is its first failure
             if crew.stopping.is_set():
                 return False
             if not crew.fail_without_engine:
@@ -186,6 +189,7 @@ class WorkLoop:
         return True
 
     def _note_result(self, result: Result) -> None:
+        self._num_results += 1
         self._num_tokens += result.usage.completion_tokens
 
     # --- which model ---
@@ -261,20 +265,34 @@ class WorkLoop:
         return self._supervisor
 
     def _go_without_engine(self, model: str, error: BatchctlError) -> None:
-        """Leave a model whose engine cannot be had to others, or let its shards end."""
-        self._engine_failures += 1
+        """Leave a model whose engine cannot be had alone for a while, or end a shard of it.
+
+        What may pass, such as a server that is away, never ends a shard: until its batch's deadline
+        it waits, for this worker or another. Other models go on meanwhile.
+        """
         metrics.count_engine_failure(model, error.code)
-        log.error("engine_unavailable", model=model, code=error.code, error=error.message)
-        if self._others_serve(model):
-            num_tries = self._avoided.get(model, (0.0, 0))[1] + 1
-            seconds = min(_MAX_AVOID_SECONDS, 2.0 ** min(num_tries, 10))
-            self._avoided[model] = (time.monotonic() + seconds, num_tries)
-            return
-        self._avoided[model] = (0.0, self._avoided.get(model, (0.0, 0))[1] + 1)
-        self._end_one_shard(model, error)
+        num_tries = self._avoided.get(model, (0.0, 0))[1] + 1
+        is_left = error.retryable or self._others_serve(model)
+        seconds = self._pause_seconds(num_tries) if is_left else 0.0
+        self._avoided[model] = (time.monotonic() + seconds, num_tries)
+        log.error(
+            "engine_unavailable",
+            model=model,
+            code=error.code,
+            error=error.message,
+            num_tries=num_tries,
+            again_in_seconds=round(seconds, 1),
+        )
+        if not is_left:
+            self._end_one_shard(model, error)
+
+    def _pause_seconds(self, num_tries: int) -> float:
+        """Return how long to leave a model alone; never nothing, unlike the pause of a shard."""
+        ceiling = min(_MAX_AVOID_SECONDS, 2.0 ** min(num_tries, 10))
+        return self._crew.rng.uniform(ceiling / 2, ceiling)
 
     def _end_one_shard(self, model: str, error: BatchctlError) -> None:
-        """Let a shard whose engine cannot be had wait, or end it after enough attempts."""
+        """End a shard whose engine cannot be had, here or elsewhere, however long it waits."""
         crew = self._crew
         lease = units.claim(
             self._app.db,
@@ -286,18 +304,9 @@ class WorkLoop:
         )
         if lease is None:
             return
-        settlement: Settlement = decide(
-            finished=False,
-            stopped=None,
-            retryable=error.retryable,
-            attempt=self._engine_failures,  # claims that a restart gave back are nobody's fault
-            policy=crew.policy,
-            rng=crew.rng,
-            reason=f"{error.code}: {error.message}",
-        )
-        if settlement.state is not UnitState.PENDING:
-            log.error("shard_failed", unit_id=lease.unit_id, code=error.code)
-        units.settle(self._app.db, lease, settlement)
+        log.error("shard_failed", unit_id=lease.unit_id, code=error.code)
+        reason = f"{error.code}: {error.message}"
+        units.settle(self._app.db, lease, Settlement(state=UnitState.FAILED, exit=reason))
         self._app.doorbell.announce()
 
     def _feed_settings(self) -> FeedSettings:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from jobs.app import App
 from jobs.domain.batch import Batch, BatchStatus
-from jobs.domain.errors import InvalidInput
+from jobs.domain.errors import EngineUnavailable, InvalidInput
 from jobs.domain.shard import UnitKind, UnitState
 from jobs.loops.control import ControlLoop
 from jobs.loops.sweep import SweepLoop
@@ -277,3 +277,24 @@ def test_model_that_nobody_can_serve_ends_its_shards(bench: Bench, tmp_path: Pat
     assert bench.states(batch) == [UnitState.FAILED] * 2
     lines = bench.errors_of(bench.finalize())
     assert [line["custom_id"] for line in lines] == ["other-0", "other-1"]
+
+
+def test_passing_cause_ends_no_shard_and_holds_up_no_other_model(
+    bench: Bench, tmp_path: Path
+) -> None:
+    app = make_app(bench, tmp_path, models={"simulated": SIMULATED})
+    waiting = submit_planned(bench, 1, model="simulated")
+    with crew_of(app) as crew:
+        loop = WorkLoop(crew)
+        for num_tries in range(1, crew.policy.max_attempts + 3):
+            loop._go_without_engine("simulated", EngineUnavailable("It is away."))  # noqa: SLF001
+            assert not loop.turn(), "it does not try again at once"
+            assert loop.unavailable_models == {"simulated"}, num_tries
+        assert bench.states(waiting) == [UnitState.PENDING]
+        other = submit_planned(bench, 1, model="other")
+        try:
+            assert loop.turn(), "another model has its turn"
+        finally:
+            loop.close()
+    assert bench.states(other) == [UnitState.FAILED], "nobody has it, which no waiting changes"
+    assert bench.states(waiting) == [UnitState.PENDING]
