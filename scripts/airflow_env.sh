@@ -12,7 +12,6 @@ set -eu
 
 cd "$(dirname "$0")/.."
 environment=.venv-airflow
-lock=.venv-airflow.lock
 log=build/airflow_env.log
 
 say() { printf 'airflow: %s\n' "$*" >&2; }
@@ -32,28 +31,12 @@ ready() {
         "$environment/bin/python" -c '' 2>/dev/null
 }
 
-take_lock() {
-    said=
-    until mkdir "$lock" 2>/dev/null; do
-        owner=$(cat "$lock/pid" 2>/dev/null || true)
-        if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; then
-            rm -rf "$lock"
-            continue
-        fi
-        [ -n "$said" ] || say "waiting for another installation (process ${owner:-unknown})"
-        said=yes
-        sleep 1
-    done
-    trap 'rm -rf "$lock"' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    echo $$ >"$lock/pid"
-}
+. scripts/lock.sh
 
 # The tests start a server from .venv.
 [ -x .venv/bin/batchctl ] || sh scripts/bootstrap.sh run
 ready && exit 0
-take_lock
+take_lock .venv-airflow.lock
 ready && exit 0
 mkdir -p build
 : >"$log"

