@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,29 +27,14 @@ from jobs import finalizer, intake, runner, settings
 from jobs.app import App, open_app
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.ids import mint, mint_batch_id, mint_file_id, mint_worker_id
-from jobs.domain.request import CHAT, Capabilities, Request, parse_line
+from jobs.domain.request import CHAT, Capabilities, parse_line
 from jobs.domain.shard import Lease, UnitKind
 from jobs.feed import FeedSettings
 from jobs.leases import LeaseKeeper, LeaseTimes
 from storage import batches, files, units
 from storage.blobs.base import input_key
 from storage.files import File
-
-
-class ListSource:
-    """Hands out requests from a list."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._requests = list(requests)
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._requests:
-            return None
-        taken, self._requests = self._requests[:n], self._requests[n:]
-        return taken
-
-    def is_aborted(self, _request_id: int) -> bool:
-        return False
+from tests.sources import ListSource
 
 
 def make_lines(count: int) -> list[bytes]:

@@ -39,6 +39,7 @@ from engine.devices import discover_visible
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.registry import open_engine
 from jobs.domain.request import Request, SamplingParams
+from tests.sources import ListSource
 
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {  # Llama 3.1 8B
@@ -71,23 +72,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 ENGINES = ("hf", "nf4", "vllm")
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "vllm", "batchctl")
-
-
-class ListSource:
-    """Hands out a list of requests."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._waiting = list(requests)
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._waiting:
-            return None
-        taken, self._waiting = self._waiting[:n], self._waiting[n:]
-        return taken
-
-    def is_aborted(self, request_id: int) -> bool:
-        del request_id
-        return False
 
 
 def make_model(folder: Path, shape: str, device: str) -> None:

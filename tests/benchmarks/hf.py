@@ -35,25 +35,9 @@ from transformers import (
 from engine.config import HfConfig
 from engine.hf.engine import HfEngine
 from jobs.domain.request import Constraint, Request, SamplingParams
+from tests.sources import ListSource
 
 DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
-
-
-class ListSource:
-    """Hands out a list of requests."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._waiting = list(requests)
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._waiting:
-            return None
-        taken, self._waiting = self._waiting[:n], self._waiting[n:]
-        return taken
-
-    def is_aborted(self, request_id: int) -> bool:
-        del request_id
-        return False
 
 
 def make_workload(num_requests: int, vocab_size: int) -> list[tuple[tuple[int, ...], int]]:

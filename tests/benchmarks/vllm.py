@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -38,6 +38,7 @@ from engine.config import VllmConfig
 from engine.demo import model_path
 from engine.process import ProcessEngine
 from jobs.domain.request import Request, SamplingParams
+from tests.sources import ListSource
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = ROOT / "build" / "bench-vllm.json"
@@ -45,23 +46,6 @@ SLOTS = 32
 CACHE_BYTES = 1 << 30
 Prompts = list[tuple[list[int], int]]
 Spent = dict[str, float]
-
-
-class ListSource:
-    """Hands out a list of requests."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._waiting = list(requests)
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._waiting:
-            return None
-        taken, self._waiting = self._waiting[:n], self._waiting[n:]
-        return taken
-
-    def is_aborted(self, request_id: int) -> bool:
-        del request_id
-        return False
 
 
 def make_prompts(seed: int, num_requests: int, vocab_size: int) -> Prompts:

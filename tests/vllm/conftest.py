@@ -12,15 +12,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.base import Engine
 from engine.config import AskingConfig, VllmConfig
 from engine.demo import model_path
 from jobs.domain.request import Request
 from jobs.domain.result import Result
-from tests.unit.engine.conftest import ListSource, make_tokenizer
+from tests.sources import ListSource
+from tests.unit.engine.conftest import make_tiny_model
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 if HAS_VLLM:
@@ -94,29 +93,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its heads are 32 wide: vLLM's attention for CPUs has nothing narrower.
     """
     folder = tmp_path_factory.mktemp("tiny-model")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-        )
-    )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_tiny_model(folder, hidden_size=128)
     return folder
 
 

@@ -17,7 +17,7 @@ from engine.demo.text import examples
 from engine.registry import open_engine
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from tests.builders import await_true
-from tests.unit.engine.conftest import ListSource
+from tests.sources import ListSource
 from tests.vllm.conftest import Ask
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

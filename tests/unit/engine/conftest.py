@@ -1,7 +1,7 @@
 """A tiny random model with a byte-level tokenizer and a chat template, made once per session."""
 
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from engine.base import Engine, Source
 from jobs.domain.request import Request
 from jobs.domain.result import Result
+from tests.sources import ListSource
 from tests.unit.engine.loopback import OpenRemote
 
 TEMPLATE = (
@@ -52,16 +53,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a random two-layer Llama with a context of 512 tokens."""
-    folder = tmp_path_factory.mktemp("tiny-model")
+def make_tiny_model(folder: Path, *, hidden_size: int) -> None:
+    """Save a random two-layer Llama with four heads and a context of 512 tokens."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
+            hidden_size=hidden_size,
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -79,26 +78,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.generation_config.bos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a random two-layer Llama with a context of 512 tokens."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    make_tiny_model(folder, hidden_size=64)
     return folder
-
-
-class ListSource:
-    """Hands out a list of requests; some may be aborted once they were taken."""
-
-    def __init__(self, requests: Iterable[Request], aborted: Iterable[int] = ()) -> None:
-        self._waiting = list(requests)
-        self._aborted = set(aborted)
-        self._taken: set[int] = set()
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._waiting:
-            return None
-        taken, self._waiting = self._waiting[:n], self._waiting[n:]
-        self._taken.update(request.id for request in taken)
-        return taken
-
-    def is_aborted(self, request_id: int) -> bool:
-        return request_id in self._aborted and request_id in self._taken
 
 
 Ask = Callable[..., dict[int, Result]]

@@ -7,7 +7,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -17,6 +17,7 @@ from engine.config import RemoteConfig
 from engine.remote import RemoteEngine
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Result
+from tests.sources import ListSource
 
 SECRET = "sk-very-secret-key"  # noqa: S105 - it opens nothing
 PROMPT = "my private prompt"
@@ -223,23 +224,6 @@ class OpenRemote:
         for engine in self._opened:
             engine.close()
             engine.close()
-
-
-class ListSource:
-    """Hands out requests as fast as they are taken."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._waiting = list(requests)
-        self.aborted: set[int] = set()
-
-    def take(self, n: int) -> Sequence[Request] | None:
-        if not self._waiting:
-            return None
-        taken, self._waiting = self._waiting[:n], self._waiting[n:]
-        return taken
-
-    def is_aborted(self, request_id: int) -> bool:
-        return request_id in self.aborted
 
 
 def ask(

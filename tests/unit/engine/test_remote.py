@@ -15,11 +15,11 @@ from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Usage
 from tests.builders import await_true
+from tests.sources import ListSource
 from tests.unit.engine.loopback import (
     PROMPT,
     SECRET,
     Call,
-    ListSource,
     OpenRemote,
     Server,
     ask,

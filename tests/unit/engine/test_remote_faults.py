@@ -24,11 +24,11 @@ from engine.config import RemoteConfig
 from engine.process import ProcessEngine
 from jobs.domain.errors import EngineMisconfigured, EngineUnavailable
 from tests.builders import await_set
+from tests.sources import ListSource
 from tests.unit.engine.loopback import (
     PROMPT,
     SECRET,
     Call,
-    ListSource,
     OpenRemote,
     Server,
     answer,
