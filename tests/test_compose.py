@@ -9,7 +9,8 @@ import typer.testing
 import yaml
 
 from jobs import fields
-from jobs.settings import ALIASES, PREFIX, Settings
+from jobs.aliases import ALIASES
+from jobs.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text()

@@ -10,6 +10,7 @@ import pytest
 
 from engine.config import RemoteConfig
 from jobs import settings
+from jobs.aliases import ALIASES
 from jobs.domain.errors import InvalidInput
 from jobs.settings import load, resolve_model
 
@@ -23,7 +24,7 @@ OPENAI = "https://api.openai.com/v1"
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    ours = {alias.name for alias in settings.ALIASES}
+    ours = {alias.name for alias in ALIASES}
     for name in dict(os.environ):
         if name in ours or name.upper().startswith(settings.PREFIX):
             monkeypatch.delenv(name)

@@ -9,6 +9,7 @@ import pytest
 from engine.config import HfConfig, SimulatedConfig
 from engine.demo import model_path
 from jobs import settings
+from jobs.aliases import ALIASES
 from jobs.catalogue import ModelSettings
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
 from jobs.settings import Settings, load, origins, render_table, resolve_model
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings from outside: an empty working directory and none of our variables."""
     monkeypatch.chdir(tmp_path)
-    ours = {alias.name for alias in settings.ALIASES}
+    ours = {alias.name for alias in ALIASES}
     for name in dict(os.environ):
         if name in ours or name.upper().startswith(settings.PREFIX):
             monkeypatch.delenv(name)
