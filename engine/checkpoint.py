@@ -82,7 +82,7 @@ def read_tensors(folder: Path) -> tuple[Tensor, ...]:
     """
     found: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        found |= {tensor.name: tensor for tensor in _read_header(path)}
+        found |= {tensor.name: tensor for tensor in read_header(path)}
     return tuple(found.values())
 
 
@@ -115,7 +115,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(path: Path) -> list[Tensor]:
+def read_header(path: Path) -> list[Tensor]:
+    """Return the tensors that one safetensors file describes.
+
+    Raises:
+        EngineMisconfigured: it is damaged, cut off or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(_LENGTH_BYTES)

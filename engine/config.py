@@ -1,5 +1,6 @@
 """One frozen settings model per engine, told apart by `kind`; they cross to its process."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -15,6 +16,16 @@ Streaming = Literal["auto", "always", "never"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
 ConstraintBackend = Literal["llguidance", "outlines_core"]
 OnUnsupportedSchema = Literal["validate", "refuse"]
+
+DROPPED_BY_VLLM: Mapping[str, str] = {
+    "swap_space": "vLLM recomputes what it preempts since its first engine was removed",
+    "squeezellm": "vLLM has no squeezellm since 0.7",
+    "guided_decoding_backend": "vLLM took guided_* away; `asking.backend` chooses the library",
+    "num_scheduler_steps": "multi-step scheduling went with vLLM's first engine",
+    "use_v2_block_manager": "it went with vLLM's first engine",
+    "disable_log_requests": "requests are not logged unless enable_log_requests asks for it",
+}
+"""Arguments and quantizations that vLLM once had, and why they are gone."""
 
 
 class _Config(BaseModel):

@@ -24,6 +24,7 @@ from pydantic import (
 
 from engine.choice import VLLM_BATCH_TOKENS, Choice, Machine, Plan, choose, find_size, look_around
 from engine.config import (
+    DROPPED_BY_VLLM,
     AskingConfig,
     EngineConfig,
     GenerationDefaults,
@@ -70,11 +71,6 @@ _SPELLED = frozenset(
     }
 )
 _OPENAI = "https://api.openai.com"
-# Words of other tools for options that their makers have dropped since, and why.
-_DROPPED = {
-    "squeezellm": "vLLM has no squeezellm since 0.7",
-    "swap_space": "vLLM recomputes what it preempts since its first engine was removed",
-}
 
 
 def _spelled_quantization(value: object) -> object:
@@ -95,8 +91,8 @@ def _known_quantization(*words: str) -> AfterValidator:
     def check(word: str) -> str:
         if word == "auto" or word in words:
             return word
-        if word in _DROPPED:
-            raise ValueError(f"{word} is not possible: {_DROPPED[word]}.")
+        if word in DROPPED_BY_VLLM:
+            raise ValueError(f"{word} is not possible: {DROPPED_BY_VLLM[word]}.")
         if word in _OF_VLLM:
             raise ValueError(_not_of_hf(word))
         raise ValueError(
@@ -273,8 +269,9 @@ class ModelSettings(BaseModel):
         for name in self.options:
             if name in known:
                 continue
-            if name in _DROPPED:
-                raise ValueError(f"there is no option {name!r}: {_DROPPED[name]}; leave it out.")
+            if name in DROPPED_BY_VLLM:
+                why = DROPPED_BY_VLLM[name]
+                raise ValueError(f"there is no option {name!r}: {why}; leave it out.")
             which = f"the {self.engine} engine has" if self.engine != "auto" else "no engine has"
             no = "no " if self.engine != "auto" else ""
             raise ValueError(f"{which} {no}option {name!r}.{did_you_mean(name, known)}")

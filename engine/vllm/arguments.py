@@ -3,17 +3,17 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
-from engine.config import VllmConfig
+from engine import checkpoint
+from engine.config import DROPPED_BY_VLLM, VllmConfig
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CPU_CACHE_BYTES = 4 << 30
@@ -32,14 +32,6 @@ _SPELLED = {
     "enable_lora": "`adapter`",
     "structured_outputs_config": "`asking.backend`",
     "disable_log_stats": "the metrics of the worker",
-}
-_DROPPED = {
-    "swap_space": "vLLM recomputes what it preempts since its first engine was removed",
-    "squeezellm": "vLLM has no squeezellm since 0.7",
-    "guided_decoding_backend": "vLLM took guided_* away; `asking.backend` chooses the library",
-    "num_scheduler_steps": "multi-step scheduling went with vLLM's first engine",
-    "use_v2_block_manager": "it went with vLLM's first engine",
-    "disable_log_requests": "requests are not logged unless enable_log_requests asks for it",
 }
 _REFUSED = {
     "trust_remote_code": "code that a model brings is never run",
@@ -67,7 +59,7 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
     """
     _check_names(config.engine_args)
     if config.engine_args.get("quantization") == "squeezellm":
-        raise EngineMisconfigured(f"squeezellm is not possible: {_DROPPED['squeezellm']}.")
+        raise EngineMisconfigured(f"squeezellm is not possible: {DROPPED_BY_VLLM['squeezellm']}.")
     described = read_object(folder / "config.json")
     path = Path(config.model).expanduser()
     arguments: dict[str, Any] = {
@@ -112,9 +104,9 @@ def _check_names(given: Mapping[str, Any]) -> None:
         if field.init and not field.name.startswith("_")
     }
     for name in given:
-        if name in _DROPPED:
+        if name in DROPPED_BY_VLLM:
             raise EngineMisconfigured(
-                f"engine_args.{name} is no argument of vLLM any more: {_DROPPED[name]}."
+                f"engine_args.{name} is no argument of vLLM any more: {DROPPED_BY_VLLM[name]}."
             )
         if name in _REFUSED:
             raise EngineMisconfigured(f"engine_args.{name} is refused: {_REFUSED[name]}.")
@@ -214,30 +206,19 @@ def check_weights(config: VllmConfig, arguments: AsyncEngineArgs) -> None:
     folder = Path(config.model).expanduser()
     if not folder.is_dir():
         return
-    for place in [folder, *([Path(config.adapter).expanduser()] if config.adapter else [])]:
-        for file in sorted(place.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="np"):
-                    pass
-            except (SafetensorError, OSError, ValueError):
-                raise EngineMisconfigured(
-                    f"{file} is damaged: it is not the safetensors file that its header "
-                    "describes; download it again."
-                ) from None
-    if arguments.load_format == "auto" and not any(_weight_files(folder)):
+    tensors = checkpoint.read_tensors(folder)
+    if config.adapter:
+        for file in sorted(Path(config.adapter).expanduser().glob("*.safetensors")):
+            checkpoint.read_header(file)
+    others = [*folder.glob("*.bin"), *folder.glob("*.pt")]
+    if arguments.load_format == "auto" and not tensors and not others:
         raise EngineMisconfigured(f"{folder} holds no weights (*.safetensors).")
-    _check_room(folder, arguments)
+    _check_room(folder, sum(tensor.num_bytes for tensor in tensors), arguments)
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.safetensors", "*.bin", "*.pt"):
-        yield from folder.glob(pattern)
-
-
-def _check_room(folder: Path, arguments: AsyncEngineArgs) -> None:
+def _check_room(folder: Path, needed: float, arguments: AsyncEngineArgs) -> None:
     if not current_platform.is_cuda() or arguments.quantization or arguments.cpu_offload_gb:
         return
-    needed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     num_gpus = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
     share = arguments.gpu_memory_utilization * current_platform.get_device_total_memory()
     if needed > num_gpus * share:

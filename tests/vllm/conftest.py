@@ -4,6 +4,7 @@ Run by `.venv-vllm/bin/python -m pytest tests/vllm`, an environment of its own t
 `scripts/vllm_env.sh` makes.
 """
 
+import gc
 import importlib.util
 import os
 import warnings
@@ -42,6 +43,14 @@ Ask = Callable[[Engine, Iterable[Request]], dict[int, Result]]
 def pytest_configure(config: pytest.Config) -> None:
     # vLLM leaves its ZMQ contexts to the garbage collector.
     config.addinivalue_line("filterwarnings", "ignore:Unclosed context:ResourceWarning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    # Those that are left would be found by pytest's own last look, which knows no filter.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
