@@ -6,6 +6,7 @@
 The reader keeps the queue filled across shard and batch borders, so the engine never drains at
 one. After an engine death the requests it held are suspects: the others run first, then the
 suspects in halves, one half per engine life, until a line that kills the engine alone is found.
+Where workers died, each group is noted in the database before it runs (see domain.suspects).
 
 Source: transitions T3, T4, T6 and T7 of the unit protocol (see DECISIONS.md).
 """
@@ -27,14 +28,23 @@ from jobs.domain.request import Request, custom_id_of, parse_line
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import (
+    Fault,
     Lease,
     Segment,
     Shard,
+    Trial,
     UnitKind,
     UnitState,
     bitmap,
-    has_bit,
     merge_bitmaps,
+)
+from jobs.domain.suspects import (
+    CAREFUL_STALLS,
+    halve,
+    is_guilty,
+    list_accused,
+    list_suspects,
+    narrow,
 )
 from jobs.leases import LeaseKeeper
 from jobs.telemetry import log
@@ -45,8 +55,6 @@ from storage.database import Database
 from storage.jsonl import UNLIMITED, encode_segment, read_lines
 
 READ_CHUNK_LINES = 64
-SOLO_CRASHES = 3
-"""How often a line kills the engine alone, on the only worker, before it gets an error."""
 _TICK_SECONDS = 0.05
 _READ_CHUNK_BYTES = 8 << 20
 _MAX_QUEUED_BYTES = 64 << 20
@@ -87,8 +95,10 @@ class _OpenShard:
     batch: Batch
     lines: Iterator[tuple[int, int, bytes]]
     num_left: int
-    suspects: set[int]
-    solo_crashes: dict[int, int]
+    group_of: dict[int, int]
+    guilty: dict[int, LineError]
+    is_careful: bool
+    groups: dict[int, list["_Held"]] = field(default_factory=dict)
     buffer: _Buffer = field(default_factory=_Buffer)
     writing: _Buffer | None = None
     sequence: int = 0
@@ -149,6 +159,8 @@ class Feed:
         self._queue: deque[_Held] = deque()
         self._groups: deque[list[_Held]] = deque()
         self._group: list[_Held] | None = None
+        self._untried: list[_Held] | None = None
+        self._alibis: dict[tuple[UnitId, int], int] = {}
         self._in_flight: dict[int, _Held] = {}
         self._open: dict[UnitId, _OpenShard] = {}
         self._batches: dict[BatchId, Batch] = {}
@@ -198,7 +210,7 @@ class Feed:
             self._raise_failure()
             if self._stopping:
                 return None
-            if not self._queue and not self._in_flight:
+            if not self._queue and not self._in_flight and self._untried is None:
                 if self._group is not None:
                     self._group = None  # it came through, or its shards were stopped
                     self._dry = bool(self._groups)  # behind the last one there may be more
@@ -213,7 +225,9 @@ class Feed:
                 taken.append(held.request)
             if taken:
                 self._lock.notify_all()
-            elif self._dry and not self._in_flight and not self._queue and not self._groups:
+            elif self._dry and not (
+                self._in_flight or self._queue or self._groups or self._untried
+            ):
                 return None
             return taken
 
@@ -248,23 +262,24 @@ class Feed:
             accused_ids = {h.request.id for h in accused}
             spared = [h for h in held if h.request.id not in accused_ids]
             if self._group is not None:
-                spared += self._queue
+                spared += self._untried or self._queue
                 self._queue.clear()
-                self._group = None
+                self._untried = self._group = None
                 if spared:
                     self._groups.append(spared)
             else:
                 self._queue.extendleft(reversed(spared))
-            convicted = self._accuse(accused)
+            if len(accused) > 1:
+                self._groups.extendleft(list(half) for half in reversed(halve(accused)))
+            else:
+                self._groups.extend([one] for one in accused)
             self._dry = False  # the reader looks again, behind the suspects
             touched = {h.shard.lease.unit_id: h.shard for h in accused}
-        solo = accused[0].position if len(accused) == 1 else None
+        solo = accused[0] if len(accused) == 1 else None
         for shard in touched.values():
-            self._report_suspects(shard, solo)
-        if convicted is not None:
-            # Behind the report: the shard may end with this result.
-            with self._lock:
-                self._keep(*convicted)
+            fault = self._report_suspects(shard, solo)
+            if solo is not None and fault is not None:
+                self._judge(solo, fault)
 
     @property
     def num_results(self) -> int:
@@ -277,49 +292,88 @@ class Feed:
             self._stopping = True
             self._in_flight.clear()
             self._queue.clear()
+            self._untried = None
             self._lock.notify_all()
 
     # --- suspects ---
 
-    def _accuse(self, accused: list[_Held]) -> tuple[_Held, Result] | None:
-        """Plan the next groups; return the request that is guilty beyond doubt, and its result."""
-        if len(accused) > 1:
-            middle = len(accused) // 2
-            self._groups.extendleft([accused[middle:], accused[:middle]])
-            return None
-        for held in accused:
-            before = held.shard.solo_crashes.get(held.position, 0)
-            crashes = held.shard.solo_crashes[held.position] = before + 1
-            if crashes < SOLO_CRASHES:
-                self._groups.append([held])
-                continue
-            error = LineError(
-                code="engine_crash",
-                message=f"The engine died {crashes} times while it worked on this request alone.",
-                status_code=500,
+    def _judge(self, held: _Held, fault: Fault) -> None:
+        """Give a line that killed the engine alone its error, if it is guilty beyond doubt.
+
+        An engine that has brought no result since it first killed one is itself in doubt, unless
+        there is nothing else that could have brought one.
+        """
+        with self._lock:
+            alibi = self._alibis.setdefault(
+                (held.shard.lease.unit_id, held.position), self._num_results
             )
-            return held, Result(id=held.request.id, error=error)
-        return None
+            works = self._num_results > alibi or len(fault.places) > 1
+            is_last = all(group == [held] for group in self._groups) and not self._queue
+            if not is_guilty(fault) or not (works or is_last):
+                return
+            if [held] in self._groups:
+                self._groups.remove([held])
+                self._dry = False  # the reader may have waited for it
+                error = _guilt(fault, "engine")
+                self._keep(held, Result(id=held.request.id, error=error))
 
     def _begin_group(self) -> None:
         group = [h for h in self._groups.popleft() if not (h.shard.lost or h.shard.stopped)]
         self._group = group
-        self._queue.extend(group)
+        if any(h.shard.is_careful for h in group):
+            self._untried = group  # the reader notes it first
+        else:
+            self._queue.extend(group)
 
-    def _report_suspects(self, shard: _OpenShard, solo: int | None) -> None:
+    def _try_group(self, group: list[_Held]) -> None:
+        """Let a group run once it is written down what runs."""
+        for shard in {h.shard.lease.unit_id: h.shard for h in group}.values():
+            positions = [h.position for h in group if h.shard is shard]
+            try:
+                shards.begin_trial(self._db, shard.lease, positions=positions)
+            except LeaseLost:
+                self._lose(shard.lease.unit_id)
+        with self._lock:
+            if self._untried is group:
+                self._untried = None
+                self._queue.extend(group)
+
+    def _report_suspects(self, shard: _OpenShard, solo: _Held | None) -> Fault | None:
         with self._lock:
             groups = [
                 tuple(h.position for h in group if h.shard is shard) for group in self._groups
             ]
         try:
-            shards.report_death(
+            return shards.report_death(
                 self._db,
                 shard.lease,
                 suspects=[group for group in groups if group],
-                solo_crash=solo,
+                solo_crash=solo.position if solo is not None else None,
             )
         except LeaseLost:
             self._lose(shard.lease.unit_id)
+            return None
+
+    def _be_careful(
+        self, lease: Lease, shard: Shard
+    ) -> tuple[list[tuple[int, ...]], dict[int, LineError]]:
+        """Return the groups of a shard whose workers died, and the lines that are guilty of it."""
+        accused = list_accused(shard)
+        groups = narrow(shard)
+        died = (
+            Trial(owner=shard.trial.owner, positions=accused) if accused and shard.trial else None
+        )
+        fault = shards.report_worker_death(self._db, lease, suspects=groups, died=died)
+        log.warning(
+            "workers_died",
+            unit_id=lease.unit_id,
+            num_stalls=lease.num_stalls,
+            num_accused=len(accused),
+            num_suspects=sum(map(len, groups)),
+        )
+        if fault is None or not is_guilty(fault):
+            return groups, {}
+        return groups, {fault.position: _guilt(fault, "worker")}
 
     # --- results ---
 
@@ -484,17 +538,13 @@ class Feed:
         current: _OpenShard | None = None
         failing_since: float | None = None
         while not self._stopping:
-            with self._lock:
-                num_bytes = sum(held.num_bytes for held in self._queue)
-                if len(self._queue) >= self._target or num_bytes >= _MAX_QUEUED_BYTES:
-                    self._lock.wait(_TICK_SECONDS)
-                    continue
-                # Suspects wait until everything else that is held has run, and run by themselves.
-                if current is None and (self._groups or self._group is not None):
-                    self._dry = True
-                    self._lock.wait(_TICK_SECONDS)
-                    continue
+            untried = self._untried
+            if untried is None and self._must_wait(is_between_shards=current is None):
+                continue
             try:
+                if untried is not None:
+                    self._try_group(untried)
+                    continue
                 rings = self._doorbell.wait(0)
                 if current is None and self._may_claim():
                     current = self._claim()
@@ -515,6 +565,20 @@ class Feed:
                 if current is not None:
                     current.lines = self._open_lines(current.shard, current.num_read)
 
+    def _must_wait(self, *, is_between_shards: bool) -> bool:
+        """Wait a moment and return True while there is no room, or suspects have their turn."""
+        with self._lock:
+            num_bytes = sum(held.num_bytes for held in self._queue)
+            is_full = len(self._queue) >= self._target or num_bytes >= _MAX_QUEUED_BYTES
+            # Suspects wait until everything else that is held has run, and run by themselves.
+            has_suspects = bool(self._groups) or self._group is not None
+            if is_between_shards and has_suspects:
+                self._dry = True
+            elif not is_full:
+                return False
+            self._lock.wait(_TICK_SECONDS)
+            return True
+
     def _claim(self) -> _OpenShard | None:
         lease = units.claim(
             self._db,
@@ -529,13 +593,16 @@ class Feed:
         try:
             shard = shards.get(self._db, lease.unit_id)
             batch = self._get_batch(lease.batch_id)
+            is_careful = shard.trial is not None or lease.num_stalls >= CAREFUL_STALLS
+            groups, guilty = (
+                self._be_careful(lease, shard) if is_careful else (list_suspects(shard), {})
+            )
         except BatchctlError:
             # Nobody would renew it: given back, or where that fails too, reaped.
             with suppress(LeaseLost, StorageError):
                 released = Settlement(state=UnitState.PENDING, exit="released")
                 units.settle(self._db, lease, released)
             raise
-        suspects = {p for group in shard.suspects for p in group if not has_bit(shard.done, p)}
         num_done = sum(byte.bit_count() for byte in shard.done)
         opened = _OpenShard(
             lease=lease,
@@ -543,8 +610,9 @@ class Feed:
             batch=batch,
             lines=self._open_lines(shard, 0),
             num_left=shard.num_lines - num_done,
-            suspects=suspects,
-            solo_crashes=dict(shard.solo_crashes),
+            group_of={p: number for number, group in enumerate(groups) for p in group},
+            guilty=guilty,
+            is_careful=is_careful,
         )
         with self._lock:
             self._dry = False
@@ -573,7 +641,7 @@ class Feed:
     def _read_some(self, shard: _OpenShard) -> bool:
         """Queue the next lines of a shard; return whether there may be more."""
         read: list[_Held] = []
-        suspects: list[_Held] = []
+        suspects: list[tuple[int, _Held]] = []
         refused: list[tuple[_Held, LineError]] = []
         more = False
         position = -1
@@ -581,6 +649,10 @@ class Feed:
         for position, _, content in shard.lines:
             num_bytes += len(content)
             self._next_id += 1
+            if position in shard.guilty:
+                held = _Held(shard, position, custom_id_of(content), Request(id=self._next_id))
+                refused.append((held, shard.guilty[position]))
+                continue
             try:
                 line = parse_line(content, endpoint=shard.batch.endpoint)
             except InvalidLine as error:
@@ -593,7 +665,11 @@ class Feed:
                 continue
             request = line.to_request(self._next_id)
             held = _Held(shard, position, line.custom_id, request, len(content))
-            (suspects if position in shard.suspects else read).append(held)
+            group = shard.group_of.get(position)
+            if group is None:
+                read.append(held)
+            else:
+                suspects.append((group, held))
             more = len(read) >= READ_CHUNK_LINES or num_bytes >= _READ_CHUNK_BYTES
             if more:
                 break
@@ -602,9 +678,12 @@ class Feed:
                 self._keep(held, Result(id=held.request.id, error=refusal))
             self._queue.extend(read)
             shard.num_read = max(shard.num_read, position + 1)
-            if suspects:
-                middle = max(1, len(suspects) // 2)
-                self._groups.extend(g for g in (suspects[:middle], suspects[middle:]) if g)
+            for group, held in suspects:
+                shard.groups.setdefault(group, []).append(held)
+            if not more:
+                # A group has lines from anywhere in the shard.
+                self._groups.extend(shard.groups[group] for group in sorted(shard.groups))
+                shard.groups.clear()
             return more and not (shard.lost or shard.stopped)
 
     def _give_up(self, shard: _OpenShard, error: StorageError) -> None:
@@ -663,3 +742,11 @@ class Feed:
         except StorageError as error:
             log.warning("unit_not_settled", unit_id=shard.lease.unit_id, code=error.code)
         self._doorbell.announce()
+
+
+def _guilt(fault: Fault, what: str) -> LineError:
+    return LineError(
+        code=f"{what}_crash",
+        message=f"The {what} died {fault.solo_crashes} times while this request ran alone.",
+        status_code=500,
+    )

@@ -1,38 +1,39 @@
 """Shards: which lines a unit runs, which are done, and which are suspected of killing engines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Any
 
 import sqlalchemy as sa
 
 from jobs.domain.errors import LeaseLost, NotFound
-from jobs.domain.ids import BatchId, UnitId
-from jobs.domain.shard import Lease, Shard, UnitState
+from jobs.domain.ids import BatchId, UnitId, WorkerId
+from jobs.domain.shard import Fault, Lease, Shard, Trial, UnitState
 from storage.database import Transaction, reads, writes
 from storage.tables import line_faults, shards, units, workers
 from storage.transitions import lock_unit
 
 _CODE = "engine_crash"
-_NOT_COLUMNS = frozenset({"suspects", "solo_crashes"})
+_HERE = "here"
+"""Where a worker without a row is: on the only machine there is."""
+_NOT_COLUMNS = frozenset({"suspects", "faults", "trial"})
 _PLAIN = tuple(field.name for field in fields(Shard) if field.name not in _NOT_COLUMNS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """A line that killed an engine while it ran alone: how often, and whose."""
-
-    unit_id: UnitId
-    position: int
-    solo_crashes: int
-    workers: tuple[str, ...]
-
-
-def _from_row(row: sa.RowMapping, solo_crashes: Sequence[tuple[int, int]]) -> Shard:
+def _from_row(row: sa.RowMapping, faults: Sequence[Fault]) -> Shard:
+    trial = row["trial"]
     return Shard(
         **{name: row[name] for name in _PLAIN},
         suspects=tuple(tuple(group) for group in row["suspects"]),
-        solo_crashes=tuple(solo_crashes),
+        faults=tuple(faults),
+        trial=Trial(owner=WorkerId(trial["owner"]), positions=tuple(trial["positions"]))
+        if trial is not None
+        else None,
     )
+
+
+def _fault_from_row(row: sa.Row[Any]) -> Fault:
+    return Fault(position=row.position, solo_crashes=row.solo_crashes, places=tuple(row.workers))
 
 
 @reads
@@ -46,24 +47,24 @@ def get(tx: Transaction, unit_id: UnitId) -> Shard:
     if row is None:
         raise NotFound(f"No such shard: {unit_id}")
     faults = tx.execute(
-        sa.select(line_faults.c.position, line_faults.c.solo_crashes)
+        sa.select(line_faults)
         .where(line_faults.c.unit_id == unit_id)
         .order_by(line_faults.c.position)
     )
-    return _from_row(row, [(fault.position, fault.solo_crashes) for fault in faults])
+    return _from_row(row, [_fault_from_row(fault) for fault in faults])
 
 
 @reads
 def list_for_batch(tx: Transaction, batch_id: BatchId) -> list[tuple[Shard, UnitState]]:
     """Return the shards of a batch in the order of its lines, each with its unit's state."""
-    faults: dict[str, list[tuple[int, int]]] = {}
+    faults: dict[str, list[Fault]] = {}
     for fault in tx.execute(
-        sa.select(line_faults.c.unit_id, line_faults.c.position, line_faults.c.solo_crashes)
+        sa.select(line_faults)
         .join(shards, shards.c.unit_id == line_faults.c.unit_id)
         .where(shards.c.batch_id == batch_id)
         .order_by(line_faults.c.position)
     ):
-        faults.setdefault(fault.unit_id, []).append((fault.position, fault.solo_crashes))
+        faults.setdefault(fault.unit_id, []).append(_fault_from_row(fault))
     rows = tx.execute(
         sa.select(shards, units.c.state)
         .join(units, units.c.id == shards.c.unit_id)
@@ -83,85 +84,127 @@ def report_death(
     suspects: Sequence[Sequence[int]],
     solo_crash: int | None = None,
     exit_reason: str = _CODE,
-) -> None:
+) -> Fault | None:
     """Write which positions are suspected after an engine died under a lease that is kept.
 
     Args:
         suspects: groups of positions, each to run in an engine's life of its own; replaces what
             was there.
         solo_crash: the position that was alone in the engine when it died. Counted once more at
-            every call.
+            every call, and returned.
 
     Raises:
         LeaseLost: the shard is no longer ours.
     """
     if not lock_unit(tx, lease):
         raise LeaseLost(f"Unit {lease.unit_id} has ended; nothing is suspected of it any more.")
-    _write_suspects(tx, lease, suspects)
+    _update(tx, lease, suspects=[list(group) for group in suspects])
     tx.execute(sa.update(units).where(units.c.id == lease.unit_id).values(last_exit=exit_reason))
     tx.execute(
         sa.update(workers)
         .where(workers.c.id == lease.owner)
         .values(recent_deaths=workers.c.recent_deaths + 1)
     )
-    if solo_crash is None:
-        return
-    here = (line_faults.c.unit_id == lease.unit_id) & (line_faults.c.position == solo_crash)
-    fault = tx.execute(sa.select(line_faults).where(here)).one_or_none()
-    if fault is None:
-        tx.execute(
-            sa.insert(line_faults).values(
-                unit_id=lease.unit_id,
-                position=solo_crash,
-                solo_crashes=1,
-                workers=[lease.owner],
-                code=_CODE,
-            )
-        )
-    else:
-        tx.execute(
-            sa.update(line_faults)
-            .where(here)
-            .values(
-                solo_crashes=fault.solo_crashes + 1,
-                workers=sorted({*fault.workers, lease.owner}),
-            )
-        )
+    return None if solo_crash is None else _count_solo(tx, lease, solo_crash, owner=lease.owner)
 
 
 @writes
-def set_suspects(tx: Transaction, lease: Lease, *, suspects: Sequence[Sequence[int]]) -> None:
-    """Write the groups of positions that are still suspected, after one of them was cleared.
+def report_worker_death(
+    tx: Transaction,
+    lease: Lease,
+    *,
+    suspects: Sequence[Sequence[int]],
+    died: Trial | None,
+) -> Fault | None:
+    """Write which positions are suspected because workers died before they had done anything.
+
+    From now on each group of the shard is noted by `begin_trial` before it runs.
+
+    Args:
+        suspects: groups of positions; replaces what was there.
+        died: what the worker before this one ran when it died, as far as it is not done. One
+            position alone is counted once more, and returned.
 
     Raises:
         LeaseLost: the shard is no longer ours.
     """
-    if lock_unit(tx, lease):
-        _write_suspects(tx, lease, suspects)
-
-
-def _write_suspects(tx: Transaction, lease: Lease, suspects: Sequence[Sequence[int]]) -> None:
-    tx.execute(
-        sa.update(shards)
-        .where(shards.c.unit_id == lease.unit_id)
-        .values(suspects=[list(group) for group in suspects])
+    if not lock_unit(tx, lease):
+        raise LeaseLost(f"Unit {lease.unit_id} has ended; nothing is suspected of it any more.")
+    _update(
+        tx,
+        lease,
+        suspects=[list(group) for group in suspects],
+        trial={"owner": lease.owner, "positions": []},
     )
+    if died is None:
+        return None
+    # To know more than before is progress, and there is an end to halving.
+    tx.execute(sa.update(units).where(units.c.id == lease.unit_id).values(num_stalls=0))
+    if len(died.positions) != 1:
+        return None
+    return _count_solo(tx, lease, died.positions[0], owner=died.owner)
+
+
+@writes
+def begin_trial(tx: Transaction, lease: Lease, *, positions: Sequence[int]) -> None:
+    """Note which lines of a shard will run by themselves, before they do; the last ones are done.
+
+    Raises:
+        LeaseLost: the shard is no longer ours.
+    """
+    if not lock_unit(tx, lease):
+        raise LeaseLost(f"Unit {lease.unit_id} has ended; nothing of it is tried any more.")
+    _update(tx, lease, trial={"owner": lease.owner, "positions": list(positions)})
+
+
+def _update(tx: Transaction, lease: Lease, **columns: object) -> None:
+    tx.execute(sa.update(shards).where(shards.c.unit_id == lease.unit_id).values(columns))
+
+
+def _count_solo(tx: Transaction, lease: Lease, position: int, *, owner: WorkerId) -> Fault:
+    """Return the line's fault after counting a death that it was alone in."""
+    place = _place_of(tx, owner)
+    here = (line_faults.c.unit_id == lease.unit_id) & (line_faults.c.position == position)
+    row = tx.execute(sa.select(line_faults).where(here)).one_or_none()
+    if row is None:
+        fault = Fault(position=position, solo_crashes=1, places=(place,))
+        tx.execute(
+            sa.insert(line_faults).values(
+                unit_id=lease.unit_id,
+                position=position,
+                solo_crashes=1,
+                workers=[place],
+                code=_CODE,
+            )
+        )
+        return fault
+    fault = Fault(
+        position=position,
+        solo_crashes=row.solo_crashes + 1,
+        places=tuple(sorted({*row.workers, place})),
+    )
+    tx.execute(
+        sa.update(line_faults)
+        .where(here)
+        .values(solo_crashes=fault.solo_crashes, workers=list(fault.places))
+    )
+    return fault
+
+
+def _place_of(tx: Transaction, owner: WorkerId) -> str:
+    """Return on which device of which machine a worker is; one that starts again is no other."""
+    row = tx.execute(
+        sa.select(workers.c.host, workers.c.gpu).where(workers.c.id == owner)
+    ).one_or_none()
+    return f"{row.host} {row.gpu or 'cpu'}" if row is not None else _HERE
 
 
 @reads
 def list_faults(tx: Transaction, unit_id: UnitId) -> list[Fault]:
-    """Return the lines of a shard that killed engines alone, and on which workers."""
+    """Return the lines of a shard that were alone when an engine or a worker died, and where."""
     rows = tx.execute(
         sa.select(line_faults)
         .where(line_faults.c.unit_id == unit_id)
         .order_by(line_faults.c.position)
     )
-    return [
-        Fault(
-            unit_id=row.unit_id,
-            position=row.position,
-            solo_crashes=row.solo_crashes,
-            workers=tuple(row.workers),
-        )
-        for row in rows
-    ]
+    return [_fault_from_row(row) for row in rows]

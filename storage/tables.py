@@ -213,6 +213,7 @@ shards = sa.Table(
     _count("completion_tokens"),
     _count("cached_tokens"),
     sa.Column("suspects", Json, nullable=False),
+    sa.Column("trial", Json),
     sa.UniqueConstraint("batch_id", "ordinal"),
     postgresql_with={"fillfactor": 70},
 )

@@ -156,6 +156,7 @@ def claim(
         expires_at=expires_at,
         attempt=row["claims"],
         crash_count=row["crash_count"],
+        num_stalls=row["num_stalls"],
         model_key=row["model_key"],
     )
 
@@ -238,6 +239,11 @@ def settle(
     _write_end(
         tx, lease.unit_id, state, reason=settlement.exit, now=now, delay_seconds=delay_seconds
     )
+    if lease.kind is UnitKind.SHARD:
+        # It was given back by a worker that lives, so none of its lines killed one.
+        untried = {"owner": lease.owner, "positions": []}
+        here = (shards.c.unit_id == lease.unit_id) & shards.c.trial.is_not(None)
+        tx.execute(sa.update(shards).where(here).values(trial=untried))
     if batch is not None and lease.kind in WORK_KINDS and state in TERMINAL_UNIT_STATES:
         _after_work(tx, batch, lease.kind, state, now=now)
     return state

@@ -39,7 +39,11 @@ TERMINAL_UNIT_STATES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The right to run a unit until `expires_at`; `epoch` fences every later write."""
+    """The right to run a unit until `expires_at`; `epoch` fences every later write.
+
+    Attributes:
+        num_stalls: how many leases in a row ended with their worker before anything was done.
+    """
 
     unit_id: UnitId
     batch_id: BatchId
@@ -50,7 +54,28 @@ class Lease:
     expires_at: datetime
     attempt: int
     crash_count: int = 0
+    num_stalls: int = 0
     model_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A line that ran alone when its engine, or its whole worker, died: how often, and where."""
+
+    position: int
+    solo_crashes: int
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """The lines that a worker runs by themselves, noted before they begin.
+
+    A lease that ends with its worker leaves this behind: one of these lines may have killed it.
+    """
+
+    owner: WorkerId
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +83,8 @@ class Shard:
     """A run of request lines: a byte range of the input file.
 
     `done` has one bit per line of the shard, least significant bit first:
-    position p is bit p % 8 of byte p // 8.
+    position p is bit p % 8 of byte p // 8. `suspects` are groups of positions, each to run in an
+    engine's life of its own; with a `trial`, each is noted before it begins.
     """
 
     unit_id: UnitId
@@ -72,7 +98,8 @@ class Shard:
     blob_key: str
     done: bytes = b""
     suspects: tuple[tuple[int, ...], ...] = ()
-    solo_crashes: tuple[tuple[int, int], ...] = ()
+    faults: tuple[Fault, ...] = ()
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from jobs.domain.shard import Cut, Lease, Segment, UnitKind, bitmap
 from storage import batches, files, segments, units
 from storage.database import Database
 from storage.files import File
+from storage.workers import Worker
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 ALL = tuple(UnitKind)
@@ -107,6 +108,16 @@ class Bench:
         lease = self.claim(*kinds, worker=worker)
         assert lease is not None
         return lease
+
+    def make_worker(self, name: str, *, host: str = "host") -> Worker:
+        return Worker(
+            id=WorkerId(name),
+            boot_id="boot",
+            started_at=self.clock.now,
+            heartbeat_at=self.clock.now,
+            host=host,
+            gpu="cuda:0",
+        )
 
     def record_plan(
         self, lease: Lease, sizes: Sequence[int] = (3, 2), *, model_key: str = "demo"

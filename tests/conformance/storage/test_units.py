@@ -9,8 +9,8 @@ from jobs.domain.batch import BatchEnding, BatchStatus
 from jobs.domain.errors import Conflict, LeaseLost
 from jobs.domain.ids import BatchId, WorkerId
 from jobs.domain.retry import Settlement
-from jobs.domain.shard import FORMAT_VERSION, Lease, UnitKind, UnitState
-from storage import batches, shards, units
+from jobs.domain.shard import FORMAT_VERSION, Fault, Lease, Trial, UnitKind, UnitState
+from storage import batches, shards, units, workers
 from storage.tables import units as units_table
 from tests.conformance.storage.bench import ALL, Bench
 
@@ -363,15 +363,70 @@ def test_a_death_leaves_its_suspects_and_counts_a_line_that_was_alone(bench: Ben
     shards.report_death(bench.db, lease, suspects=[[0, 1], [2]], exit_reason="SIGSEGV")
     assert shards.get(bench.db, lease.unit_id).suspects == ((0, 1), (2,))
     shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
-    shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    fault = shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    assert fault == Fault(position=1, solo_crashes=2, places=("here",))
     shard = shards.get(bench.db, lease.unit_id)
     assert shard.suspects == ((1,),)
-    assert shard.solo_crashes == ((1, 2),)
-    (fault,) = shards.list_faults(bench.db, lease.unit_id)
-    assert fault.workers == ("worker_a",)
+    assert shard.faults == (fault,)
+    assert shards.list_faults(bench.db, lease.unit_id) == [fault]
     assert shards.list_for_batch(bench.db, lease.batch_id) == [(shard, UnitState.LEASED)]
-    shards.set_suspects(bench.db, lease, suspects=[])
-    assert shards.get(bench.db, lease.unit_id).suspects == ()
+
+
+def test_a_death_is_counted_by_machine_and_device_not_by_process(bench: Bench) -> None:
+    for name, host in (("worker_a", "h1"), ("worker_b", "h1"), ("worker_c", "h2")):
+        workers.heartbeat(bench.db, bench.make_worker(name, host=host))
+    bench.add_planned(3)
+    for name in ("worker_a", "worker_b", "worker_c"):
+        lease = bench.must_claim(UnitKind.SHARD, worker=name)
+        fault = shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0)
+        units.settle(bench.db, lease, Settlement(state=UnitState.PENDING))
+    assert fault == Fault(position=0, solo_crashes=3, places=("h1 cuda:0", "h2 cuda:0"))
+
+
+def test_what_was_tried_when_a_worker_died_is_left_for_the_next(bench: Bench) -> None:
+    bench.add_planned(3)
+    dead = bench.must_claim(worker="worker_a")
+    shards.report_worker_death(bench.db, dead, suspects=[[0, 1, 2]], died=None)
+    shards.begin_trial(bench.db, dead, positions=[0, 1])
+    bench.clock.advance(61)
+    units.reap(bench.db)
+    bench.clock.advance(10)
+    lease = bench.must_claim(worker="worker_b")
+    assert lease.num_stalls == 1
+    trial = shards.get(bench.db, lease.unit_id).trial
+    assert trial == Trial(owner=dead.owner, positions=(0, 1))
+    with pytest.raises(LeaseLost):
+        shards.begin_trial(bench.db, dead, positions=[2])
+    with pytest.raises(LeaseLost):
+        shards.report_worker_death(bench.db, dead, suspects=[], died=trial)
+    assert shards.report_worker_death(bench.db, lease, suspects=[[0], [1]], died=trial) is None
+    alone = Trial(owner=dead.owner, positions=(1,))
+    fault = shards.report_worker_death(bench.db, lease, suspects=[[1]], died=alone)
+    assert fault == Fault(position=1, solo_crashes=1, places=("here",))
+    shard = shards.get(bench.db, lease.unit_id)
+    assert (shard.suspects, shard.trial) == (((1,),), Trial(owner=lease.owner, positions=()))
+
+
+def test_a_worker_that_gives_a_shard_back_blames_none_of_its_lines(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim()
+    shards.begin_trial(bench.db, lease, positions=[0, 1])
+    units.settle(bench.db, lease, Settlement(state=UnitState.PENDING))
+    trial = shards.get(bench.db, lease.unit_id).trial
+    assert trial == Trial(owner=lease.owner, positions=()), "and the next one is careful too"
+
+
+def test_narrowing_down_is_progress_and_ends_no_shard_as_stuck(bench: Bench) -> None:
+    batch_id = bench.add_planned(3)
+    for _ in range(30):
+        lease = bench.must_claim(UnitKind.SHARD)
+        trial = Trial(owner=lease.owner, positions=(0, 1))
+        shards.report_worker_death(bench.db, lease, suspects=[[0], [1]], died=trial)
+        bench.clock.advance(61)
+        units.reap(bench.db)
+        bench.clock.advance(61)
+    ((_, state),) = shards.list_for_batch(bench.db, batch_id)
+    assert state is UnitState.PENDING
 
 
 def test_a_stale_lease_suspects_nobody(bench: Bench) -> None:
@@ -381,8 +436,6 @@ def test_a_stale_lease_suspects_nobody(bench: Bench) -> None:
     units.reap(bench.db)
     with pytest.raises(LeaseLost):
         shards.report_death(bench.db, lease, suspects=[[0]])
-    with pytest.raises(LeaseLost):
-        shards.set_suspects(bench.db, lease, suspects=[[0]])
 
 
 def test_watching_a_batch_that_does_not_exist_finds_nothing(bench: Bench) -> None:

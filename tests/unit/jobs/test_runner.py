@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.supervisor import MAX_SUSPECT_DEATHS
 from jobs import sweeper
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import (
@@ -15,11 +16,13 @@ from jobs.domain.errors import (
     BlobStoreUnavailable,
     EngineMisconfigured,
     EngineOutOfMemory,
+    EngineUnavailable,
     StorageError,
 )
 from jobs.domain.ids import WorkerId
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Segment, UnitKind, UnitState, count_bits
+from jobs.domain.suspects import CAREFUL_STALLS, SOLO_CRASHES
 from storage import batches, files, segments, shards, units
 from storage.blobs.base import BlobInfo, BlobReader, BlobStore
 from tests.builders import (
@@ -338,7 +341,7 @@ def test_line_that_kills_the_engine_is_found_by_halves_and_costs_only_itself(
     assert all("poison" in running for running in engine.deaths)
     (shard, _) = shards.list_for_batch(bench.db, batch.id)[0]
     (fault,) = shards.list_faults(bench.db, shard.unit_id)
-    assert (fault.position, fault.solo_crashes) == (5, 3)
+    assert (fault.position, fault.solo_crashes, fault.places) == (5, 3, ("here",))
     batch = bench.finalize()
     (error,) = bench.errors_of(batch)
     assert error["custom_id"] == "r5"
@@ -408,6 +411,76 @@ def test_suspects_of_an_earlier_worker_run_apart_from_the_rest(bench: Bench) -> 
         worker.result()
     assert all(set(running) <= {"hello 5", "poison"} for running in engine.deaths)
     assert ids_of(bench.errors_of(bench.finalize())) == ["bad"]
+
+
+def test_engine_that_answers_nothing_convicts_none_of_its_lines(bench: Bench) -> None:
+    content = b"".join(make_line(f"r{n}", "poison") + b"\n" for n in range(8))
+    batch = bench.submit_planned(content)
+    engine = ScriptedEngine(slots=8, total=8)
+    with Worker(bench, engine) as worker, pytest.raises(EngineUnavailable):
+        worker.result()
+    assert len(engine.deaths) == MAX_SUSPECT_DEATHS
+    assert bench.states(batch) == [UnitState.PENDING]
+    assert num_done(bench, batch) == 0, "the device may be to blame"
+
+
+# --- the whole worker dies ---
+
+
+def lose_leases(bench: Bench) -> None:
+    """Do what becomes of the leases of a worker that was killed; nobody claims for an hour."""
+    assert units.reap(bench.db, now=bench.db.now() + timedelta(hours=1))
+
+
+def let_time_pass(bench: Bench) -> None:
+    bench.clock.advance(2 * 3600)
+
+
+def test_lines_that_workers_died_of_run_in_groups_that_are_written_down_first(
+    bench: Bench,
+) -> None:
+    batch = bench.submit_planned(make_lines(40))
+    for _ in range(CAREFUL_STALLS):
+        bench.claim(UnitKind.SHARD)
+        lose_leases(bench)
+        let_time_pass(bench)
+    for expected in ([f"hello {n}" for n in range(32)], [f"hello {n}" for n in range(16)]):
+        engine = ScriptedEngine(slots=64)
+        engine.pause_after(0)
+        with Worker(bench, engine) as worker:
+            await_set(engine.paused)
+            ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
+            assert shard.trial is not None
+            assert [f"hello {n}" for n in shard.trial.positions] == engine.asked == expected
+            lose_leases(bench)
+            await_set(engine.dropped)
+            worker.result()
+        let_time_pass(bench)
+    with Worker(bench, ScriptedEngine(slots=64)) as worker:
+        assert worker.result() == 40
+    output = bench.output_of(bench.finalize())
+    assert_answered(output, {f"r{n}": f"re: hello {n}" for n in range(40)})
+
+
+def test_line_that_was_alone_when_workers_died_gets_an_error_and_the_others_their_answers(
+    bench: Bench,
+) -> None:
+    batch = bench.submit_planned(make_lines(5))
+    for _ in range(SOLO_CRASHES):
+        lease = bench.claim(UnitKind.SHARD)
+        ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
+        shards.report_worker_death(bench.db, lease, suspects=[[3]], died=shard.trial)
+        shards.begin_trial(bench.db, lease, positions=[3])
+        lose_leases(bench)
+        let_time_pass(bench)
+    with Worker(bench, ScriptedEngine()) as worker:
+        worker.result()
+    batch = bench.finalize()
+    assert ids_of(bench.output_of(batch)) == ["r0", "r1", "r2", "r4"]
+    (error,) = bench.errors_of(batch)
+    assert error["custom_id"] == "r3"
+    assert error["response"]["body"]["error"]["code"] == "worker_crash"
+    assert "3 times" in error["response"]["body"]["error"]["message"]
 
 
 @pytest.mark.parametrize("error", [EngineOutOfMemory("It is full."), EngineMisconfigured("No.")])

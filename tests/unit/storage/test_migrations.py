@@ -117,8 +117,16 @@ def bench_of(db: Database, folder: Path) -> Iterator[Bench]:
             yield bench
 
 
+def downgrade(db: Database) -> None:
+    """Leave the rows that the first version would have."""
+    config = alembic_config()
+    with db.transaction() as tx:
+        config.attributes["connection"] = tx.connection
+        alembic.command.downgrade(config, "0001")
+
+
 def test_a_batch_in_flight_goes_on_over_the_upgrade(empty: Database, tmp_path: Path) -> None:
-    upgrade(empty, revision="0001")
+    upgrade(empty)
     with bench_of(empty, tmp_path) as bench:
         batch = bench.submit_planned(make_lines(6), shard_lines=3)
         engine = ScriptedEngine(slots=2)
@@ -127,6 +135,7 @@ def test_a_batch_in_flight_goes_on_over_the_upgrade(empty: Database, tmp_path: P
             await_set(engine.paused)
             await_true(lambda: batches.get(empty, batch.id).request_counts.completed == 2)
             assert UnitState.LEASED in bench.states(batch)
+            downgrade(empty)
             upgrade(empty)
             check_schema(empty)
             engine.go_on()
@@ -142,10 +151,11 @@ def test_a_batch_in_flight_goes_on_over_the_upgrade(empty: Database, tmp_path: P
 def test_a_batch_whose_worker_was_killed_before_the_upgrade_is_finished_by_another(
     empty: Database, tmp_path: Path
 ) -> None:
-    upgrade(empty, revision="0001")
+    upgrade(empty)
     with bench_of(empty, tmp_path) as bench:
         batch = bench.submit_planned(make_lines(3))
         bench.claim(UnitKind.SHARD)
+        downgrade(empty)
         upgrade(empty)
         [(_, state)] = shards.list_for_batch(empty, batch.id)
         assert state is UnitState.LEASED
@@ -191,10 +201,7 @@ def test_going_back_by_one_keeps_the_batches(empty: Database, tmp_path: Path) ->
     upgrade(empty)
     with bench_of(empty, tmp_path) as bench:
         batch = bench.submit_planned(make_lines(3))
-        config = alembic_config()
-        with empty.transaction() as tx:
-            config.attributes["connection"] = tx.connection
-            alembic.command.downgrade(config, "0001")
+        downgrade(empty)
         assert batches.get(empty, batch.id) == batch
         upgrade(empty)
         check_schema(empty)
