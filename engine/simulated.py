@@ -6,6 +6,7 @@ order a fault by what its last message (or prompt) says:
     [[tokens=50]]        the reply has so many tokens, whatever the setting
     [[reply=text]]       the reply is this text
     [[fault=crash]]      the process kills itself when the request starts
+    [[fault=crash-worker]]  the worker that started the process is killed when the request starts
     [[fault=hang]]       the engine stops making progress when the request starts
     [[fault=oom]]        the engine reports that it is out of memory
     [[fault=error]]      the request ends with an error
@@ -171,6 +172,9 @@ class SimulatedEngine:
         fault = directives.get("fault", "")
         if fault == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "crash-worker":
+            os.kill(os.getppid(), signal.SIGKILL)
+            threading.Event().wait()  # this process has nobody left, and ends with its worker
         elif fault == "hang":
             threading.Event().wait()
         elif fault == "oom":
