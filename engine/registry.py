@@ -137,6 +137,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         num_slots=config.slots,
         quantization=config.quantization,
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
+        is_greedy=config.defaults.temperature == 0,
     )
 
 

@@ -192,4 +192,5 @@ def describe_remote(config: RemoteConfig, model: str) -> Capabilities:
         constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"remote-{digest.hexdigest()}",
+        is_greedy=config.defaults.temperature == 0,
     )

@@ -237,6 +237,7 @@ def describe(config: SimulatedConfig, model: str) -> Capabilities:
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"simulated-{zlib.crc32(config.model_dump_json().encode()):08x}",
         num_slots=config.slots,
+        is_greedy=config.defaults.temperature == 0,
     )
 
 

@@ -110,12 +110,16 @@ class App:
     def plan_limits(self) -> PlanLimits:
         """Return what the settings say about inputs and shards."""
         limits, shards = self.settings.limits, self.settings.shards
+        planning = self.settings.planning
         return PlanLimits(
             max_lines=limits.max_lines,
             max_line_bytes=limits.max_line_bytes,
             max_reported_errors=limits.max_reported_errors,
             shard_lines=shards.max_lines,
             shard_bytes=shards.max_bytes,
+            fold=planning.fold,
+            by_prefix=planning.by_prefix,
+            by_length=planning.by_length,
         )
 
 

@@ -52,7 +52,7 @@ from jobs.wakeups import Doorbell, Hint
 from storage import batches, segments, shards, units
 from storage.blobs.base import BlobStore, hash_bytes, segment_key
 from storage.database import Database
-from storage.jsonl import UNLIMITED, encode_segment, read_lines
+from storage.jsonl import Follower, RequestLine, encode_segment, read_requests
 
 READ_CHUNK_LINES = 64
 _TICK_SECONDS = 0.05
@@ -93,7 +93,7 @@ class _OpenShard:
     lease: Lease
     shard: Shard
     batch: Batch
-    lines: Iterator[tuple[int, int, bytes]]
+    lines: Iterator[RequestLine]
     num_left: int
     group_of: dict[int, int]
     guilty: dict[int, LineError]
@@ -115,9 +115,11 @@ class _Held:
 
     shard: _OpenShard
     position: int
+    index: int
     custom_id: str
     request: Request
     num_bytes: int = 0
+    followers: Sequence[Follower] = ()
 
 
 class Feed:
@@ -381,28 +383,30 @@ class Feed:
         shard = held.shard
         if shard.lost:
             return
-        index = shard.shard.first_index + held.position
-        line = render_result(
-            result,
-            custom_id=held.custom_id,
-            request_id=f"{shard.lease.batch_id[6:]}{index:08x}",
-            endpoint=shard.batch.endpoint,
-            model=shard.batch.model or "",
-            created=int(time.time()),
-        )
         buffer = shard.buffer
         if not buffer.entries:
             buffer.oldest_at = time.monotonic()
-        failed = result.error is not None
-        buffer.entries.append((index, int(failed), line))
+        error = result.error
+        for index, custom_id in ((held.index, held.custom_id), *held.followers):
+            line = render_result(
+                result,
+                custom_id=custom_id,
+                request_id=f"{shard.lease.batch_id[6:]}{index:08x}",
+                endpoint=shard.batch.endpoint,
+                model=shard.batch.model or "",
+                created=int(time.time()),
+                same_as=None if index == held.index else held.custom_id,
+            )
+            buffer.entries.append((index, int(error is not None), line))
+            buffer.num_bytes += len(line)
+            self._buffered_bytes += len(line)
         buffer.positions.append(held.position)
         buffer.usage += result.usage
-        if result.error is not None:
-            buffer.num_failed += 1
+        if error is not None:
+            num_failed = 1 + len(held.followers)
+            buffer.num_failed += num_failed
             buffer.failed_usage += result.usage
-            buffer.codes[result.error.code] += 1
-        buffer.num_bytes += len(line)
-        self._buffered_bytes += len(line)
+            buffer.codes[error.code] += num_failed
         shard.num_left -= 1
         if not shard.num_left or len(buffer.entries) >= self._settings.flush_results:
             self._lock.notify_all()
@@ -633,10 +637,10 @@ class Feed:
             batch = self._batches[batch_id] = batches.get(self._db, batch_id, tenant_id=None)
         return batch
 
-    def _open_lines(self, shard: Shard, num_read: int) -> Iterator[tuple[int, int, bytes]]:
+    def _open_lines(self, shard: Shard, num_read: int) -> Iterator[RequestLine]:
         read = bitmap(list(range(num_read)), shard.num_lines)
         skip = merge_bitmaps(shard.done, read)
-        return read_lines(self._blobs, shard, skip=skip, max_line_bytes=UNLIMITED)
+        return read_requests(self._blobs, shard, skip=skip)
 
     def _read_some(self, shard: _OpenShard) -> bool:
         """Queue the next lines of a shard; return whether there may be more."""
@@ -646,11 +650,18 @@ class Feed:
         more = False
         position = -1
         num_bytes = 0
-        for position, _, content in shard.lines:
+        for position, index, followers, content in shard.lines:
             num_bytes += len(content)
             self._next_id += 1
             if position in shard.guilty:
-                held = _Held(shard, position, custom_id_of(content), Request(id=self._next_id))
+                held = _Held(
+                    shard,
+                    position,
+                    index,
+                    custom_id_of(content),
+                    Request(id=self._next_id),
+                    followers=followers,
+                )
                 refused.append((held, shard.guilty[position]))
                 continue
             try:
@@ -661,10 +672,12 @@ class Feed:
                 refusal = LineError(
                     code=error.error_code, message=error.message, status_code=400, param=error.param
                 )
-                refused.append((_Held(shard, position, custom_id_of(content), request), refusal))
+                custom_id = custom_id_of(content)
+                held = _Held(shard, position, index, custom_id, request, followers=followers)
+                refused.append((held, refusal))
                 continue
             request = line.to_request(self._next_id)
-            held = _Held(shard, position, line.custom_id, request, len(content))
+            held = _Held(shard, position, index, line.custom_id, request, len(content), followers)
             group = shard.group_of.get(position)
             if group is None:
                 read.append(held)

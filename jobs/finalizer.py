@@ -1,24 +1,27 @@
 """Writes the output and error file of a batch whose shards have ended, in input order.
 
+Shards of the input are in that order already; those of a run order are sorted back, on disk.
 Copies the bytes of results that are already rendered; lines without one get an error that says
 why. Publishes nothing unless every line was written exactly once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
 
 from jobs.domain.batch import Batch
 from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing
 from jobs.domain.ids import mint_file_id
 from jobs.domain.request import custom_id_of
 from jobs.domain.result import LineError, Result, Usage, render_result
-from jobs.domain.shard import Lease, Shard, UnitState
+from jobs.domain.shard import Lease, Shard, UnitState, count_bits
 from storage import batches, segments, shards, units
 from storage.blobs.base import BlobStore, BlobWriter, hash_bytes, output_key
 from storage.database import Database
 from storage.files import File
-from storage.jsonl import UNLIMITED, decode_segment, read_lines
+from storage.jsonl import Entry, decode_segment, read_requests
+from storage.reorder import Reorder
 
 OUTPUT_SECONDS = 30 * 86_400
 """How long output files are kept unless the batch says otherwise."""
@@ -29,6 +32,7 @@ _MESSAGES = {
     "blob_missing": "The input of this batch is gone.",
     "blob_corrupt": "The input of this batch changed after it was planned.",
 }
+_LINES_AT_ONCE = 1000
 _REASONS = {
     UnitState.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request ran."),
     UnitState.EXPIRED: ("batch_expired", "The batch's window ended before this request ran."),
@@ -80,14 +84,12 @@ def finalize(
         BlobCorrupt, BlobMissing: a segment is not what was written.
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
-    total = 0
+    listed = shards.list_for_batch(db, batch.id)
     output_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "output"))
     error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "error"))
     with output_writer as output, error_writer as errors:
         writing = _Writing(db=db, blobs=blobs, batch=batch, output=output, errors=errors)
-        for shard, state in shards.list_for_batch(db, batch.id):
-            _write_shard(writing, shard, state)
-            total += shard.num_lines
+        for total in _write_all(writing, listed):
             if writing.completed + writing.failed != total:
                 raise CountMismatch(
                     f"Batch {batch.id}: {writing.completed + writing.failed} results for the first "
@@ -108,16 +110,47 @@ def finalize(
     )
 
 
-def _write_shard(writing: _Writing, shard: Shard, state: UnitState) -> None:
+def _write_all(writing: _Writing, listed: Sequence[tuple[Shard, UnitState]]) -> Iterator[int]:
+    """Write the results of all shards; yield how many lines there should be by now."""
+    if not any(shard.is_run_order for shard, _ in listed):
+        total = 0
+        for shard, state in listed:
+            entries = _read_shard(writing, shard, state)
+            entries.sort(key=lambda entry: entry[0])
+            _write_entries(writing, entries, first_index=shard.first_index)
+            total += shard.num_lines
+            yield total
+        return
+    total = writing.batch.request_counts.total
+    num_bytes = segments.sum_bytes(writing.db, writing.batch.id)
+    with Reorder(num_ranks=total, num_bytes=num_bytes) as reorder:
+        for shard, state in listed:
+            for index, kind, line in _read_shard(writing, shard, state):
+                if index >= total:
+                    raise CountMismatch(
+                        f"Batch {writing.batch.id}: request {index} of {total} has a result. "
+                        "Nothing was published."
+                    )
+                reorder.add(index, kind, line)
+        found, first = reorder.read(), 0
+        while entries := list(islice(found, _LINES_AT_ONCE)):
+            _write_entries(writing, entries, first_index=first)
+            first += len(entries)
+            yield first
+    yield total
+
+
+def _read_shard(writing: _Writing, shard: Shard, state: UnitState) -> list[Entry]:
+    """Return the results of a shard's lines, and why the others have none."""
     blobs, batch = writing.blobs, writing.batch
-    entries: list[tuple[int, int, bytes]] = []
+    entries: list[Entry] = []
     for segment in segments.list_for_unit(writing.db, shard.unit_id):
         content = blobs.get(segment.blob_key)
         if hash_bytes(content) != segment.sha256:
             raise BlobCorrupt(f"Segment {segment.blob_key} is not what was written.")
         entries += decode_segment(content)
         writing.usage += segment.usage
-    if len(entries) < shard.num_lines:
+    if count_bits(shard.done) < shard.num_lines:
         failed = state is UnitState.FAILED
         reason = units.get_exit(writing.db, shard.unit_id) if failed else None
         try:
@@ -127,13 +160,17 @@ def _write_shard(writing: _Writing, shard: Shard, state: UnitState) -> None:
                 f"The input of batch {batch.id} cannot be read any more, and some of its requests "
                 "have no result. What is finished is kept in segments."
             ) from error
-    entries.sort(key=lambda entry: entry[0])
+    return entries
+
+
+def _write_entries(writing: _Writing, entries: Iterable[Entry], *, first_index: int) -> None:
+    """Write results that are sorted; the first one must be that of `first_index`."""
     lines: tuple[list[bytes], list[bytes]] = ([], [])
-    for expected, (index, kind, line) in enumerate(entries, start=shard.first_index):
+    for expected, (index, kind, line) in enumerate(entries, start=first_index):
         if index != expected:
             raise CountMismatch(
-                f"Batch {batch.id}: expected the result of request {expected}, found that of "
-                f"{index}. Nothing was published."
+                f"Batch {writing.batch.id}: expected the result of request {expected}, found that "
+                f"of {index}. Nothing was published."
             )
         lines[kind].append(line)
     for writer, written in zip((writing.output, writing.errors), lines, strict=True):
@@ -145,24 +182,24 @@ def _write_shard(writing: _Writing, shard: Shard, state: UnitState) -> None:
 
 def _missing(
     blobs: BlobStore, batch: Batch, shard: Shard, state: UnitState, exit_reason: str | None
-) -> Iterator[tuple[int, int, bytes]]:
+) -> Iterator[Entry]:
     code, message = _REASONS.get(state, ("attempts_exhausted", "The request could not be run."))
     if exit_reason and ": " in exit_reason:
         # The rest is for the operator's log: it may name folders and hosts.
         code = exit_reason.partition(": ")[0]
         message = _MESSAGES.get(code, message)
     error = LineError(code=code, message=message)
-    for position, _, content in read_lines(blobs, shard, skip=shard.done, max_line_bytes=UNLIMITED):
-        index = shard.first_index + position
-        line = render_result(
-            Result(id=0, error=error),
-            custom_id=custom_id_of(content),
-            request_id=f"{batch.id[6:]}{index:08x}",
-            endpoint=batch.endpoint,
-            model=batch.model or "",
-            created=0,
-        )
-        yield index, 1, line
+    for _, index, followers, content in read_requests(blobs, shard, skip=shard.done):
+        for number, custom_id in ((index, custom_id_of(content)), *followers):
+            line = render_result(
+                Result(id=0, error=error),
+                custom_id=custom_id,
+                request_id=f"{batch.id[6:]}{number:08x}",
+                endpoint=batch.endpoint,
+                model=batch.model or "",
+                created=0,
+            )
+            yield number, 1, line
 
 
 def _publish(

@@ -1,13 +1,16 @@
 """Takes batches in: records them, and plans them in one streaming pass over their file.
 
 Planning looks at every line and reports everything that is wrong, with line numbers; only a file
-without a fault is cut into shards.
+without a fault is cut into shards. Where another order than the file's is worth it, or lines repeat
+each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 
+import msgspec
 import xxhash
 
 from engine.sandbox import Sandbox
@@ -20,15 +23,21 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
-from jobs.domain.request import ENDPOINTS, Capabilities, Line, parse_line
+from jobs.domain.plan import Columns, Fold, RunOrder, emission_for, order
+from jobs.domain.request import CHAT, ENDPOINTS, Capabilities, Line, custom_id_of, parse_line
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, files
-from storage.blobs.base import BlobStore
+from storage.blobs.base import BlobStore, plan_key
 from storage.database import Database
-from storage.jsonl import ScannedLine, scan
+from storage.jsonl import ScannedLine, encode_run_line, scan
+from storage.reorder import Reorder
 
 _PROGRESS_LINES = 1000
+_INDEX_BYTES = 8
+_LEADER, _FOLLOWER = 0, 1
+_encode_key = msgspec.msgpack.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,9 @@ class PlanLimits:
     shard_bytes: int = 16 << 20
     check_chunk: int = 256
     spill_bytes: int = 64 << 20
+    fold: Fold = "determined"
+    by_prefix: bool = True
+    by_length: bool = True
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -92,14 +104,89 @@ def plan(
     if problems.count:
         batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
         return
+    run_order = reading.choose_order()
+    source_blob_key, cuts = file.blob_key, reading.cuts
+    if not run_order.is_arrival:
+        source_blob_key = plan_key(batch.id, lease.epoch)
+        cuts = _write_run_order(
+            blobs,
+            source_blob_key,
+            reading.scan(),
+            run_order=run_order,
+            num_bytes=file.num_bytes,
+            limits=limits,
+            on_progress=on_progress,
+        )
+        log.info(
+            "run_order_written",
+            batch_id=batch.id,
+            num_lines=reading.total,
+            num_run=run_order.num_leaders,
+            num_groups=run_order.num_groups,
+            shared_percent=round(100 * run_order.shared, 1),
+        )
     batches.record_plan(
         db,
         lease,
-        cuts=reading.cuts,
-        source_blob_key=file.blob_key,
+        cuts=cuts,
+        source_blob_key=source_blob_key,
         model_key=reading.model,
         total=reading.total,
+        is_run_order=not run_order.is_arrival,
     )
+
+
+def _write_run_order(
+    blobs: BlobStore,
+    key: str,
+    scanned: Iterator[ScannedLine],
+    *,
+    run_order: RunOrder,
+    num_bytes: int,
+    limits: PlanLimits,
+    on_progress: Callable[[int], None] | None,
+) -> list[Cut]:
+    """Write the lines of a file as they will run, each with those it runs for; return the shards.
+
+    Raises:
+        StorageError: the input cannot be read, the blob not written, or there is no room to sort.
+    """
+    cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
+    cuts: list[Cut] = []
+    ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
+    follows = None if run_order.is_follower is None else run_order.is_follower.data
+    with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
+        for index, line in enumerate(scanned):
+            content = line.data or b""
+            number = index.to_bytes(_INDEX_BYTES, "little")
+            if follows is not None and follows[index]:
+                content = custom_id_of(content).encode()
+                reorder.add(ranks[index], _FOLLOWER, number + content)
+            else:
+                reorder.add(ranks[index], _LEADER, number + content)
+            if on_progress is not None and index % _PROGRESS_LINES == 0:
+                on_progress(index)
+        with blobs.open_writer(key) as writer:
+            at = 0
+            for rank, entries in groupby(reorder.read(), key=lambda entry: entry[0]):
+                # The leader is the first of them in the file, so it comes first here.
+                (_, _, leader), *rest = entries
+                followers = [(_index_of(one), one[_INDEX_BYTES:].decode()) for _, _, one in rest]
+                written = encode_run_line(_index_of(leader), followers, leader[_INDEX_BYTES:])
+                writer.write(written)
+                cut = cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=len(written))
+                if cut is not None:
+                    cuts.append(cut)
+                at += len(written)
+                if on_progress is not None and rank % _PROGRESS_LINES == 0:
+                    on_progress(rank)
+            writer.commit()
+    last = cutter.finish()
+    return [*cuts, last] if last is not None else cuts
+
+
+def _index_of(entry: bytes) -> int:
+    return int.from_bytes(entry[:_INDEX_BYTES], "little")
 
 
 class _Reading:
@@ -122,6 +209,9 @@ class _Reading:
         self.cuts: list[Cut] = []
         self.total = 0
         self.model = ""
+        self._capabilities: Capabilities | None = None
+        self._columns = Columns()
+        self._prompt_at = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
 
     def read(
         self,
@@ -140,7 +230,7 @@ class _Reading:
         schemas = Schemas(checker, problems, chunk=limits.check_chunk, refuse=refuse)
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
-            for number, start, num_bytes, content in self._scan():
+            for number, start, num_bytes, content in self.scan():
                 line = self._parse(number, num_bytes, content)
                 if line is None or content is None:
                     continue
@@ -157,6 +247,7 @@ class _Reading:
                 )
                 if cut is not None:
                     self.cuts.append(cut)
+                self._note(line, content, capabilities)
                 self.total += 1
                 if on_progress is not None and self.total % _PROGRESS_LINES == 0:
                     on_progress(self.total)
@@ -169,10 +260,39 @@ class _Reading:
         if last is not None:
             self.cuts.append(last)
         self._check_size()
+        self._capabilities = models.capabilities
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
-    def _scan(self) -> Iterator[ScannedLine]:
+    def choose_order(self) -> RunOrder:
+        """Return in which order the lines are to run."""
+        found = self._capabilities
+        return order(
+            self._columns,
+            emission=emission_for(found.engine if found is not None else ""),
+            cache_tokens=found.cache_tokens if found is not None else 0,
+            by_prefix=self._limits.by_prefix,
+            by_length=self._limits.by_length,
+        )
+
+    def _note(self, line: Line, content: bytes, capabilities: Capabilities | None) -> None:
+        """Keep what the order of the lines depends on."""
+        sampling, constraint, fold = line.sampling, line.constraint, self._limits.fold
+        is_greedy = capabilities is not None and capabilities.is_greedy
+        is_determined = sampling.seed is not None or (
+            is_greedy if sampling.temperature is None else sampling.temperature == 0
+        )
+        key = None
+        if fold == "all" or (fold == "determined" and is_determined):
+            key = xxhash.xxh3_128_digest(_encode_key(line.to_request(0)))
+        longest = sampling.max_tokens or 0
+        if constraint is not None and constraint.kind == "json_schema" and not longest:
+            longest = len(constraint.spec) // 4  # an answer is about as long as its schema
+        start = max(0, content.find(self._prompt_at))
+        self._columns.add(content, start=start, key=key, max_tokens=longest)
+
+    def scan(self) -> Iterator[ScannedLine]:
+        """Yield the lines of the file."""
         return scan(self._blobs, self._key, max_line_bytes=self._limits.max_line_bytes)
 
     def _open_models(self, describe: Callable[[str], Capabilities]) -> Models:
@@ -239,7 +359,7 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
-        for number, _, _, content in self._scan():
+        for number, _, _, content in self.scan():
             if content is None:
                 continue
             try:

@@ -55,6 +55,7 @@ from jobs.catalogue import (
     resolve,
 )
 from jobs.domain.errors import InvalidInput, NotFound
+from jobs.domain.plan import Fold
 from storage.config import BlobSettings, DatabaseSettings
 
 PREFIX = "BATCHCTL_"
@@ -108,6 +109,22 @@ class ShardSettings(_Group):
     max_lines: int = Field(default=1000, ge=1, description="request lines in one shard")
     max_bytes: int = Field(
         default=16 * _MIB, ge=1, description="bytes of request lines in one shard"
+    )
+
+
+class PlanningSettings(_Group):
+    """In which order the lines of a batch run; answers and files are the same in any."""
+
+    fold: Fold = Field(
+        default="determined",
+        description="which equal requests run once for all of them: determined (greedy or "
+        "seeded), all, or none",
+    )
+    by_prefix: bool = Field(
+        default=True, description="run prompts that begin alike together, where that saves work"
+    )
+    by_length: bool = Field(
+        default=True, description="run what may have long answers first, where lengths differ"
     )
 
 
@@ -307,6 +324,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     limits: LimitSettings = LimitSettings()
     shards: ShardSettings = ShardSettings()
+    planning: PlanningSettings = PlanningSettings()
     segments: SegmentSettings = SegmentSettings()
     leases: LeaseSettings = LeaseSettings()
     retries: RetrySettings = RetrySettings()

@@ -19,7 +19,14 @@ from jobs.domain.batch import (
 from jobs.domain.errors import NotFound
 from jobs.domain.ids import BatchId, TenantId
 from jobs.domain.result import Usage
-from jobs.domain.shard import Cut, Lease, UnitKind, UnitState
+from jobs.domain.shard import (
+    PLAIN_FORMAT,
+    RUN_ORDER_FORMAT,
+    Cut,
+    Lease,
+    UnitKind,
+    UnitState,
+)
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
 from storage.tables import UNENDED, UNFINISHED, batches, files, shards, units
@@ -215,9 +222,14 @@ def record_plan(
     source_blob_key: str,
     model_key: str | None,
     total: int,
+    is_run_order: bool = False,
     now: datetime | None = None,
 ) -> bool:
     """Insert the shards of a batch, start it and end its plan unit; all or nothing.
+
+    Args:
+        total: lines of the input; with a run order some of them may not run themselves.
+        is_run_order: whether the cuts are of a run-order blob.
 
     Returns False, and ends the unit, when the batch was stopped meanwhile. A repeated call
     changes nothing.
@@ -242,7 +254,14 @@ def record_plan(
     )
     save_batch(tx, batch, total=total, source_blob_key=source_blob_key, model_key=model_key)
     new_units = [
-        new_unit(batch, UnitKind.SHARD, now=now, ordinal=ordinal, model_key=model_key)
+        new_unit(
+            batch,
+            UnitKind.SHARD,
+            now=now,
+            ordinal=ordinal,
+            model_key=model_key,
+            format_version=RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT,
+        )
         for ordinal in range(len(cuts))
     ]
     if new_units:
@@ -258,6 +277,7 @@ def record_plan(
                     "blob_key": source_blob_key,
                     "done": bytes((cut.num_lines + 7) // 8),
                     "suspects": [],
+                    "is_run_order": is_run_order,
                 }
                 for unit, cut in zip(new_units, cuts, strict=True)
             ],

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from jobs.domain.errors import BlobCorrupt
@@ -30,8 +31,28 @@ KIND_ERROR = 1
 
 UNLIMITED = 1 << 62
 """A `max_line_bytes` for lines whose length planning has already judged."""
+Follower = tuple[int, str]
+"""A line that another one runs for: its index in the input, and its custom_id."""
+_encode_json = msgspec.json.Encoder().encode
+_decode_run = msgspec.json.Decoder(tuple[int, list[Follower]]).decode
 Entry = tuple[int, int, bytes]
 """A result's index in the input, its kind (output or error) and its line without the newline."""
+
+
+class RequestLine(NamedTuple):
+    """A line that runs.
+
+    Attributes:
+        position: in its shard.
+        line_index: its index in the input.
+        followers: lines of the input that it runs for as well.
+        data: without its newline.
+    """
+
+    position: int
+    line_index: int
+    followers: Sequence[Follower]
+    data: bytes
 
 
 class ScannedLine(NamedTuple):
@@ -138,6 +159,36 @@ def read_lines(
             yield position, shard.first_line + line_number - 1, line
     if position + 1 != shard.num_lines:
         raise BlobCorrupt(f"Blob {shard.blob_key} changed under unit {shard.unit_id}.")
+
+
+def encode_run_line(index: int, followers: Sequence[Follower], data: bytes) -> bytes:
+    """Return a line of a run-order blob, with its newline.
+
+    It is [index, [[index, custom_id], ...]], a tab, and the line of the input: JSON has no tabs.
+    """
+    return b"%b\t%b\n" % (_encode_json((index, followers)), data)
+
+
+def read_requests(blobs: BlobStore, shard: Shard, *, skip: bytes = b"") -> Iterator[RequestLine]:
+    """Yield a shard's lines that are not in `skip`, of the input or of a run-order blob.
+
+    Raises:
+        BlobCorrupt: the range does not have the lines it had when it was cut.
+    """
+    lines = read_lines(blobs, shard, skip=skip, max_line_bytes=UNLIMITED)
+    if not shard.is_run_order:
+        for position, _, data in lines:
+            yield RequestLine(position, shard.first_index + position, (), data)
+        return
+    for position, _, data in lines:
+        head, tab, rest = data.partition(b"\t")
+        try:
+            index, followers = _decode_run(head)
+        except msgspec.MsgspecError:
+            tab = b""
+        if not tab:
+            raise BlobCorrupt(f"Blob {shard.blob_key} is not the run order of its batch.")
+        yield RequestLine(position, index, followers, rest)
 
 
 def encode_segment(entries: Sequence[Entry]) -> bytes:

@@ -138,6 +138,17 @@ def list_for_unit(tx: Transaction, unit_id: UnitId) -> list[Segment]:
     return [_from_row(row) for row in rows]
 
 
+@reads
+def sum_bytes(tx: Transaction, batch_id: BatchId) -> int:
+    """Return how many bytes the segments of a batch have together."""
+    total: int = tx.execute(
+        sa.select(sa.func.coalesce(sa.func.sum(segments.c.num_bytes), 0))
+        .join(shards, shards.c.unit_id == segments.c.unit_id)
+        .where(shards.c.batch_id == batch_id)
+    ).scalar_one()
+    return int(total)
+
+
 Cursor = tuple[int, int, int]
 """Where a listing of a batch's segments stands: ordinal of the shard, epoch, sequence."""
 

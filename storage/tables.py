@@ -214,6 +214,7 @@ shards = sa.Table(
     _count("cached_tokens"),
     sa.Column("suspects", Json, nullable=False),
     sa.Column("trial", Json),
+    sa.Column("is_run_order", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("batch_id", "ordinal"),
     postgresql_with={"fillfactor": 70},
 )

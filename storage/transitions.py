@@ -22,7 +22,7 @@ from jobs.domain.errors import LeaseLost
 from jobs.domain.ids import BatchId, TenantId, mint, mint_unit_id
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
-    FORMAT_VERSION,
+    PLAIN_FORMAT,
     Lease,
     UnitKind,
     UnitState,
@@ -134,8 +134,12 @@ def advance_if_ended(tx: Transaction, batch: Batch, *, now: datetime) -> Batch:
 
 
 def insert_unit(tx: Transaction, batch: Batch, kind: UnitKind, *, now: datetime) -> None:
-    """Insert the only unit of this kind that the batch has."""
-    tx.execute(sa.insert(units).values(new_unit(batch, kind, now=now)))
+    """Insert the only unit of this kind that the batch has; it asks of a worker what others do."""
+    version = tx.execute(
+        sa.select(sa.func.max(units.c.format_version)).where(units.c.batch_id == batch.id)
+    ).scalar_one()
+    unit = new_unit(batch, kind, now=now, format_version=version or PLAIN_FORMAT)
+    tx.execute(sa.insert(units).values(unit))
 
 
 def new_unit(
@@ -145,6 +149,7 @@ def new_unit(
     now: datetime,
     ordinal: int = 0,
     model_key: str | None = None,
+    format_version: int = PLAIN_FORMAT,
 ) -> dict[str, object]:
     """Return the columns of a pending unit."""
     return {
@@ -157,7 +162,7 @@ def new_unit(
         "deadline_at": batch.deadline_at,
         "state": str(UnitState.PENDING),
         "not_before": now,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
     }
 
 

@@ -93,6 +93,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         cache_tokens: tokens that its cache holds; 0: unknown.
         quantization: of its weights, such as "none" or "nf4"; empty: unknown.
         tokenizer_hash: of its tokenizer's file; empty: unknown.
+        is_greedy: whether a line that says nothing of it gets the likeliest answer.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     cache_tokens: int = 0
     quantization: str = ""
     tokenizer_hash: str = ""
+    is_greedy: bool = False
 
     @property
     def serves_everything(self) -> bool:

@@ -72,11 +72,13 @@ def render_result(
     endpoint: str,
     model: str,
     created: int,
+    same_as: str | None = None,
 ) -> bytes:
     """Return the line (without its newline) that the output or error file holds.
 
     A result with an error belongs in the error file, any other in the output file.
-    `request_id` is unique in the system; `created` is in unix seconds.
+    `request_id` is unique in the system; `created` is in unix seconds. `same_as` is the custom_id
+    of the equal request that ran for this one: what was computed is told there, and is 0 here.
 
     Source: the JSONL formats of the OpenAI Batch API; `batchctl` is an addition of ours, present
     only where there was a constraint or a second attempt.
@@ -87,7 +89,7 @@ def render_result(
         line["response"] = None
         line["error"] = {"code": error.code, "message": error.message}
         return _encode(line)
-    usage = result.usage
+    usage = result.usage if same_as is None else Usage()
     usage_body = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -127,8 +129,11 @@ def render_result(
             }
             body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
         body.update(created=created, model=model, choices=[choice], usage=usage_body)
-    if result.constraint is not None or result.attempts > 1:
-        body["batchctl"] = {"constraint": result.constraint, "attempts": result.attempts}
+    if result.constraint is not None or result.attempts > 1 or same_as is not None:
+        told: dict[str, object] = {"constraint": result.constraint, "attempts": result.attempts}
+        if same_as is not None:
+            told["same_as"] = same_as
+        body["batchctl"] = told
     line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
     line["error"] = None
     return _encode(line)

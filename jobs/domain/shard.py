@@ -7,8 +7,13 @@ from enum import StrEnum
 from jobs.domain.ids import BatchId, UnitId, WorkerId
 from jobs.domain.result import Usage
 
-FORMAT_VERSION = 1
-"""Version of what a unit's worker must understand; older workers skip newer units."""
+FORMAT_VERSION = 2
+"""Version of what a unit's worker must understand; older workers skip newer units.
+
+1: byte ranges of the input. 2: ranges of a run-order blob too.
+"""
+PLAIN_FORMAT = 1
+RUN_ORDER_FORMAT = 2
 
 
 class UnitKind(StrEnum):
@@ -80,7 +85,9 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A run of request lines: a byte range of the input file.
+    """A run of request lines: a byte range of the input file, or of a run-order blob.
+
+    A line of a run-order blob says itself which index it has, and for which others it runs.
 
     `done` has one bit per line of the shard, least significant bit first:
     position p is bit p % 8 of byte p // 8. `suspects` are groups of positions, each to run in an
@@ -100,6 +107,7 @@ class Shard:
     suspects: tuple[tuple[int, ...], ...] = ()
     faults: tuple[Fault, ...] = ()
     trial: Trial | None = None
+    is_run_order: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

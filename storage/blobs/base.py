@@ -2,6 +2,7 @@
 
 files/<file id>                                              an uploaded input
 outputs/<batch id>/<epoch>-<kind>.jsonl                      a produced file
+plans/<batch id>/<epoch>.jsonl                               the lines of an input as they run
 segments/<batch id>/<unit id>/<epoch>-<sequence>-<sha256>    results of some lines of a shard
 """
 
@@ -131,6 +132,11 @@ def input_key(file_id: FileId) -> str:
 def output_key(batch_id: BatchId, epoch: int, kind: OutputKind) -> str:
     """Return where the finalizer that holds `epoch` writes one of its two files."""
     return f"outputs/{batch_id}/{epoch}-{kind}.jsonl"
+
+
+def plan_key(batch_id: BatchId, epoch: int) -> str:
+    """Return where the planner that holds `epoch` writes the lines in the order they will run."""
+    return f"plans/{batch_id}/{epoch}.jsonl"
 
 
 def segment_key(lease: Lease, sequence: int, sha256: str) -> str:

@@ -1,0 +1,323 @@
+"""The run order of a batch: duplicates folded, prefixes grouped, long answers first.
+
+    line ─► 37 bytes of columns ─► fold: who runs for whom ─► order: who runs when
+
+Pure: columns in, ranks out. What an engine gains from an order depends on the engine (see
+`Emission`), so the one that will serve the batch is named. Where nothing is gained the order is
+that of the file, and nobody has to write it down.
+
+Source: the measurements of the performance notes, sections 2.1 and 2.2.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import xxhash
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PREFIX_BYTES = (256, 512, 1024, 2048)
+"""Two prompts share a prefix as far as their lines are equal from the first message on."""
+MAX_FOLLOWERS = 255
+"""A line runs for so many others at most, so that a result stays small; the next one runs again."""
+MIN_SHARED = 0.1
+"""Share of the prompts' bytes that must be repeated before grouping is worth another order."""
+_MIN_STEM_BYTES = 64
+_BYTES_PER_TOKEN = 4
+_MIN_SPREAD = 2
+"""Answers are told apart by length when the longest third is so many doublings above the rest."""
+_PARTS = 16
+_ROW = struct.Struct("<QQ5IB")
+_COLUMNS = np.dtype(
+    [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
+)
+_NO_KEY = bytes(16)
+
+Fold = Literal["determined", "all", "none"]
+"""Which equal requests run once: those whose answer is determined (greedy or seeded), or all."""
+
+
+class Emission(StrEnum):
+    """In which order members of groups that share a prefix are handed to an engine.
+
+    SORTED: group after group; for engines that share blocks from the moment they are scheduled.
+    LEADER_AHEAD: each group's first member before the rest of the group in front, since blocks
+        are shared when they are computed, and the cache has room for two groups.
+    ROUND_ROBIN: one member of each group in turn; the same, with room for all groups.
+    """
+
+    SORTED = "sorted"
+    LEADER_AHEAD = "leader_ahead"
+    ROUND_ROBIN = "round_robin"
+
+
+class Columns:
+    """What planning remembers of each line: 37 bytes, whatever the line's size."""
+
+    def __init__(self) -> None:
+        """Begin without a line."""
+        self._rows = bytearray()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        """Return the number of lines."""
+        return len(self._rows) // _ROW.size
+
+    def add(self, content: bytes, *, start: int, key: bytes | None, max_tokens: int) -> None:
+        """Note the next line.
+
+        Args:
+            content: the line.
+            start: where in it the prompt begins.
+            key: 16 bytes that are equal exactly where the answers are; None: nobody's answer is
+                sure to be the same.
+            max_tokens: the longest answer; 0: unknown.
+        """
+        hash32 = xxhash.xxh32_intdigest
+        size = len(content) - start
+        self.num_bytes += size
+        prefixes = [
+            hash32(content[start : start + length]) if size > length else 0
+            for length in PREFIX_BYTES
+        ]
+        stem = content.rfind(b'"role"', start)
+        prefixes.append(hash32(content[start:stem]) if stem - start >= _MIN_STEM_BYTES else 0)
+        low, high = struct.unpack("<QQ", key or _NO_KEY)
+        self._rows += _ROW.pack(low, high, *prefixes, max_tokens.bit_length())
+
+    def rows(self) -> "NDArray[Any]":
+        """Return the columns of all lines, without a copy."""
+        return np.frombuffer(self._rows, dtype=_COLUMNS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOrder:
+    """Who runs, and when.
+
+    Attributes:
+        rank: for each line, the place at which it runs, or at which its leader does;
+            None: as in the file.
+        is_follower: for each line, whether another one runs for it; None: none does.
+        num_leaders: lines that run.
+        num_groups: groups that share a prefix; 0 where the order is not by prefix.
+        shared: share of the prompts' bytes that is repeated by them.
+    """
+
+    rank: "NDArray[np.uint32] | None"
+    is_follower: "NDArray[np.bool_] | None"
+    num_leaders: int
+    num_groups: int = 0
+    shared: float = 0.0
+
+    @property
+    def is_arrival(self) -> bool:
+        """Whether every line runs, as they stand in the file."""
+        return self.rank is None
+
+
+def emission_for(engine: str) -> Emission:
+    """Return in which order an engine gains most from groups."""
+    return Emission.LEADER_AHEAD if engine == "hf" else Emission.SORTED
+
+
+def order(
+    columns: Columns,
+    *,
+    emission: Emission,
+    cache_tokens: int = 0,
+    by_prefix: bool = True,
+    by_length: bool = True,
+) -> RunOrder:
+    """Return the run order of a batch.
+
+    Args:
+        cache_tokens: what the engine's cache holds; 0: unknown.
+        by_prefix: whether lines may be grouped by how they begin.
+        by_length: whether long answers go first.
+    """
+    rows = columns.rows()
+    leader = _fold(rows)
+    if leader is None:
+        leaders = np.arange(len(rows), dtype=np.uint32)
+    else:
+        leaders = np.flatnonzero(leader == np.arange(len(rows), dtype=np.uint32)).astype(np.uint32)
+    buckets = _buckets(rows["doublings"][leaders]) if by_length else None
+    groups = None
+    shared = 0.0
+    if by_prefix:
+        groups = _Groups(rows["prefixes"], leaders)
+        shared = groups.repeated_bytes / max(1, columns.num_bytes)
+        fits = 0 < 2 * groups.distinct_bytes / _BYTES_PER_TOKEN < cache_tokens
+        if shared < MIN_SHARED or fits:
+            groups = None
+    places = _arrange(leaders, groups, buckets, emission=emission, cache_tokens=cache_tokens)
+    num_groups = groups.num_groups if groups is not None and places is not None else 0
+    if places is None and leader is None:
+        return RunOrder(rank=None, is_follower=None, num_leaders=len(leaders), shared=shared)
+    rank = np.zeros(len(rows), dtype=np.uint32)
+    ordered = leaders if places is None else leaders[places]
+    rank[ordered] = np.arange(len(ordered), dtype=np.uint32)
+    is_follower = None
+    if leader is not None:
+        is_follower = leader != np.arange(len(rows), dtype=np.uint32)
+        rank = rank[leader]
+    return RunOrder(
+        rank=rank,
+        is_follower=is_follower,
+        num_leaders=len(leaders),
+        num_groups=num_groups,
+        shared=shared,
+    )
+
+
+def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
+    """Return for each line the one that runs for it, itself or an earlier one; None: all run.
+
+    In parts, so that what sorting needs stays a fraction of the columns.
+    """
+    low, high = rows["low"], rows["high"]
+    leader = None
+    for part in range(_PARTS):
+        lines = np.flatnonzero((low % _PARTS == part) & ((low != 0) | (high != 0)))
+        if len(lines) < 2:  # noqa: PLR2004  one is nobody's duplicate
+            continue
+        lines = lines[np.lexsort((high[lines], low[lines]))]
+        is_new = np.ones(len(lines), dtype=np.bool_)
+        is_new[1:] = (low[lines[1:]] != low[lines[:-1]]) | (high[lines[1:]] != high[lines[:-1]])
+        if is_new.all():
+            continue
+        first = np.flatnonzero(is_new)
+        place = np.arange(len(lines)) - np.repeat(first, np.diff(np.append(first, len(lines))))
+        # Lexsort keeps equal ones in the order of the file, so a leader comes before its followers.
+        leads = place % (MAX_FOLLOWERS + 1)
+        if leader is None:
+            leader = np.arange(len(rows), dtype=np.uint32)
+        leader[lines] = lines[np.arange(len(lines)) - leads]
+    return leader
+
+
+def _buckets(doublings: "NDArray[np.uint8]") -> "NDArray[np.int8] | None":
+    """Return 0 for lines with long answers, 1 and 2 for shorter ones; None: they are alike.
+
+    Source: three buckets come within a few percent of knowing every length (section 2.2).
+    """
+    known = doublings[doublings > 0]
+    if 2 * len(known) < len(doublings) or not len(known):
+        return None
+    ranked = np.sort(known)
+    third = max(1, len(ranked) // 3)
+    low, high, top = (
+        int(ranked[third - 1]),
+        int(ranked[max(0, len(ranked) - third - 1)]),
+        int(ranked[-1]),
+    )
+    if top - low < _MIN_SPREAD:
+        return None
+    buckets = np.ones(len(doublings), dtype=np.int8)
+    buckets[(doublings > 0) & (doublings <= low)] = 2
+    buckets[doublings > max(high, low)] = 0
+    return buckets
+
+
+class _Groups:
+    """The leaders that share a beginning, as a tree whose nodes are counted by their bytes.
+
+    Attributes:
+        top: which leaders share the shortest prefix: one number each.
+        leaf: which of them share everything that any two of them share; ordered as the tree is.
+    """
+
+    def __init__(self, prefixes: "NDArray[np.uint32]", leaders: "NDArray[np.uint32]") -> None:
+        path = np.zeros(len(leaders), dtype=np.uint64)
+        self.repeated_bytes = 0
+        self.distinct_bytes = 0
+        self.num_groups = 0
+        self.leaf_bytes = np.zeros(len(leaders), dtype=np.uint32)
+        sizes = (*PREFIX_BYTES, PREFIX_BYTES[-1])
+        before = 0
+        for level, size in enumerate(sizes):
+            step = prefixes[leaders, level].astype(np.uint64)
+            _, node, counts = np.unique(
+                path << np.uint64(32) | step, return_inverse=True, return_counts=True
+            )
+            is_shared = (counts > 1)[node] & (step != 0)
+            nodes = int(np.count_nonzero(np.bincount(node[is_shared], minlength=1)))
+            num_shared = int(np.count_nonzero(is_shared))
+            self.repeated_bytes += (num_shared - nodes) * (size - before)
+            self.distinct_bytes += nodes * (size - before)
+            self.num_groups = max(self.num_groups, nodes)
+            self.leaf_bytes[is_shared] = size
+            step[~is_shared] = 0
+            path = np.unique(path << np.uint64(32) | step, return_inverse=True)[1].astype(np.uint64)
+            if level == 0:
+                alone = np.flatnonzero(~is_shared)
+                self.top = path.astype(np.int64)
+                self.top[alone] = int(self.top.max(initial=0)) + 1 + np.arange(len(alone))
+            before = size
+        self.leaf = path.astype(np.int64)
+
+
+def _arrange(
+    leaders: "NDArray[np.uint32]",
+    groups: _Groups | None,
+    buckets: "NDArray[np.int8] | None",
+    *,
+    emission: Emission,
+    cache_tokens: int,
+) -> "NDArray[np.int64] | None":
+    """Return the order of the leaders, or None where it is the one they have."""
+    num = len(leaders)
+    if groups is None:
+        if buckets is None:
+            return None
+        places = np.argsort(buckets, kind="stable")
+    else:
+        turn = _turns(groups.top, buckets)
+        # Leaves in the order of their top groups, then of the tree, then of the file.
+        leaf_order = np.lexsort((np.arange(num), groups.leaf, turn))
+        places = _emit(leaf_order, groups, turn, emission=emission, cache_tokens=cache_tokens)
+    return None if bool((places == np.arange(num)).all()) else places
+
+
+def _turns(top: "NDArray[np.int64]", buckets: "NDArray[np.int8] | None") -> "NDArray[np.int64]":
+    """Return for each leader the place of its top group: long answers first, then by arrival."""
+    _, first, node = np.unique(top, return_index=True, return_inverse=True)
+    if buckets is None:
+        ranked = np.argsort(first, kind="stable")
+    else:
+        longest = np.full(len(first), 2, dtype=np.int8)
+        np.minimum.at(longest, node, buckets)
+        ranked = np.lexsort((first, longest))
+    place = np.empty(len(first), dtype=np.int64)
+    place[ranked] = np.arange(len(first))
+    return place[node]
+
+
+def _emit(
+    leaf_order: "NDArray[np.int64]",
+    groups: _Groups,
+    turn: "NDArray[np.int64]",
+    *,
+    emission: Emission,
+    cache_tokens: int,
+) -> "NDArray[np.int64]":
+    if emission is Emission.SORTED:
+        return leaf_order
+    leaf, top = groups.leaf[leaf_order], turn[leaf_order]
+    is_new = np.ones(len(leaf_order), dtype=np.bool_)
+    is_new[1:] = (leaf[1:] != leaf[:-1]) | (top[1:] != top[:-1])
+    group = np.cumsum(is_new) - 1
+    first = np.flatnonzero(is_new)
+    member = np.arange(len(leaf_order)) - first[group]
+    largest = int(groups.leaf_bytes.max(initial=0)) // _BYTES_PER_TOKEN
+    window = cache_tokens // 2 // max(1, largest)
+    if emission is Emission.ROUND_ROBIN or window > 2:  # noqa: PLR2004  else leaders go ahead
+        window = window or int(group.max(initial=0)) + 1
+        return leaf_order[np.lexsort((group, member, group // window))]
+    # The leader of the next group comes before the followers of this one.
+    place = 2 * group + 3 * (member > 0)
+    return leaf_order[np.lexsort((member, place))]

@@ -1,0 +1,186 @@
+"""The run order: who runs for whom, and when."""
+
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.domain.plan import MAX_FOLLOWERS, Columns, Emission, RunOrder, emission_for, order
+
+SHARED = 1200
+
+
+def key_of(text: str) -> bytes:
+    return hashlib.md5(text.encode(), usedforsecurity=False).digest()
+
+
+def make_columns(
+    prompts: list[str], *, keys: list[str | None] | None = None, lengths: list[int] | None = None
+) -> Columns:
+    columns = Columns()
+    for number, prompt in enumerate(prompts):
+        content = json.dumps(
+            {"custom_id": f"r{number}", "messages": [{"role": "user", "content": prompt}]}
+        ).encode()
+        key = keys[number] if keys is not None else None
+        columns.add(
+            content,
+            start=content.index(b'"messages"'),
+            key=key_of(key) if key is not None else None,
+            max_tokens=lengths[number] if lengths is not None else 0,
+        )
+    return columns
+
+
+def grouped(num_groups: int, size: int, *, seed: int = 0) -> list[str]:
+    """Return prompts of groups that share a long beginning, shuffled."""
+    prompts = [
+        f"{group} {hashlib.sha256(str(group).encode()).hexdigest() * 20}"[:SHARED] + f" ask {n}" * 4
+        for group in range(num_groups)
+        for n in range(size)
+    ]
+    random.Random(seed).shuffle(prompts)
+    return prompts
+
+
+def sequence(found: RunOrder) -> list[int]:
+    """Return the lines that run, in the order in which they do."""
+    assert found.rank is not None
+    lines = range(len(found.rank))
+    leads = [n for n in lines if found.is_follower is None or not found.is_follower[n]]
+    return sorted(leads, key=lambda n: int(found.rank[n]))  # type: ignore[index]
+
+
+def groups_of(found: RunOrder, prompts: list[str]) -> list[str]:
+    return [prompts[n].split(" ", 1)[0] for n in sequence(found)]
+
+
+def test_lines_that_share_nothing_stay_as_they_are() -> None:
+    prompts = [f"{hashlib.sha256(str(n).encode()).hexdigest() * 20} {n}" for n in range(50)]
+    assert order(make_columns(prompts), emission=Emission.SORTED).is_arrival
+    assert order(make_columns([]), emission=Emission.SORTED).is_arrival
+
+
+def test_one_beginning_of_all_lines_is_no_reason_for_another_order() -> None:
+    found = order(make_columns(grouped(1, 30)), emission=Emission.SORTED)
+    assert found.is_arrival
+    assert found.shared > 0.5
+
+
+def test_groups_run_one_after_the_other_in_the_order_they_arrive() -> None:
+    prompts = grouped(5, 8)
+    found = order(make_columns(prompts), emission=Emission.SORTED)
+    ran = groups_of(found, prompts)
+    first = list(dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts))
+    assert ran == [group for group in first for _ in range(8)]
+    assert found.num_groups == 5
+    inside = [n for n in sequence(found) if prompts[n].startswith("3 ")]
+    assert inside == sorted(inside)
+
+
+def test_leaders_go_ahead_of_the_group_in_front() -> None:
+    prompts = grouped(3, 3)
+    found = order(make_columns(prompts), emission=Emission.LEADER_AHEAD)
+    a, b, c = dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts)
+    assert groups_of(found, prompts) == [a, b, a, a, c, b, b, c, c]
+
+
+def test_groups_take_turns_as_far_as_the_cache_has_room() -> None:
+    prompts = grouped(4, 3)
+    found = order(make_columns(prompts), emission=Emission.ROUND_ROBIN)
+    names = list(dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts))
+    assert groups_of(found, prompts) == names * 3
+    # Room for three prefixes of 256 tokens: three groups take turns, then the last one runs.
+    some = order(make_columns(prompts), emission=Emission.ROUND_ROBIN, cache_tokens=3 * 2 * 256)
+    assert groups_of(some, prompts) == names[:3] * 3 + names[3:] * 3
+
+
+def test_a_cache_that_holds_every_group_needs_no_order() -> None:
+    columns = make_columns(grouped(4, 5))
+    assert order(columns, emission=Emission.SORTED, cache_tokens=10**6).is_arrival
+    assert not order(columns, emission=Emission.SORTED, cache_tokens=1000).is_arrival
+
+
+def test_long_answers_go_first_in_three_classes() -> None:
+    lengths = [16, 4000, 200] * 20
+    found = order(make_columns(["x"] * 60, lengths=lengths), emission=Emission.SORTED)
+    ran = [lengths[n] for n in sequence(found)]
+    assert ran == [4000] * 20 + [200] * 20 + [16] * 20
+    alike = make_columns(["x"] * 60, lengths=[100] * 60)
+    assert order(alike, emission=Emission.SORTED).is_arrival
+    unknown = make_columns(["x"] * 60, lengths=[0] * 40 + [16, 4000] * 10)
+    assert order(unknown, emission=Emission.SORTED).is_arrival
+
+
+def test_a_group_goes_where_its_longest_answer_belongs() -> None:
+    prompts = grouped(3, 4, seed=1)
+    lengths = [16] * 12
+    late = prompts[-1].split(" ", 1)[0]
+    lengths[-1] = 4000
+    found = order(make_columns(prompts, lengths=lengths), emission=Emission.SORTED)
+    assert groups_of(found, prompts)[:4] == [late] * 4
+
+
+def test_equal_lines_run_once_and_the_first_one_leads() -> None:
+    keys = ["a", "b", "a", None, None, "b", "a"]
+    found = order(make_columns(["x"] * 7, keys=keys), emission=Emission.SORTED)
+    assert sequence(found) == [0, 1, 3, 4]
+    assert found.num_leaders == 4
+    assert found.rank is not None
+    assert found.rank.tolist() == [0, 1, 0, 2, 3, 1, 0]
+
+
+def test_a_line_leads_a_bounded_number_of_others() -> None:
+    num = 3 * (MAX_FOLLOWERS + 1) + 5
+    found = order(make_columns(["x"] * num, keys=["a"] * num), emission=Emission.SORTED)
+    assert found.num_leaders == 4
+    assert found.rank is not None
+    assert np.bincount(found.rank).tolist() == [MAX_FOLLOWERS + 1] * 3 + [5]
+
+
+def test_both_can_be_switched_off() -> None:
+    columns = make_columns(grouped(4, 5), lengths=[16, 4000] * 10)
+    found = order(columns, emission=Emission.SORTED, by_prefix=False, by_length=False)
+    assert found.is_arrival
+
+
+def test_each_engine_gets_the_order_that_helps_it() -> None:
+    assert emission_for("vllm") is Emission.SORTED
+    assert emission_for("hf") is Emission.LEADER_AHEAD
+
+
+@given(
+    kinds=st.lists(
+        st.tuples(st.integers(0, 6), st.one_of(st.none(), st.integers(0, 5)), st.integers(0, 5000)),
+        max_size=60,
+    ),
+    emission=st.sampled_from(list(Emission)),
+    cache_tokens=st.sampled_from([0, 300, 3000]),
+)
+def test_every_line_runs_once_or_follows_an_equal_one(
+    kinds: list[tuple[int, int | None, int]], emission: Emission, cache_tokens: int
+) -> None:
+    texts = grouped(7, 1)
+    prompts = [texts[group] + str(number) for number, (group, _, _) in enumerate(kinds)]
+    keys = [None if key is None else str(key) for _, key, _ in kinds]
+    columns = make_columns(prompts, keys=keys, lengths=[length for _, _, length in kinds])
+    found = order(columns, emission=emission, cache_tokens=cache_tokens)
+    if found.rank is None:
+        assert len({key for key in keys if key}) == sum(key is not None for key in keys)
+        return
+    ran = sequence(found)
+    assert [int(found.rank[n]) for n in ran] == list(range(found.num_leaders))
+    for number, key in enumerate(keys):
+        leader = ran[int(found.rank[number])]
+        assert leader == number or (key is not None and keys[leader] == key)
+        assert leader <= number
+
+
+@pytest.mark.parametrize("num_lines", [20_000])
+def test_what_is_kept_of_a_line_is_small(num_lines: int) -> None:
+    columns = make_columns(["x"] * num_lines)
+    assert columns.rows().nbytes <= 48 * num_lines
