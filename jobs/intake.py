@@ -211,6 +211,7 @@ class _Reading:
         self.model = ""
         self._capabilities: Capabilities | None = None
         self._columns = Columns()
+        self._fold = limits.fold
         self._prompt_at = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
 
     def read(
@@ -277,17 +278,20 @@ class _Reading:
 
     def _note(self, line: Line, content: bytes, capabilities: Capabilities | None) -> None:
         """Keep what the order of the lines depends on."""
-        sampling, constraint, fold = line.sampling, line.constraint, self._limits.fold
-        is_greedy = capabilities is not None and capabilities.is_greedy
-        is_determined = sampling.seed is not None or (
-            is_greedy if sampling.temperature is None else sampling.temperature == 0
-        )
-        key = None
-        if fold == "all" or (fold == "determined" and is_determined):
-            key = xxhash.xxh3_128_digest(_encode_key(line.to_request(0)))
+        sampling, fold = line.sampling, self._fold
+        temperature = sampling.temperature
+        if fold == "determined":
+            if temperature is None:
+                is_equal = capabilities is not None and capabilities.is_greedy
+            else:
+                is_equal = temperature == 0
+            is_equal = is_equal or sampling.seed is not None
+        else:
+            is_equal = fold == "all"
+        key = xxhash.xxh3_128_digest(_encode_key(line.to_request(0))) if is_equal else None
         longest = sampling.max_tokens or 0
-        if constraint is not None and constraint.kind == "json_schema" and not longest:
-            longest = len(constraint.spec) // 4  # an answer is about as long as its schema
+        if not longest and line.constraint is not None:
+            longest = len(line.constraint.spec) // 4  # an answer is about as long as its schema
         start = max(0, content.find(self._prompt_at))
         self._columns.add(content, start=start, key=key, max_tokens=longest)
 

@@ -31,7 +31,9 @@ _BYTES_PER_TOKEN = 4
 _MIN_SPREAD = 2
 """Answers are told apart by length when the longest third is so many doublings above the rest."""
 _PARTS = 16
-_ROW = struct.Struct("<QQ5IB")
+_LOW = 0xFFFFFFFF
+_ROW = struct.Struct("<16s5IB")
+_pack = _ROW.pack
 _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
@@ -77,17 +79,25 @@ class Columns:
                 sure to be the same.
             max_tokens: the longest answer; 0: unknown.
         """
-        hash32 = xxhash.xxh32_intdigest
         size = len(content) - start
         self.num_bytes += size
-        prefixes = [
-            hash32(content[start : start + length]) if size > length else 0
-            for length in PREFIX_BYTES
-        ]
+        # One hash for each piece: those of a prefix are looked at together, from the first on.
+        second, third, fourth, end = PREFIX_BYTES
+        digest = xxhash.xxh3_64_intdigest
+        one = two = three = four = 0
+        if size > second:
+            one = digest(content[start : start + second]) & _LOW
+            if size > third:
+                two = digest(content[start + second : start + third]) & _LOW
+                if size > fourth:
+                    three = digest(content[start + third : start + fourth]) & _LOW
+                    if size > end:
+                        four = digest(content[start + fourth : start + end]) & _LOW
         stem = content.rfind(b'"role"', start)
-        prefixes.append(hash32(content[start:stem]) if stem - start >= _MIN_STEM_BYTES else 0)
-        low, high = struct.unpack("<QQ", key or _NO_KEY)
-        self._rows += _ROW.pack(low, high, *prefixes, max_tokens.bit_length())
+        rest = 0
+        if stem - start >= _MIN_STEM_BYTES:
+            rest = digest(content[start:stem]) & _LOW
+        self._rows += _pack(key or _NO_KEY, one, two, three, four, rest, max_tokens.bit_length())
 
     def rows(self) -> "NDArray[Any]":
         """Return the columns of all lines, without a copy."""
