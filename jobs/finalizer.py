@@ -95,6 +95,12 @@ def finalize(
                 )
             if on_progress is not None:
                 on_progress(total)
+        # Not the sum over its shards: of those, some may be missing or too many.
+        if total != batch.request_counts.total:
+            raise CountMismatch(
+                f"Batch {batch.id}: its shards have {total} lines, its file had "
+                f"{batch.request_counts.total}. Nothing was published."
+            )
         output_file = _publish(db, batch, output, writing.completed, "output")
         error_file = _publish(db, batch, errors, writing.failed, "errors")
     batches.complete(
