@@ -198,13 +198,11 @@ class WorkLoop:
         """Return which models of ours have shards that may run now, and since when."""
         now, clock = self._app.db.now(), time.monotonic()
         return {
-            one.model_key: one.oldest_at
-            for one in units.list_pending(self._app.db)
-            if one.kind is UnitKind.SHARD
-            and one.model_key is not None
-            and (self._models is None or one.model_key in self._models)
-            and one.oldest_at <= now
-            and self._avoided.get(one.model_key, (0.0, 0))[0] <= clock
+            model: oldest_at
+            for model, oldest_at in units.list_waiting_models(self._app.db).items()
+            if (self._models is None or model in self._models)
+            and oldest_at <= now
+            and self._avoided.get(model, (0.0, 0))[0] <= clock
         }
 
     def _next_model(self) -> str | None:
