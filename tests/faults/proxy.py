@@ -203,7 +203,8 @@ class S3Proxy(ThreadingHTTPServer):
         self.target = urlsplit(target).netloc
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.done: Counter[str] = Counter()
-        self.is_away = False
+        self.away_for: str | None = None
+        """Whoever asks for a key with this in it finds nobody there; empty: whoever asks."""
         self._faults = S3Faults({})
         self._rng = random.Random(0)
         self._lock = threading.Lock()
@@ -248,7 +249,7 @@ class _S3Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         server = self.server
-        if server.is_away:
+        if server.away_for is not None and server.away_for in self.path:
             server.done["away"] += 1
             self.close_connection = True
             return
