@@ -159,7 +159,8 @@ def _make_client(settings: BlobSettings) -> botocore.client.BaseClient:
             s3={"addressing_style": "path" if path_style else "auto"},
             request_checksum_calculation=checksums,
             response_checksum_validation=checksums,
-            retries={"mode": "standard", "max_attempts": settings.max_attempts},
+            # Their `max_attempts` would leave the first try out.
+            retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
             connect_timeout=settings.connect_timeout_seconds,
             read_timeout=settings.read_timeout_seconds,
             tcp_keepalive=True,
