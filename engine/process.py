@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine import wire
+from engine import guardian, wire
 from engine.base import Source
 from engine.config import EngineConfig, VllmConfig
 from engine.sampling import resolve_sampling
@@ -77,11 +77,46 @@ _ERRORS = _engine_errors()
 _BLAMELESS = frozenset({errors.EngineUnavailable, errors.EngineMisconfigured})
 
 
+class _Guardian:
+    """Our side of `engine.guardian`: as long as this process has it, the engine may live."""
+
+    def __init__(self) -> None:
+        reading, self._pipe = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-I", "-S", guardian.__file__, str(reading)],
+                pass_fds=[reading],
+                start_new_session=True,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            os.close(reading)
+
+    def watch(self, pid: int) -> None:
+        """Let it end the process group of an engine when this process, or the engine, ends."""
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it
+            os.write(self._pipe, b"%d\n" % pid)
+
+    def dismiss(self) -> None:
+        """End it; may be called twice."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._pipe)
+
+
 class ProcessEngine:
     """Starts `engine.host` and is an Engine to whoever holds it.
 
     The process gets its own session, so that a signal to the worker's group does not reach it,
-    and ends when this end of the socket closes. After EngineDied it is gone; open another.
+    and ends when this end of the socket closes; where it cannot do that itself, its guardian ends
+    it. After EngineDied it is gone; open another.
 
     Attributes:
         last_progress: a monotonic instant; the engine showed progress then.
@@ -123,19 +158,27 @@ class ProcessEngine:
         self._credit = 0
         self._fatal: wire.Fatal | None = None
         self._session_over = True
+        self._is_ended = False
         self.last_progress = time.monotonic()
+        self._guardian = _Guardian()  # before the engine, which is never without
         ours, theirs = socket.socketpair()
         self._socket = ours
-        with theirs, log_path.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "engine.host", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=_environment(config),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        try:
+            with theirs, log_path.open("ab") as log:
+                self._process = subprocess.Popen(  # noqa: S603 - our own module
+                    [sys.executable, "-m", "engine.host", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env=_environment(config),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+        except BaseException:
+            ours.close()
+            self._guardian.dismiss()
+            raise
+        self._guardian.watch(self._process.pid)
         self._send(wire.Open(config.model_dump_json(), model))
         try:
             ready = self._await_ready(time.monotonic() + start_seconds)
@@ -223,11 +266,9 @@ class ProcessEngine:
     def close(self) -> None:
         """End the process; may be called twice."""
         self._socket.close()
-        if self._process.poll() is None:
-            try:
-                self._process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                self._kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2.0)
+        self._kill()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         self._credit -= len(requests)
@@ -364,9 +405,13 @@ class ProcessEngine:
 
     def _kill(self) -> None:
         """End the engine's whole process group, which may hold more than the process itself."""
+        if self._is_ended:
+            return  # by now its number may be another process's
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=0.5 if self._process.poll() is None else 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guardian.dismiss()
         self._socket.close()
+        self._is_ended = True

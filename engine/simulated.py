@@ -3,16 +3,17 @@
 Time passes in steps of a set length; each running request gains a token a step. A request can
 order a fault by what its last message (or prompt) says:
 
-    [[tokens=50]]        the reply has so many tokens, whatever the setting
-    [[reply=text]]       the reply is this text
-    [[fault=crash]]      the process kills itself when the request starts
+    [[tokens=50]]           the reply has so many tokens, whatever the setting
+    [[reply=text]]          the reply is this text
+    [[fault=child]]         the process has a child from now on, as those of vLLM have
+    [[fault=crash]]         the process kills itself when the request starts
     [[fault=crash-worker]]  the worker that started the process is killed when the request starts
-    [[fault=hang]]       the engine stops making progress when the request starts
-    [[fault=oom]]        the engine reports that it is out of memory
-    [[fault=error]]      the request ends with an error
-    [[fault=nan]]        the request ends as if its logits were not numbers
-    [[fault=invalid]]    the reply breaks its constraint, always
-    [[fault=invalid:2]]  the reply breaks its constraint the first two times it is asked for
+    [[fault=hang]]          the engine stops making progress when the request starts
+    [[fault=oom]]           the engine reports that it is out of memory
+    [[fault=error]]         the request ends with an error
+    [[fault=nan]]           the request ends as if its logits were not numbers
+    [[fault=invalid]]       the reply breaks its constraint, always
+    [[fault=invalid:2]]     the reply breaks its constraint the first two times it is asked for
 """
 
 import heapq
@@ -20,6 +21,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -170,7 +173,9 @@ class SimulatedEngine:
             )
         directives = dict(_DIRECTIVE.findall(_text_of(request)))
         fault = directives.get("fault", "")
-        if fault == "crash":
+        if fault == "child":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        elif fault == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault == "crash-worker":
             os.kill(os.getppid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -347,13 +347,15 @@ engine = ProcessEngine(
     SimulatedConfig(load_seconds=float(sys.argv[2])), model="m", log_path=Path(sys.argv[1])
 )
 print("ready", flush=True)
-list(engine.generate(Requests(make_request(1, LONG))))
+asked = [make_request(n, content) for n, content in enumerate(sys.argv[3:])]
+for result in engine.generate(Requests(*asked)):
+    print(result.id, flush=True)
 """
 
 
 @pytest.mark.parametrize("load_seconds", [0, 600], ids=["working", "loading"])
 def test_engine_ends_with_its_worker(tmp_path: Path, load_seconds: int) -> None:
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "log"), str(load_seconds)]
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "log"), str(load_seconds), LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
         try:
             (engine,) = await_engines(worker.pid)
@@ -366,6 +368,74 @@ def test_engine_ends_with_its_worker(tmp_path: Path, load_seconds: int) -> None:
             worker.kill()
         psutil.wait_procs([engine], timeout=10)
         assert not engine.is_running()
+
+
+@contextmanager
+def busy_worker(folder: Path) -> Iterator[tuple[psutil.Process, list[psutil.Process]]]:
+    """Yield a worker, and its engine with the engine's child, which work on a long request."""
+    command = [sys.executable, "-c", WORKER, str(folder / "log"), "0"]
+    asked = ["[[fault=child]][[tokens=1]]", LONG]
+    with subprocess.Popen([*command, *asked], stdout=subprocess.PIPE) as worker:
+        tree: list[psutil.Process] = []
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"ready\n"
+            (engine,) = await_engines(worker.pid)
+            assert worker.stdout.readline() == b"0\n", "then the child is there"
+            tree = psutil.Process(worker.pid).children(recursive=True)
+            (child,) = engine.children()
+            yield psutil.Process(worker.pid), [engine, child]
+        finally:
+            worker.kill()
+            for one in tree:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def assert_ended(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("which", ["process", "group"])
+def test_engine_that_runs_no_code_any_more_ends_with_its_worker(tmp_path: Path, which: str) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        others = [one for one in worker.children(recursive=True) if one not in engine]
+        if which == "group":
+            os.killpg(engine[0].pid, signal.SIGSTOP)
+        else:
+            engine[0].suspend()
+        worker.kill()
+        assert_ended([*engine, *others])
+
+
+def test_children_of_an_engine_that_was_killed_end_although_its_worker_does_nothing(
+    tmp_path: Path,
+) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        worker.suspend()
+        engine[0].kill()
+        assert_ended(engine)
+
+
+def test_those_who_ask_a_whole_service_to_end_do_not_end_the_guardian(tmp_path: Path) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        (guardian,) = [one for one in worker.children() if one not in engine]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            guardian.send_signal(number)
+        engine[0].suspend()
+        worker.kill()
+        assert_ended([*engine, guardian])
+
+
+def test_engine_that_ended_in_order_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True)), sorted(descriptors())
+    with opened(tmp_path) as engine:
+        assert set(collect(engine, make_request(1, "[[fault=child]]"))) == {1}
+        started = set(psutil.Process().children(recursive=True)) - before[0]
+        assert len(started) == 3, "the engine, its child, its guardian"
+    assert_ended(list(started))
+    assert (set(psutil.Process().children(recursive=True)), sorted(descriptors())) == before
 
 
 def await_engines(parent: int, others: Collection[int] = ()) -> list[psutil.Process]:
