@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from engine import guardian, wire
 from engine.base import Source
-from engine.config import EngineConfig, VllmConfig
+from engine.config import EngineConfig, RemoteConfig, VllmConfig
 from engine.sampling import resolve_sampling
 from jobs.domain import errors
 from jobs.domain.request import Capabilities, Request, SamplingParams
@@ -111,6 +111,22 @@ class _Guardian:
             os.close(self._pipe)
 
 
+class _Probe:
+    """A source of one harmless request, which shows that a model computes."""
+
+    def __init__(self) -> None:
+        self._requests: tuple[Request, ...] | None = (
+            Request(id=0, prompt="Hello", sampling=SamplingParams(max_tokens=1)),
+        )
+
+    def take(self, n: int) -> Sequence[Request] | None:  # noqa: ARG002  one is never too many
+        taken, self._requests = self._requests, None
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:  # noqa: ARG002  somebody waits
+        return False
+
+
 class ProcessEngine:
     """Starts `engine.host` and is an Engine to whoever holds it.
 
@@ -144,7 +160,7 @@ class ProcessEngine:
             EngineMisconfigured: the model cannot be loaded as configured.
             EngineOutOfMemory: it does not fit.
             EngineDied: the process ended while loading.
-            EngineTimedOut: loading took too long.
+            EngineTimedOut: loading took longer than `start_seconds`.
             EngineUnavailable: it was told to stop.
         """
         self._log_path = log_path
@@ -181,7 +197,7 @@ class ProcessEngine:
         self._guardian.watch(self._process.pid)
         self._send(wire.Open(config.model_dump_json(), model))
         try:
-            ready = self._await_ready(time.monotonic() + start_seconds)
+            ready = self._await_ready(model, start_seconds)
         except BaseException:
             self._kill()
             raise
@@ -219,6 +235,16 @@ class ProcessEngine:
             for message in self._receive(deadline):
                 if isinstance(message, wire.Count):
                     return message.num_tokens
+
+    def probe(self) -> None:
+        """Let the model answer a short request of ours; a remote server is asked nothing.
+
+        Raises:
+            EngineDied: it could not, and is gone.
+        """
+        if not isinstance(self._config, RemoteConfig):
+            for _ in self.generate(_Probe()):
+                pass
 
     def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish.
@@ -310,13 +336,18 @@ class ProcessEngine:
         except errors.EngineError:
             self.close()
 
-    def _await_ready(self, deadline: float) -> wire.Ready:
+    def _await_ready(self, model: str, seconds: float) -> wire.Ready:
+        deadline = time.monotonic() + seconds
+        late = (
+            f"The model {model} was not loaded within {seconds:.0f} s, as leases.load_seconds "
+            f"asks for. What it did last is in {self._log_path}."
+        )
         while True:
-            for message in self._receive(deadline):
+            for message in self._receive(deadline, late=late):
                 if isinstance(message, wire.Ready):
                     return message
 
-    def _receive(self, deadline: float) -> list[wire.FromEngine]:
+    def _receive(self, deadline: float, *, late: str | None = None) -> list[wire.FromEngine]:
         while time.monotonic() < deadline:
             messages = self._receive_some(_WAIT_SECONDS)
             if messages:
@@ -324,7 +355,9 @@ class ProcessEngine:
             if self._stop():
                 raise errors.EngineUnavailable("The engine was told to stop.")
         self._kill()
-        raise errors.EngineTimedOut(f"The engine did not answer in time. See {self._log_path}.")
+        raise errors.EngineTimedOut(
+            late or f"The engine did not answer in time. See {self._log_path}."
+        )
 
     def _receive_some(self, seconds: float) -> list[wire.FromEngine]:
         if self._fatal is not None:
@@ -370,7 +403,7 @@ class ProcessEngine:
         kind = _ERRORS.get(fatal.code, errors.EngineError)
         if self._in_flight and kind not in _BLAMELESS:
             suspects = frozenset(self._started & self._in_flight)
-            raise errors.EngineDied(fatal.message, suspects=suspects)
+            raise errors.EngineDied(fatal.message, suspects=suspects, cause=fatal.code)
         raise kind(fatal.message)
 
     def _check_stall(self) -> None:

@@ -239,8 +239,12 @@ class Feed:
             while self._buffered_bytes > _MAX_BUFFERED_BYTES and not self._failure:
                 self._lock.wait(_TICK_SECONDS)
 
-    def note_death(self, suspects: frozenset[int]) -> None:
-        """Take back what a dead engine held; `suspects` are the request ids it had started."""
+    def note_death(self, suspects: frozenset[int]) -> int | None:
+        """Take back what a dead engine held; return the request that is convicted by that, if any.
+
+        Args:
+            suspects: the request ids that it had started.
+        """
         with self._lock:
             held = list(self._in_flight.values())
             self._in_flight.clear()
@@ -261,10 +265,12 @@ class Feed:
         solo = accused[0].position if len(accused) == 1 else None
         for shard in touched.values():
             self._report_suspects(shard, solo)
-        if convicted is not None:
-            # Behind the report: the shard may end with this result.
-            with self._lock:
-                self._keep(*convicted)
+        if convicted is None:
+            return None
+        # Behind the report: the shard may end with this result.
+        with self._lock:
+            self._keep(*convicted)
+        return convicted[0].request.id
 
     @property
     def num_results(self) -> int:
