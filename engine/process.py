@@ -1,6 +1,8 @@
 """An Engine that lives in a process of its own, spoken to over a socketpair."""
 
 import contextlib
+import itertools
+import math
 import os
 import select
 import signal
@@ -18,7 +20,7 @@ from engine.config import EngineConfig, RemoteConfig, VllmConfig
 from engine.sampling import resolve_sampling
 from jobs.domain import errors
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import Result
+from jobs.domain.result import LineError, Result
 
 _POLL_SECONDS = 0.005
 _WAIT_SECONDS = 0.2
@@ -146,6 +148,7 @@ class ProcessEngine:
         log_path: Path,
         start_seconds: float = 900.0,
         stall_seconds: float = 180.0,
+        request_seconds: float = math.inf,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the process and wait until the model is loaded.
@@ -154,6 +157,7 @@ class ProcessEngine:
             log_path: where the process's own output goes.
             start_seconds: how long loading may take.
             stall_seconds: how long requests may be in flight without any progress.
+            request_seconds: how long one request may run, however much progress it makes.
             stop: asked while loading; True gives it up.
 
         Raises:
@@ -165,11 +169,12 @@ class ProcessEngine:
         """
         self._log_path = log_path
         self._stall_seconds = stall_seconds
+        self._request_seconds = request_seconds
         self._stop = stop
         self._config = config
         self._buffer = wire.FrameBuffer()
         self._in_flight: set[int] = set()
-        self._started: set[int] = set()
+        self._started: dict[int, float] = {}  # when, the earliest first
         self._progress = 0
         self._credit = 0
         self._fatal: wire.Fatal | None = None
@@ -278,6 +283,7 @@ class ProcessEngine:
                 if self._fatal is not None:
                     self._raise_fatal(self._fatal)
                 self._drop_aborted(source)
+                yield from self._end_overdue()
                 # Without credit and without anything in flight, it owes us an answer as well.
                 if self._in_flight or ended or not self._credit:
                     self._check_stall()
@@ -307,7 +313,7 @@ class ProcessEngine:
         for result in results:
             if result.id in self._in_flight:
                 self._in_flight.discard(result.id)
-                self._started.discard(result.id)
+                self._started.pop(result.id, None)
                 yield result
 
     def _end_session(self) -> None:
@@ -318,9 +324,28 @@ class ProcessEngine:
     def _drop_aborted(self, source: Source) -> None:
         aborted = [i for i in self._in_flight if source.is_aborted(i)]
         if aborted:
-            self._in_flight.difference_update(aborted)
-            self._started.difference_update(aborted)
-            self._send(wire.Abort(aborted))
+            self._abort(aborted)
+
+    def _abort(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            self._in_flight.discard(request_id)
+            self._started.pop(request_id, None)
+        self._send(wire.Abort(request_ids))
+
+    def _end_overdue(self) -> list[Result]:
+        """Give up the requests that run for too long; return their results."""
+        since = time.monotonic() - self._request_seconds
+        overdue = list(itertools.takewhile(lambda i: self._started[i] < since, self._started))
+        if not overdue:
+            return []
+        self._abort(overdue)
+        error = LineError(
+            code="request_timed_out",
+            message=f"The answer was not complete after {self._request_seconds:g} s, which is the "
+            "limit of this server (leases.request_seconds). Ask for a shorter one (max_tokens).",
+            status_code=504,
+        )
+        return [Result(id=request_id, error=error) for request_id in overdue]
 
     def _leave_session(self) -> None:
         """Abort what is in flight and bring the engine back to where a session can begin."""
@@ -382,7 +407,8 @@ class ProcessEngine:
             if isinstance(message, wire.Credit):
                 self._credit += message.n
             elif isinstance(message, wire.Started):
-                self._started.update(message.request_ids)
+                now = time.monotonic()
+                self._started.update({i: now for i in message.request_ids if i in self._in_flight})
             elif isinstance(message, wire.Progress):
                 if message.count != self._progress:
                     self._progress = message.count
@@ -402,13 +428,13 @@ class ProcessEngine:
         """
         kind = _ERRORS.get(fatal.code, errors.EngineError)
         if self._in_flight and kind not in _BLAMELESS:
-            suspects = frozenset(self._started & self._in_flight)
+            suspects = frozenset(self._started.keys() & self._in_flight)
             raise errors.EngineDied(fatal.message, suspects=suspects, cause=fatal.code)
         raise kind(fatal.message)
 
     def _check_stall(self) -> None:
         if time.monotonic() - self.last_progress > self._stall_seconds:
-            suspects = frozenset(self._started & self._in_flight)
+            suspects = frozenset(self._started.keys() & self._in_flight)
             self._kill()
             raise errors.EngineTimedOut(
                 f"The engine made no progress for {self._stall_seconds:.0f} s with "
@@ -422,7 +448,7 @@ class ProcessEngine:
             self._socket.sendall(wire.encode_frame([message]))
 
     def _raise_death(self) -> None:
-        suspects = frozenset(self._started & self._in_flight)
+        suspects = frozenset(self._started.keys() & self._in_flight)
         self._kill()
         status = self._process.returncode
         how = (

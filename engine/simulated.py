@@ -8,6 +8,7 @@ order a fault by what its last message (or prompt) says:
     [[fault=child]]         the process has a child from now on, as those of vLLM have
     [[fault=crash]]         the process kills itself when the request starts
     [[fault=crash-worker]]  the worker that started the process is killed when the request starts
+    [[fault=endless]]       the reply never ends, whatever the setting
     [[fault=hang]]          the engine stops making progress when the request starts
     [[fault=oom]]           the engine reports that it is out of memory
     [[fault=error]]         the request ends with an error
@@ -187,6 +188,8 @@ class SimulatedEngine:
         sampling = self.resolve_sampling(request)
         wanted = int(directives.get("tokens", self._config.reply_tokens))
         num_tokens = max(1, min(wanted, sampling.max_tokens or wanted))
+        if fault == "endless":
+            num_tokens = sys.maxsize
         return _Running(request, step + num_tokens, num_tokens, fault)
 
     def _finish(self, done: _Running) -> Result:

@@ -138,6 +138,9 @@ class LeaseSettings(_Group):
     load_seconds: float = Field(
         default=900, gt=0, description="an engine that has not loaded its model by then is ended"
     )
+    request_seconds: float = Field(
+        default=21600, gt=0, description="a request that runs for longer ends with an error"
+    )
     watch_seconds: float = Field(
         default=2, gt=0, description="pause between looks for a cancelled batch"
     )

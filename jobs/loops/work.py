@@ -280,6 +280,7 @@ class WorkLoop:
                         log_path=self._engine_log,
                         start_seconds=leases.load_seconds,
                         stall_seconds=leases.stall_seconds,
+                        request_seconds=leases.request_seconds,
                         stop=self._crew.stopping.is_set,
                     )
 

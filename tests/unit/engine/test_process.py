@@ -54,6 +54,7 @@ def opened(
     *,
     start_seconds: float = 60.0,
     stall_seconds: float = 60.0,
+    request_seconds: float = 3600.0,
 ) -> Iterator[ProcessEngine]:
     with closing(
         ProcessEngine(
@@ -62,6 +63,7 @@ def opened(
             log_path=folder / "engine.log",
             start_seconds=start_seconds,
             stall_seconds=stall_seconds,
+            request_seconds=request_seconds,
         )
     ) as engine:
         yield engine
@@ -205,7 +207,12 @@ def test_killed_engine_is_reported_with_what_it_was_at(tmp_path: Path, number: i
 
 def test_results_that_were_sent_before_the_end_are_kept(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"slots": 1})
-    asked = [*requests(1, 2), make_request(3, "[[fault=oom]]")]
+    # The first runs long enough for the last to be handed over, before nobody reads.
+    asked = [
+        make_request(1, "[[tokens=1000]]"),
+        make_request(2),
+        make_request(3, "[[fault=oom]]"),
+    ]
     with opened(tmp_path, config) as engine:
         results = engine.generate(Requests(*asked))
         assert next(results).id == 1
@@ -270,10 +277,35 @@ def test_slow_engine_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
         assert set(collect(engine, make_request(1, "[[tokens=40]]"))) == {1}
 
 
+def test_request_that_never_ends_costs_only_itself_and_frees_its_slot(tmp_path: Path) -> None:
+    asked = [*requests(1, 4, "[[fault=endless]]"), *requests(5, 12)]
+    with opened(tmp_path, request_seconds=3.0) as engine:
+        found = collect(engine, *asked)
+        assert set(found) == set(range(1, 13))
+        codes = {n: result.error.code for n, result in found.items() if result.error is not None}
+        assert codes == dict.fromkeys(range(1, 5), "request_timed_out")
+        assert set(collect(engine, *requests(13, 20))) == set(range(13, 21)), "it works on"
+
+
+def test_probe_is_answered_and_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        engine.probe()
+        assert set(collect(engine, *requests(1, 8))) == set(range(1, 9))
+        engine.probe()
+
+
+def test_probe_of_an_engine_that_died_says_so(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            engine.probe()
+
+
 def test_engine_out_of_memory_while_it_works_suspects_what_it_held(tmp_path: Path) -> None:
     with opened(tmp_path) as engine, pytest.raises(EngineDied, match="out of memory") as caught:
         collect(engine, make_request(1, "[[fault=oom]]"))
     assert caught.value.suspects == {1}
+    assert caught.value.cause == "engine_out_of_memory"
 
 
 def test_engine_that_hangs_is_ended_even_when_nobody_waits_any_more(tmp_path: Path) -> None:
@@ -328,7 +360,10 @@ def test_engine_that_dies_while_it_loads_points_to_its_log(tmp_path: Path) -> No
 def test_engine_that_takes_too_long_to_load_is_ended(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"load_seconds": 600})
     before = {child.pid for child in psutil.Process().children()}
-    with pytest.raises(EngineTimedOut), opened(tmp_path, config, start_seconds=1.0):
+    with (
+        pytest.raises(EngineTimedOut, match=r"model m .* leases\.load_seconds .*engine\.log"),
+        opened(tmp_path, config, start_seconds=1.0),
+    ):
         pass
     assert {child.pid for child in psutil.Process().children()} == before
 
