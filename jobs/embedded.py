@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from engine.deaths import DeathBudget
 from jobs.app import App
 from jobs.domain.errors import AlreadyLocked, BatchctlError
 from jobs.loops.control import ControlLoop
@@ -95,6 +96,10 @@ class Embedded:
                 models=(),
                 others_serve=self._presence.do_others_serve,
                 on_loaded=self._presence.offer_loaded,
+                budget=DeathBudget(
+                    max_deaths=app.settings.worker.max_engine_deaths,
+                    window_seconds=app.settings.worker.engine_death_window_seconds,
+                ),
             )
         )
         self._threads: list[threading.Thread] = []

@@ -135,6 +135,12 @@ class LeaseSettings(_Group):
     stall_seconds: float = Field(
         default=180, gt=0, description="an engine without progress for this long is ended"
     )
+    load_seconds: float = Field(
+        default=900, gt=0, description="an engine that has not loaded its model by then is ended"
+    )
+    request_seconds: float = Field(
+        default=21600, gt=0, description="a request that runs for longer ends with an error"
+    )
     watch_seconds: float = Field(
         default=2, gt=0, description="pause between looks for a cancelled batch"
     )
@@ -228,6 +234,15 @@ class WorkerSettings(_Group):
     )
     model_stay_seconds: float = Field(
         default=60, gt=0, description="how long a model keeps an engine while another one waits"
+    )
+    max_engine_deaths: int = Field(
+        default=3,
+        ge=1,
+        description="engine deaths within `engine_death_window_seconds` that no request explains, "
+        "after which a worker rests",
+    )
+    engine_death_window_seconds: float = Field(
+        default=1800, gt=0, description="how long such a death counts, and so how long it rests"
     )
     metrics_host: str = Field(
         default="127.0.0.1", description="address of a worker's metrics and health"

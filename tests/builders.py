@@ -285,6 +285,9 @@ class ScriptedEngine:
         self._moved += 1  # it is asked for only to see that the engine lives
         return self._moved
 
+    def probe(self) -> None:
+        """It is there."""
+
     def close(self) -> None:
         """There is nothing to give back."""
 

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.deaths import DeathBudget
 from jobs.app import App, open_app, server_folder
 from jobs.domain.errors import BatchctlError, Conflict, InvalidInput
 from jobs.loops.control import ControlLoop
@@ -240,6 +241,10 @@ class WorkerProcess:
                 engine_log=app.folder / f"engine-{crew.worker_id}.log",
                 others_serve=presence.do_others_serve,
                 on_loaded=presence.offer_loaded,
+                budget=DeathBudget(
+                    max_deaths=self._settings.worker.max_engine_deaths,
+                    window_seconds=self._settings.worker.engine_death_window_seconds,
+                ),
             )
             self._work = work
             stack.callback(work.close)
@@ -290,6 +295,8 @@ class WorkerProcess:
             return "None of its models may be served; see the log."
         if self._work is not None and self._work.has_no_engine_to_offer:
             return "No engine of its models can be started; see the log."
+        if self._work is not None and self._work.quarantine is not None:
+            return f"Quarantined. {self._work.quarantine}"
         return self._pulse.problem()
 
     @contextmanager
