@@ -72,6 +72,11 @@ _engine_loading = Histogram(
 )
 _leases_lost = Counter("batchctl_leases_lost", "Leases that this process could not keep.")
 _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this process gave up.")
+_damaged_segments = Counter(
+    "batchctl_damaged_segments",
+    "Segments that a finalizer found damaged or gone, by outcome: run_again or given_up.",
+    ("outcome",),
+)
 _storage_failures = Counter(
     "batchctl_storage_failures", "Reads and writes of work that failed, by error code.", ("code",)
 )
@@ -81,6 +86,7 @@ _loop_failures = Counter(
 _KNOWN = frozenset(
     (
         *(COMPLETED, "done", "released", "lost", "retried", "cancelled", "expired", "failed"),
+        "repaired",
         *("truncated", "schema_mismatch", "schema_unsupported", "context_length_exceeded"),
         *("engine_crash", "attempts_exhausted"),
     )
@@ -153,6 +159,11 @@ def count_reaped(number: int) -> None:
     """Count leases of others that were given up."""
     if number:
         _leases_reaped.inc(number)
+
+
+def count_damage(outcome: str, num_segments: int) -> None:
+    """Count segments that were found damaged or gone: run_again or given_up."""
+    _damaged_segments.labels(outcome).inc(num_segments)
 
 
 def count_loop_failure(loop: str) -> None:

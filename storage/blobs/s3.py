@@ -22,7 +22,7 @@ from jobs.domain.errors import (
     Conflict,
     StorageError,
 )
-from storage.blobs.base import BlobInfo, check_key, hash_bytes
+from storage.blobs.base import ROOTS, BlobInfo, BlobStat, check_key, hash_bytes
 from storage.config import BlobSettings
 
 _NUM_PARTS_OF_A_SIZE = 1_000
@@ -240,20 +240,30 @@ class S3Blobs:
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that begin with `prefix`, in order, a page at a time."""
+        for found in self.list_blobs(prefix):
+            yield found.key
+
+    def list_blobs(self, prefix: str = "", *, after: str = "") -> Iterator[BlobStat]:
+        """Yield the blobs whose keys begin with `prefix` and come behind `after`, in order."""
         bucket = self._bucket
+        behind = {"StartAfter": bucket.prefix + after} if after else {}
         with bucket.translated(prefix):
             pages = bucket.client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket.name, Prefix=bucket.prefix + prefix, PaginationConfig=self._page
+                Bucket=bucket.name,
+                Prefix=bucket.prefix + prefix,
+                PaginationConfig=self._page,
+                **behind,
             )
             for page in pages:
                 for found in page.get("Contents", ()):
-                    yield found["Key"].removeprefix(bucket.prefix)
+                    key = found["Key"].removeprefix(bucket.prefix)
+                    if key > after:  # some stores do not know StartAfter
+                        yield BlobStat(
+                            key=key, num_bytes=found["Size"], modified_at=found["LastModified"]
+                        )
 
-    def abort_uploads(self, *, before: datetime) -> int:
-        """Return how many uploads in parts were begun before then and ended now, unfinished.
-
-        A writer that was killed leaves one, which costs its bytes and shows nowhere else.
-        """
+    def abort_uploads(self, *, before: datetime, dry_run: bool = False) -> int:
+        """Return how many uploads in parts were begun before then and ended now, unfinished."""
         bucket = self._bucket
         aborted = 0
         with bucket.translated(""):
@@ -262,13 +272,12 @@ class S3Blobs:
             )
             for page in pages:
                 for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] < before:
-                        bucket.request(
-                            "abort_multipart_upload",
-                            upload["Key"].removeprefix(bucket.prefix),
-                            UploadId=upload["UploadId"],
-                        )
-                        aborted += 1
+                    key = upload["Key"].removeprefix(bucket.prefix)
+                    if upload["Initiated"] >= before or not key.startswith(ROOTS):
+                        continue
+                    aborted += 1
+                    if not dry_run:
+                        bucket.request("abort_multipart_upload", key, UploadId=upload["UploadId"])
         return aborted
 
 
