@@ -90,10 +90,16 @@ def get(tx: Transaction, file_id: FileId, *, tenant_id: TenantId | None = None) 
 
 
 @reads
-def peek(tx: Transaction, file_id: FileId) -> File | None:
-    """Return a file even after its deletion, or None where there never was one."""
+def peek(tx: Transaction, file_id: FileId) -> File:
+    """Return a file, even after its deletion.
+
+    Raises:
+        NotFound: there never was one.
+    """
     row = tx.execute(sa.select(files).where(files.c.id == file_id)).mappings().one_or_none()
-    return None if row is None else _from_row(row)
+    if row is None:
+        raise _no_such_file(file_id)
+    return _from_row(row)
 
 
 @reads

@@ -27,7 +27,8 @@ class Fault:
     workers: tuple[str, ...]
 
 
-def _from_row(row: sa.RowMapping, solo_crashes: Sequence[tuple[int, int]]) -> Shard:
+def shard_from_row(row: sa.RowMapping, solo_crashes: Sequence[tuple[int, int]]) -> Shard:
+    """Return the shard that `row` of the table is."""
     return Shard(
         **{name: row[name] for name in _PLAIN},
         suspects=tuple(tuple(group) for group in row["suspects"]),
@@ -50,7 +51,7 @@ def get(tx: Transaction, unit_id: UnitId) -> Shard:
         .where(line_faults.c.unit_id == unit_id)
         .order_by(line_faults.c.position)
     )
-    return _from_row(row, [(fault.position, fault.solo_crashes) for fault in faults])
+    return shard_from_row(row, [(fault.position, fault.solo_crashes) for fault in faults])
 
 
 @reads
@@ -71,7 +72,8 @@ def list_for_batch(tx: Transaction, batch_id: BatchId) -> list[tuple[Shard, Unit
         .order_by(shards.c.ordinal)
     ).mappings()
     return [
-        (_from_row(row, faults.get(row["unit_id"], ())), UnitState(row["state"])) for row in rows
+        (shard_from_row(row, faults.get(row["unit_id"], ())), UnitState(row["state"]))
+        for row in rows
     ]
 
 

@@ -35,6 +35,10 @@ class _PastTheEnd(StorageError):
     """A range begins where the object ends."""
 
 
+class _NoSuchUpload(StorageError):
+    """An upload in parts has ended meanwhile, or the bucket never had one."""
+
+
 # By the store's error code; any other is BlobStoreUnavailable from 500 up and StorageError below.
 CODES: dict[str, type[BatchctlError]] = {
     "404": BlobMissing,
@@ -43,6 +47,7 @@ CODES: dict[str, type[BatchctlError]] = {
     "412": Conflict,
     "PreconditionFailed": Conflict,
     "ConditionalRequestConflict": Conflict,
+    "NoSuchUpload": _NoSuchUpload,
     "416": _PastTheEnd,
     "InvalidRange": _PastTheEnd,
     "BadDigest": BlobCorrupt,
@@ -266,7 +271,8 @@ class S3Blobs:
         """Return how many uploads in parts were begun before then and ended now, unfinished."""
         bucket = self._bucket
         aborted = 0
-        with bucket.translated(""):
+        # Some stores answer so where there has never been one.
+        with suppress(_NoSuchUpload), bucket.translated(""):
             pages = bucket.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=bucket.name, Prefix=bucket.prefix
             )
@@ -277,7 +283,9 @@ class S3Blobs:
                         continue
                     aborted += 1
                     if not dry_run:
-                        bucket.request("abort_multipart_upload", key, UploadId=upload["UploadId"])
+                        upload_id = upload["UploadId"]
+                        with suppress(_NoSuchUpload):
+                            bucket.request("abort_multipart_upload", key, UploadId=upload_id)
         return aborted
 
 
