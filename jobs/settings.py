@@ -269,6 +269,34 @@ class SandboxSettings(_Group):
     memory_bytes: int = Field(default=1 * _GIB, ge=64 * _MIB, description="memory")
 
 
+class AuditSettings(_Group):
+    """How often batches are proved to be complete; see `batchctl audit`."""
+
+    every_seconds: float = Field(
+        default=3600, ge=0, description="pause between audits of the whole system; 0: none"
+    )
+    num_batches: int = Field(
+        default=4, ge=1, description="batches in one audit, running ones and recently ended ones"
+    )
+
+
+class CollectSettings(_Group):
+    """When what nobody needs any more is removed; see `batchctl collect`."""
+
+    every_seconds: float = Field(default=3600, ge=0, description="pause between turns; 0: never")
+    orphan_seconds: float = Field(
+        default=86_400,
+        ge=3600,
+        description="age of bytes without a row, and of logs of lost workers, before they go",
+    )
+    segment_seconds: float = Field(
+        default=86_400, ge=0, description="how long segments stay after the end of their batch"
+    )
+    max_blobs: int = Field(
+        default=100_000, ge=1000, description="blobs one turn looks at; the next one goes on"
+    )
+
+
 class LogSettings(_Group):
     """What is logged; never prompts or answers."""
 
@@ -326,6 +354,8 @@ class Settings(BaseSettings):
     leases: LeaseSettings = LeaseSettings()
     retries: RetrySettings = RetrySettings()
     sandbox: SandboxSettings = SandboxSettings()
+    audit: AuditSettings = AuditSettings()
+    collect: CollectSettings = CollectSettings()
     log: LogSettings = LogSettings()
 
     _layers: tuple["_Layer", ...] = PrivateAttr(default=())

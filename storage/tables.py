@@ -307,3 +307,11 @@ models = sa.Table(
     sa.Column("published_at", Instant, nullable=False),
     sa.Column("published_by", sa.Text),
 )
+
+chores = sa.Table(
+    "chores",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("due_at", Instant, nullable=False),
+    sa.Column("place", sa.Text),
+)

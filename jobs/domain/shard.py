@@ -18,7 +18,6 @@ class UnitKind(StrEnum):
     SHARD = "shard"
     FINALIZE = "finalize"
     WEBHOOK = "webhook"
-    COLLECT = "collect"
 
 
 class UnitState(StrEnum):

@@ -24,6 +24,7 @@ from pathlib import Path
 from engine.deaths import DeathBudget
 from jobs.app import App, open_app, server_folder
 from jobs.domain.errors import BatchctlError, Conflict, InvalidInput
+from jobs.loops.chores import ChoreLoop
 from jobs.loops.control import ControlLoop
 from jobs.loops.sweep import SweepLoop
 from jobs.loops.turns import Crew
@@ -233,6 +234,8 @@ class WorkerProcess:
             loops.append(_Loop("control", control.turn))
             sweeper = SweepLoop(crew)
             loops.append(_Loop("sweep", sweeper.turn, once=sweeper.sweep))
+            chores = ChoreLoop(crew, on_progress=lambda n: self._note_lines("chores", n))
+            loops.append(_Loop("chores", chores.turn))
             app.doorbell.poke_every(self._settings.leases.reap_seconds / 2)
         if role != "control":
             work = WorkLoop(

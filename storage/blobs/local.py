@@ -6,12 +6,13 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from jobs.domain.errors import BlobMissing, BlobStoreUnavailable, Conflict, StorageError
-from storage.blobs.base import BlobInfo, check_key, hash_bytes
+from storage.blobs.base import BlobInfo, BlobStat, check_key, hash_bytes
 
 _TEMPORARY = ".tmp"
 
@@ -137,6 +138,29 @@ class FolderBlobs:
                 keys += (str(Path(parent, name).relative_to(self._root)) for name in names)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
 
+    def list_blobs(self, prefix: str = "", *, after: str = "") -> Iterator[BlobStat]:
+        """Yield the blobs whose keys begin with `prefix` and come behind `after`, in order."""
+        for key in self.list_keys(prefix):
+            if key <= after:
+                continue
+            with _translated(key), suppress(FileNotFoundError):  # deleted since it was listed
+                found = (self._root / key).stat()
+                yield BlobStat(
+                    key=key, num_bytes=found.st_size, modified_at=_instant(found.st_mtime)
+                )
+
+    def abort_uploads(self, *, before: datetime, dry_run: bool = False) -> int:
+        """Return how many files of killed writers, last written to before then, are removed."""
+        aborted = 0
+        with _translated(_TEMPORARY):
+            for path in self._temporary.iterdir():
+                with suppress(FileNotFoundError):
+                    if _instant(path.stat().st_mtime) < before:
+                        aborted += 1
+                        if not dry_run:
+                            path.unlink()
+        return aborted
+
     def remove_leftovers(self) -> None:
         """Remove what writers that were killed left; only while no other process writes here."""
         with _translated(_TEMPORARY):
@@ -235,6 +259,10 @@ class FolderReader:
         if self._left is not None:
             self._left -= len(found)
         return found
+
+
+def _instant(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
