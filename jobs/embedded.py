@@ -27,6 +27,7 @@ from jobs.loops.turns import Crew
 from jobs.loops.work import WorkLoop
 from jobs.worker.presence import Presence
 from storage import units
+from storage.config import PRIVATE
 
 
 class FolderLock:
@@ -38,7 +39,7 @@ class FolderLock:
         Raises:
             AlreadyLocked: another process has it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         self._file: IO[str] = (folder / "lock").open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 Checksums = Literal["when_required", "when_supported"]
 
+PRIVATE = 0o700
+"""The mode of folders that are made for data: prompts and answers are nobody else's business."""
+
 
 class DatabaseSettings(BaseModel):
     """Where the database is and how patient its clients are.

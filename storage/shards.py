@@ -21,6 +21,7 @@ _PLAIN = tuple(field.name for field in fields(Shard) if field.name not in _NOT_C
 
 
 def shard_from_row(row: sa.RowMapping, faults: Sequence[Fault]) -> Shard:
+    """Return the shard that `row` of the table is."""
     trial = row["trial"]
     return Shard(
         **{name: row[name] for name in _PLAIN},

@@ -13,6 +13,7 @@ from typing import BinaryIO, Self
 
 from jobs.domain.errors import BlobMissing, BlobStoreUnavailable, Conflict, StorageError
 from storage.blobs.base import BlobInfo, BlobStat, check_key, hash_bytes
+from storage.config import PRIVATE
 
 _TEMPORARY = ".tmp"
 
@@ -38,10 +39,10 @@ class FolderBlobs:
 
     def __init__(self, folder: Path) -> None:
         with _translated(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             self._root = folder.resolve(strict=True)
             self._temporary = self._root / _TEMPORARY
-            self._temporary.mkdir(exist_ok=True)
+            self._temporary.mkdir(mode=PRIVATE, exist_ok=True)
 
     def __enter__(self) -> Self:
         return self
