@@ -13,6 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.fleet.conftest import blobs, make_fleet, valkey
+
+__all__ = ["blobs", "make_fleet", "valkey"]  # fixtures, for the tests of this folder
+
 CHAT = "/v1/chat/completions"
 
 
