@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
   --ignore=tests/vllm --ignore=tests/remote --ignore=tests/airflow
 
-.PHONY: help install demo fleet test test-all check bench clean
+.PHONY: help install demo fleet chaos test test-all check bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -21,11 +21,15 @@ fleet: ## the whole system on this machine, without Docker; PORT=8001 and FRESH=
 	@sh scripts/bootstrap.sh test
 	@exec .venv/bin/python scripts/fleet.py $(if $(PORT),--port $(PORT)) $(if $(FRESH),--fresh)
 
+chaos: ## a quarter of a million lines while everything is killed and paused; SEED=, LINES= are understood
+	@sh scripts/bootstrap.sh test
+	@exec .venv/bin/python -m scripts.chaos $(if $(SEED),--seed $(SEED)) $(if $(LINES),--lines $(LINES))
+
 test: ## what takes no more than minutes
 	@sh scripts/bootstrap.sh test
 	@$(PYTEST) -m "not slow"
 
-test-all: ## everything: slow tests, vLLM on the CPU, a real vllm serve, Airflow
+test-all: ## everything: slow tests, a short chaos run, vLLM on the CPU, a real vllm serve, Airflow
 	@sh scripts/bootstrap.sh test
 	@WORKERS=$(WORKERS) .venv/bin/python scripts/test_all.py
 

@@ -6,12 +6,16 @@ from collections.abc import Generator, Sequence
 import msgspec
 import xxhash
 
-from engine import constraints
 from engine.base import Engine, Source
 from engine.config import AskingConfig
 from engine.sampling import is_greedy
+from engine.sandbox import Sandbox
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
+
+_CHECK_SECONDS = 1
+"""Of processor time, to hold one answer against its constraint where that is not sure to be quick;
+no other answer of the engine is looked at meanwhile."""
 
 
 class _Asked(msgspec.Struct):
@@ -75,6 +79,7 @@ class Asking:
     def __init__(self, engine: Engine, config: AskingConfig) -> None:
         self._engine = engine
         self._config = config
+        self._sandbox = Sandbox(cpu_seconds=_CHECK_SECONDS, wall_seconds=4 * _CHECK_SECONDS)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -100,6 +105,7 @@ class Asking:
 
     def close(self) -> None:
         """Give the device back."""
+        self._sandbox.close()
         self._engine.close()
 
     def generate(self, source: Source) -> Generator[Result]:
@@ -126,7 +132,7 @@ class Asking:
         )
         if result.error is not None:
             return counted
-        reason = constraints.validate(constraint, result.text)
+        reason = self._sandbox.validate(constraint, result.text)
         if reason is None:
             return counted
         sampling = self._engine.resolve_sampling(request)

@@ -33,9 +33,17 @@ class _Config(BaseModel):
 
 
 class GenerationDefaults(_Config):
-    """Sampling parameters for lines that leave them out; unset ones fall through to the model's."""
+    """Sampling parameters for lines that leave them out; unset ones fall through to the model's.
+
+    `max_tokens_cap` holds for all lines.
+    """
 
     max_tokens: int | None = Field(default=None, ge=1, description="longest answer")
+    max_tokens_cap: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest answer, whatever a line asks for; unset: the context",
+    )
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1, description="nucleus sampling")
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1 is off")

@@ -22,8 +22,10 @@ import numpy.typing as npt
 import xxhash
 from llguidance.gbnf_to_lark import any_to_lark
 
+from engine.complexity import MAX_LEVELS, Extent, TooDeep, measure
 from engine.config import ConstraintBackend
 from jobs.domain.errors import InvalidInput
+from jobs.domain.nesting import nesting_of
 from jobs.domain.request import Constraint
 
 Enforcement = Literal["enforced", "validated"]
@@ -31,6 +33,8 @@ Enforcement = Literal["enforced", "validated"]
 MAX_SPEC_BYTES = 256 * 1024
 MAX_SCHEMA_DEPTH = 32
 MAX_SCHEMA_NODES = 10_000
+MAX_FOLLOWED_PARTS = 100_000
+"""Of a schema whose references are followed wherever they stand."""
 MAX_ENUM_VALUES = 5_000
 MAX_PATTERN_CHARS = 2_048
 
@@ -224,7 +228,7 @@ def _first_line(complaint: str) -> str:
         if line.startswith("error: "):
             return line.removeprefix("error: ")
     first = complaint.splitlines()[0] if complaint else "unknown reason"
-    return re.sub(r'"[^"]*"', "...", first)[:200]
+    return re.sub(r':? *\(.*|"[^"]*"', "...", first)[:200]
 
 
 _CODES = {
@@ -269,7 +273,23 @@ def parse_schema(spec: str) -> dict[str, Any] | bool:
             waiting.extend((value, depth + 1) for value in node.values())
         elif isinstance(node, list):
             waiting.extend((value, depth + 1) for value in node)
+    _check_extent(schema)
     return schema
+
+
+def _check_extent(schema: object) -> None:
+    try:
+        extent = measure(schema)
+    except TooDeep:
+        raise _invalid(
+            "json_schema", f"goes deeper than {MAX_LEVELS} levels when its references are followed"
+        ) from None
+    if extent.num_parts > MAX_FOLLOWED_PARTS:
+        raise _invalid(
+            "json_schema",
+            f"has more than {MAX_FOLLOWED_PARTS} parts when its references are followed; name "
+            "fewer definitions more than once",
+        )
 
 
 def _check_keywords(node: dict[str, Any]) -> None:
@@ -363,6 +383,27 @@ def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
 
 # --- after generating: is the answer what was asked for? ---
 
+_QUICK_STEPS = 300_000
+"""About a tenth of a second at worst."""
+_QUICK_BYTES = 256 * 1024
+
+
+def is_quick(constraint: Constraint, text: str) -> bool:
+    """Return whether `validate` is sure to take no longer than a blink on this text.
+
+    What is not belongs in `engine.sandbox`: nothing can interrupt it.
+    """
+    if constraint.kind in {"choice", "json_object"}:
+        return True
+    if constraint.kind != "json_schema":
+        return len(text) <= _QUICK_BYTES
+    extent = _schema_validator(constraint)[1]
+    steps = (extent.num_parts + extent.num_states) * (1 + len(text) // 8)
+    if extent.num_returns > 1 and steps <= _QUICK_STEPS:
+        # Each level of the answer may be followed again by every one of them.
+        steps *= (1 + extent.num_returns) ** min(nesting_of(text.encode("utf-8", "replace")), 64)
+    return steps <= _QUICK_STEPS
+
 
 def validate(constraint: Constraint, text: str) -> str | None:
     """Return why `text` breaks the constraint, or None when it keeps it; never quotes the text."""
@@ -382,28 +423,33 @@ def validate(constraint: Constraint, text: str) -> str | None:
 def _validate_value(constraint: Constraint, value: object) -> str | None:
     if constraint.kind == "json_object":
         return None if isinstance(value, dict) else "it is not a JSON object"
-    validator = _schema_validator(constraint)
+    validator = _schema_validator(constraint)[0]
     if validator.is_valid(value):
         return None
     error = next(iter(validator.iter_errors(value)), None)
     return f"it breaks `{error.kind.name}` of its schema" if error else "it breaks its schema"
 
 
-_VALIDATORS: BoundedCache[jsonschema_rs.Validator] = BoundedCache(
-    max_entries=4096, max_bytes=32 << 20
+_VALIDATORS: BoundedCache[tuple[jsonschema_rs.Validator, Extent]] = BoundedCache(
+    max_entries=4096, max_bytes=64 << 20
 )
-_ACCEPTORS: BoundedCache[llguidance.LLMatcher] = BoundedCache(max_entries=512, max_bytes=8 << 20)
+_ACCEPTORS: BoundedCache[llguidance.LLMatcher] = BoundedCache(max_entries=512, max_bytes=64 << 20)
+_ACCEPTOR_BYTES = 512 * 1024
+"""Measured with classes of Unicode, once it has read a text."""
+_SCHEMA_BYTES = 160 * 1024
+"""Measured with a schema of two properties, once it has made a mask."""
 _BYTES: list[llguidance.LLTokenizer] = []
 
 
-def _schema_validator(constraint: Constraint) -> jsonschema_rs.Validator:
+def _schema_validator(constraint: Constraint) -> tuple[jsonschema_rs.Validator, Extent]:
     key = key_of(constraint)
     found = _VALIDATORS.find(key)
     if found is not None:
         return found
+    schema = parse_schema(constraint.spec)
     try:
         validator = jsonschema_rs.validator_for(
-            parse_schema(constraint.spec),
+            schema,
             validate_formats=True,
             offline=True,
             # Linear in the text, whatever the pattern: no look-around, no back-references.
@@ -415,7 +461,10 @@ def _schema_validator(constraint: Constraint) -> jsonschema_rs.Validator:
         raise _invalid("json_schema", f"is not a valid schema{at}") from None
     except ValueError:
         raise _invalid("json_schema", "is not a valid schema") from None
-    return _VALIDATORS.keep(key, validator, weight=8 * len(constraint.spec))
+    extent = measure(schema)
+    # Measured: some ten kilobytes for each pattern that was used, whatever its length.
+    weight = 8 * len(constraint.spec) + 8192 * extent.num_patterns + 64 * extent.num_states
+    return _VALIDATORS.keep(key, (validator, extent), weight=weight)
 
 
 _SCHEMA_WORDS = frozenset(
@@ -478,7 +527,7 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
     acceptor = _ACCEPTORS.find(key)
     if acceptor is None:
         acceptor = llguidance.LLMatcher(_byte_tokenizer(), grammar_of(constraint), log_level=0)
-        _ACCEPTORS.keep(key, acceptor, weight=8 * len(constraint.spec) + 1024)
+        _ACCEPTORS.keep(key, acceptor, weight=8 * len(constraint.spec) + _ACCEPTOR_BYTES)
     else:
         acceptor.reset()
     given = list(text.encode("utf-8", "surrogatepass"))
@@ -561,7 +610,7 @@ class TokenizerConstraints:
         self._tokenizer = tokenizer
         self._backend = backend
         self._prototypes: BoundedCache[tuple[llguidance.LLMatcher, Enforcement]] = BoundedCache(
-            max_entries=1024, max_bytes=64 << 20
+            max_entries=1024, max_bytes=128 << 20
         )
         self._indexes: BoundedCache[tuple[Any, Enforcement]] = BoundedCache(
             max_entries=64, max_bytes=64 << 20
@@ -589,7 +638,10 @@ class TokenizerConstraints:
         found = self._prototypes.find(key)
         if found is None:
             found = self._prototypes.keep(
-                key, self._compile(constraint), weight=16 * len(constraint.spec) + 4096
+                key,
+                self._compile(constraint),
+                weight=16 * len(constraint.spec)
+                + (_SCHEMA_BYTES if constraint.kind.startswith("json") else _ACCEPTOR_BYTES),
             )
         prototype, enforcement = found
         return _LlguidanceMatcher(prototype.deep_copy()), enforcement

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from engine.config import GenerationDefaults
+from engine.sampling import longest_answer
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
 from jobs.domain.result import FinishReason, LineError, Usage
 
@@ -152,7 +153,7 @@ def shown_url(url: str) -> str:
 
 def may_be_long(request: Request, defaults: GenerationDefaults, *, than: int) -> bool:
     """Return whether the answer may have more than so many tokens."""
-    most = request.sampling.max_tokens or defaults.max_tokens
+    most = longest_answer(request.sampling, defaults)
     return most is None or most > than
 
 
@@ -174,7 +175,7 @@ def build_body(
         body["prompt"] = request.prompt
         max_tokens_name = "max_tokens"
     fields = {
-        max_tokens_name: asked.max_tokens if asked.max_tokens is not None else defaults.max_tokens,
+        max_tokens_name: longest_answer(asked, defaults),
         "temperature": asked.temperature if asked.temperature is not None else defaults.temperature,
         "top_p": asked.top_p if asked.top_p is not None else defaults.top_p,
         "top_k": asked.top_k if asked.top_k is not None else defaults.top_k,

@@ -1,6 +1,8 @@
 """An Engine that lives in a process of its own, spoken to over a socketpair."""
 
 import contextlib
+import itertools
+import math
 import os
 import select
 import signal
@@ -12,13 +14,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine import wire
+from engine import guardian, wire
 from engine.base import Source
-from engine.config import EngineConfig, VllmConfig
+from engine.config import EngineConfig, RemoteConfig, VllmConfig
 from engine.sampling import resolve_sampling
 from jobs.domain import errors
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import Result
+from jobs.domain.result import LineError, Result
 
 _POLL_SECONDS = 0.005
 _WAIT_SECONDS = 0.2
@@ -77,11 +79,62 @@ _ERRORS = _engine_errors()
 _BLAMELESS = frozenset({errors.EngineUnavailable, errors.EngineMisconfigured})
 
 
+class _Guardian:
+    """Our side of `engine.guardian`: as long as this process has it, the engine may live."""
+
+    def __init__(self) -> None:
+        reading, self._pipe = os.pipe()
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-I", "-S", guardian.__file__, str(reading)],
+                pass_fds=[reading],
+                start_new_session=True,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            os.close(reading)
+
+    def watch(self, pid: int) -> None:
+        """Let it end the process group of an engine when this process, or the engine, ends."""
+        with contextlib.suppress(BrokenPipeError):  # somebody killed it
+            os.write(self._pipe, b"%d\n" % pid)
+
+    def dismiss(self) -> None:
+        """End it; may be called twice."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._pipe)
+
+
+class _Probe:
+    """A source of one harmless request, which shows that a model computes."""
+
+    def __init__(self) -> None:
+        self._requests: tuple[Request, ...] | None = (
+            Request(id=0, prompt="Hello", sampling=SamplingParams(max_tokens=1)),
+        )
+
+    def take(self, n: int) -> Sequence[Request] | None:  # noqa: ARG002  one is never too many
+        taken, self._requests = self._requests, None
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:  # noqa: ARG002  somebody waits
+        return False
+
+
 class ProcessEngine:
     """Starts `engine.host` and is an Engine to whoever holds it.
 
     The process gets its own session, so that a signal to the worker's group does not reach it,
-    and ends when this end of the socket closes. After EngineDied it is gone; open another.
+    and ends when this end of the socket closes; where it cannot do that itself, its guardian ends
+    it. After EngineDied it is gone; open another.
 
     Attributes:
         last_progress: a monotonic instant; the engine showed progress then.
@@ -95,6 +148,7 @@ class ProcessEngine:
         log_path: Path,
         start_seconds: float = 900.0,
         stall_seconds: float = 180.0,
+        request_seconds: float = math.inf,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the process and wait until the model is loaded.
@@ -103,42 +157,52 @@ class ProcessEngine:
             log_path: where the process's own output goes.
             start_seconds: how long loading may take.
             stall_seconds: how long requests may be in flight without any progress.
+            request_seconds: how long one request may run, however much progress it makes.
             stop: asked while loading; True gives it up.
 
         Raises:
             EngineMisconfigured: the model cannot be loaded as configured.
             EngineOutOfMemory: it does not fit.
             EngineDied: the process ended while loading.
-            EngineTimedOut: loading took too long.
+            EngineTimedOut: loading took longer than `start_seconds`.
             EngineUnavailable: it was told to stop.
         """
         self._log_path = log_path
         self._stall_seconds = stall_seconds
+        self._request_seconds = request_seconds
         self._stop = stop
         self._config = config
         self._buffer = wire.FrameBuffer()
         self._in_flight: set[int] = set()
-        self._started: set[int] = set()
+        self._started: dict[int, float] = {}  # when, the earliest first
         self._progress = 0
         self._credit = 0
         self._fatal: wire.Fatal | None = None
         self._session_over = True
+        self._is_ended = False
         self.last_progress = time.monotonic()
+        self._guardian = _Guardian()  # before the engine, which is never without
         ours, theirs = socket.socketpair()
         self._socket = ours
-        with theirs, log_path.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "engine.host", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                env=_environment(config),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        try:
+            with theirs, log_path.open("ab") as log:
+                self._process = subprocess.Popen(  # noqa: S603 - our own module
+                    [sys.executable, "-m", "engine.host", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env=_environment(config),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+        except BaseException:
+            ours.close()
+            self._guardian.dismiss()
+            raise
+        self._guardian.watch(self._process.pid)
         self._send(wire.Open(config.model_dump_json(), model))
         try:
-            ready = self._await_ready(time.monotonic() + start_seconds)
+            ready = self._await_ready(model, start_seconds)
         except BaseException:
             self._kill()
             raise
@@ -177,6 +241,16 @@ class ProcessEngine:
                 if isinstance(message, wire.Count):
                     return message.num_tokens
 
+    def probe(self) -> None:
+        """Let the model answer a short request of ours; a remote server is asked nothing.
+
+        Raises:
+            EngineDied: it could not, and is gone.
+        """
+        if not isinstance(self._config, RemoteConfig):
+            for _ in self.generate(_Probe()):
+                pass
+
     def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish.
 
@@ -209,6 +283,7 @@ class ProcessEngine:
                 if self._fatal is not None:
                     self._raise_fatal(self._fatal)
                 self._drop_aborted(source)
+                yield from self._end_overdue()
                 # Without credit and without anything in flight, it owes us an answer as well.
                 if self._in_flight or ended or not self._credit:
                     self._check_stall()
@@ -223,11 +298,9 @@ class ProcessEngine:
     def close(self) -> None:
         """End the process; may be called twice."""
         self._socket.close()
-        if self._process.poll() is None:
-            try:
-                self._process.wait(timeout=2.0)
-            except subprocess.TimeoutExpired:
-                self._kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2.0)
+        self._kill()
 
     def _submit(self, requests: Sequence[Request]) -> None:
         self._credit -= len(requests)
@@ -240,7 +313,7 @@ class ProcessEngine:
         for result in results:
             if result.id in self._in_flight:
                 self._in_flight.discard(result.id)
-                self._started.discard(result.id)
+                self._started.pop(result.id, None)
                 yield result
 
     def _end_session(self) -> None:
@@ -251,9 +324,28 @@ class ProcessEngine:
     def _drop_aborted(self, source: Source) -> None:
         aborted = [i for i in self._in_flight if source.is_aborted(i)]
         if aborted:
-            self._in_flight.difference_update(aborted)
-            self._started.difference_update(aborted)
-            self._send(wire.Abort(aborted))
+            self._abort(aborted)
+
+    def _abort(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            self._in_flight.discard(request_id)
+            self._started.pop(request_id, None)
+        self._send(wire.Abort(request_ids))
+
+    def _end_overdue(self) -> list[Result]:
+        """Give up the requests that run for too long; return their results."""
+        since = time.monotonic() - self._request_seconds
+        overdue = list(itertools.takewhile(lambda i: self._started[i] < since, self._started))
+        if not overdue:
+            return []
+        self._abort(overdue)
+        error = LineError(
+            code="request_timed_out",
+            message=f"The answer was not complete after {self._request_seconds:g} s, which is the "
+            "limit of this server (leases.request_seconds). Ask for a shorter one (max_tokens).",
+            status_code=504,
+        )
+        return [Result(id=request_id, error=error) for request_id in overdue]
 
     def _leave_session(self) -> None:
         """Abort what is in flight and bring the engine back to where a session can begin."""
@@ -269,13 +361,18 @@ class ProcessEngine:
         except errors.EngineError:
             self.close()
 
-    def _await_ready(self, deadline: float) -> wire.Ready:
+    def _await_ready(self, model: str, seconds: float) -> wire.Ready:
+        deadline = time.monotonic() + seconds
+        late = (
+            f"The model {model} was not loaded within {seconds:.0f} s, as leases.load_seconds "
+            f"asks for. What it did last is in {self._log_path}."
+        )
         while True:
-            for message in self._receive(deadline):
+            for message in self._receive(deadline, late=late):
                 if isinstance(message, wire.Ready):
                     return message
 
-    def _receive(self, deadline: float) -> list[wire.FromEngine]:
+    def _receive(self, deadline: float, *, late: str | None = None) -> list[wire.FromEngine]:
         while time.monotonic() < deadline:
             messages = self._receive_some(_WAIT_SECONDS)
             if messages:
@@ -283,7 +380,9 @@ class ProcessEngine:
             if self._stop():
                 raise errors.EngineUnavailable("The engine was told to stop.")
         self._kill()
-        raise errors.EngineTimedOut(f"The engine did not answer in time. See {self._log_path}.")
+        raise errors.EngineTimedOut(
+            late or f"The engine did not answer in time. See {self._log_path}."
+        )
 
     def _receive_some(self, seconds: float) -> list[wire.FromEngine]:
         if self._fatal is not None:
@@ -308,7 +407,8 @@ class ProcessEngine:
             if isinstance(message, wire.Credit):
                 self._credit += message.n
             elif isinstance(message, wire.Started):
-                self._started.update(message.request_ids)
+                now = time.monotonic()
+                self._started.update({i: now for i in message.request_ids if i in self._in_flight})
             elif isinstance(message, wire.Progress):
                 if message.count != self._progress:
                     self._progress = message.count
@@ -328,13 +428,13 @@ class ProcessEngine:
         """
         kind = _ERRORS.get(fatal.code, errors.EngineError)
         if self._in_flight and kind not in _BLAMELESS:
-            suspects = frozenset(self._started & self._in_flight)
-            raise errors.EngineDied(fatal.message, suspects=suspects)
+            suspects = frozenset(self._started.keys() & self._in_flight)
+            raise errors.EngineDied(fatal.message, suspects=suspects, cause=fatal.code)
         raise kind(fatal.message)
 
     def _check_stall(self) -> None:
         if time.monotonic() - self.last_progress > self._stall_seconds:
-            suspects = frozenset(self._started & self._in_flight)
+            suspects = frozenset(self._started.keys() & self._in_flight)
             self._kill()
             raise errors.EngineTimedOut(
                 f"The engine made no progress for {self._stall_seconds:.0f} s with "
@@ -348,7 +448,7 @@ class ProcessEngine:
             self._socket.sendall(wire.encode_frame([message]))
 
     def _raise_death(self) -> None:
-        suspects = frozenset(self._started & self._in_flight)
+        suspects = frozenset(self._started.keys() & self._in_flight)
         self._kill()
         status = self._process.returncode
         how = (
@@ -364,9 +464,13 @@ class ProcessEngine:
 
     def _kill(self) -> None:
         """End the engine's whole process group, which may hold more than the process itself."""
+        if self._is_ended:
+            return  # by now its number may be another process's
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=0.5 if self._process.poll() is None else 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._guardian.dismiss()
         self._socket.close()
+        self._is_ended = True

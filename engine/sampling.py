@@ -42,7 +42,7 @@ def resolve_sampling(
     model = model or OPENAI_DEFAULTS
     temperature = float(_first(asked.temperature, defaults.temperature, model.temperature, 1.0))
     return SamplingParams(
-        max_tokens=asked.max_tokens if asked.max_tokens is not None else defaults.max_tokens,
+        max_tokens=longest_answer(asked, defaults),
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=float(_first(asked.top_p, defaults.top_p, model.top_p, 1.0)),
         top_k=max(0, int(_first(asked.top_k, defaults.top_k, model.top_k, 0))),
@@ -50,6 +50,13 @@ def resolve_sampling(
         stop=asked.stop or defaults.stop,
         ignore_eos=asked.ignore_eos,
     )
+
+
+def longest_answer(asked: SamplingParams, defaults: GenerationDefaults) -> int | None:
+    """Return how many tokens an answer may have; None: as many as the context has room for."""
+    wanted = asked.max_tokens if asked.max_tokens is not None else defaults.max_tokens
+    cap = defaults.max_tokens_cap
+    return wanted if cap is None else min(wanted or cap, cap)
 
 
 def is_greedy(resolved: SamplingParams) -> bool:

@@ -1,11 +1,12 @@
 """Compiles constraints in a helper process, under limits that it cannot argue with.
 
-A schema, regular expression or grammar comes from a stranger, and compiling one can take all the
-time and memory there is. The helper has a bounded address space and a bounded time for each item;
-one that takes more costs the helper, which is started again, and that item is too complex.
+A schema, regular expression or grammar comes from a stranger, and compiling one, or holding an
+answer against it, can take all the time and memory there is. The helper has a bounded address
+space and a bounded time for each item; one that takes more costs the helper, which is started
+again, and that item is too complex.
 
-    parent  --- [kind, spec, backend], length-prefixed msgpack --->  helper
-            <-- [enforcement, error code, message] ---------------
+    parent  --- [constraint, backend, answer], length-prefixed msgpack --->  helper
+            <-- [enforcement, error code, message] -----------------------
 
 Run as `python -m engine.sandbox`. Needs no model and no torch.
 """
@@ -28,7 +29,7 @@ from typing import BinaryIO, Literal, Self
 import msgspec
 
 from engine.config import ConstraintBackend
-from engine.constraints import BoundedCache, Enforcement, examine, key_of
+from engine.constraints import BoundedCache, Enforcement, examine, is_quick, key_of, validate
 from jobs.domain.errors import EngineUnavailable, InvalidInput
 from jobs.domain.request import Constraint
 
@@ -67,9 +68,15 @@ _TOO_COMPLEX = Verdict(
     "The constraint takes too much time or memory to compile; make it smaller, or bound fewer "
     "repetitions.",
 )
+_TOO_LONG = "it takes too long to check"
 _READY = Verdict("enforced", None, "ready")
 _encode = msgspec.msgpack.Encoder().encode
-_decode_constraint = msgspec.msgpack.Decoder(tuple[Constraint, ConstraintBackend]).decode
+_Item = tuple[Constraint, ConstraintBackend, str | None]
+"""A constraint to compile, or with an answer, to hold that against it."""
+_decode_item = msgspec.msgpack.Decoder(_Item).decode
+_MISMATCH = "schema_mismatch"
+_MAX_FAILURES = 3
+"""Answers of one constraint that take too long before no more of them are tried."""
 _decode_verdict = msgspec.msgpack.Decoder(Verdict).decode
 
 
@@ -97,6 +104,9 @@ class Sandbox:
         self._wall_seconds = wall_seconds
         self._memory_bytes = memory_bytes
         self._known: BoundedCache[Verdict] = BoundedCache(
+            max_entries=max_remembered, max_bytes=max_remembered * 512
+        )
+        self._failures: BoundedCache[int] = BoundedCache(
             max_entries=max_remembered, max_bytes=max_remembered * 512
         )
         self._helper: subprocess.Popen[bytes] | None = None
@@ -127,10 +137,34 @@ class Sandbox:
                 for key, constraint in zip(keys, constraints, strict=True)
                 if verdicts[key] is None
             }
-            compiled = self._compile(list(missing.values()), backend)
+            compiled = self._ask([(one, backend, None) for one in missing.values()])
             for key, made in zip(missing, compiled, strict=True):
                 verdicts[key] = self._known.keep(key, made, weight=128 + len(made.message))
         return [verdict for key in keys if (verdict := verdicts[key]) is not None]
+
+    def validate(self, constraint: Constraint, text: str) -> str | None:
+        """Return why `text` breaks the constraint, or None when it keeps it; never quotes the text.
+
+        In this process where that is sure to be quick, in the helper where it may not be.
+        """
+        try:
+            if is_quick(constraint, text):
+                return validate(constraint, text)
+        except InvalidInput:
+            return "its constraint is none that is allowed"
+        key = key_of(constraint)
+        with self._lock:
+            num_failures = self._failures.find(key) or 0
+            if num_failures >= _MAX_FAILURES:
+                return _TOO_LONG
+            try:
+                (verdict,) = self._ask([(constraint, self._backend, text)])
+            except EngineUnavailable:
+                return "it could not be checked"
+            if verdict is _TOO_COMPLEX:
+                self._failures.keep(key, num_failures + 1, weight=128)
+                return _TOO_LONG
+        return verdict.message if verdict.error_code is not None else None
 
     def close(self) -> None:
         """End the helper; a later check starts another."""
@@ -143,13 +177,13 @@ class Sandbox:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _compile(self, constraints: list[Constraint], backend: ConstraintBackend) -> list[Verdict]:
+    def _ask(self, items: list[_Item]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         died_at = -1
-        while len(verdicts) < len(constraints):
+        while len(verdicts) < len(items):
             helper = self._start()
             try:
-                self._feed(helper, constraints, backend, verdicts)
+                self._feed(helper, items, verdicts)
             except TimeoutError:
                 # The item whose turn it was is the one that takes too long.
                 self._stop()
@@ -167,8 +201,7 @@ class Sandbox:
     def _feed(
         self,
         helper: subprocess.Popen[bytes],
-        constraints: list[Constraint],
-        backend: ConstraintBackend,
+        items: list[_Item],
         into: list[Verdict],
     ) -> None:
         """Keep a window of items in the pipe and collect their verdicts."""
@@ -176,9 +209,9 @@ class Sandbox:
             raise EOFError
         sent = len(into)
         sizes: list[int] = []
-        while len(into) < len(constraints):
-            while sent < len(constraints) and len(sizes) < _IN_FLIGHT:
-                frame = _encode((constraints[sent], backend))
+        while len(into) < len(items):
+            while sent < len(items) and len(sizes) < _IN_FLIGHT:
+                frame = _encode(items[sent])
                 if sizes and sum(sizes) + len(frame) > _IN_FLIGHT_BYTES:
                     break
                 helper.stdin.write(_LENGTH.pack(len(frame)) + frame)
@@ -256,7 +289,7 @@ def serve(*, parent: int, memory_bytes: int, cpu_seconds: int) -> None:
     _die_with(parent)
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     # Imports and the byte tokenizer are paid for before the limits count.
-    _judge(Constraint("regex", "a"), "llguidance")
+    _judge(Constraint("regex", "a"), "llguidance", None)
     with contextlib.suppress(ValueError, OSError):  # macOS knows the name only
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -269,8 +302,11 @@ def serve(*, parent: int, memory_bytes: int, cpu_seconds: int) -> None:
         _write(replies, _judge(*item))
 
 
-def _judge(constraint: Constraint, backend: ConstraintBackend) -> Verdict:
+def _judge(constraint: Constraint, backend: ConstraintBackend, answer: str | None) -> Verdict:
     try:
+        if answer is not None:
+            reason = validate(constraint, answer)
+            return Verdict("validated", _MISMATCH if reason else None, reason or "")
         outcome, message = examine(constraint, backend=backend)
         return Verdict(outcome, None, message)
     except InvalidInput as error:
@@ -288,13 +324,13 @@ def _die_with(parent: int) -> None:
         sys.exit(1)  # it ended before the line above
 
 
-def _read(stream: BinaryIO) -> tuple[Constraint, ConstraintBackend] | None:
+def _read(stream: BinaryIO) -> _Item | None:
     head = stream.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         return None
     (size,) = _LENGTH.unpack(head)
     body = stream.read(size)
-    return _decode_constraint(body) if len(body) == size else None
+    return _decode_item(body) if len(body) == size else None
 
 
 def _write(stream: BinaryIO, verdict: Verdict) -> None:

@@ -3,16 +3,18 @@
 Time passes in steps of a set length; each running request gains a token a step. A request can
 order a fault by what its last message (or prompt) says:
 
-    [[tokens=50]]        the reply has so many tokens, whatever the setting
-    [[reply=text]]       the reply is this text
-    [[fault=crash]]      the process kills itself when the request starts
+    [[tokens=50]]           the reply has so many tokens, whatever the setting
+    [[reply=text]]          the reply is this text
+    [[fault=child]]         the process has a child from now on, as those of vLLM have
+    [[fault=crash]]         the process kills itself when the request starts
     [[fault=crash-worker]]  the worker that started the process is killed when the request starts
-    [[fault=hang]]       the engine stops making progress when the request starts
-    [[fault=oom]]        the engine reports that it is out of memory
-    [[fault=error]]      the request ends with an error
-    [[fault=nan]]        the request ends as if its logits were not numbers
-    [[fault=invalid]]    the reply breaks its constraint, always
-    [[fault=invalid:2]]  the reply breaks its constraint the first two times it is asked for
+    [[fault=endless]]       the reply never ends, whatever the setting
+    [[fault=hang]]          the engine stops making progress when the request starts
+    [[fault=oom]]           the engine reports that it is out of memory
+    [[fault=error]]         the request ends with an error
+    [[fault=nan]]           the request ends as if its logits were not numbers
+    [[fault=invalid]]       the reply breaks its constraint, always
+    [[fault=invalid:2]]     the reply breaks its constraint the first two times it is asked for
 """
 
 import heapq
@@ -20,6 +22,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -170,7 +174,9 @@ class SimulatedEngine:
             )
         directives = dict(_DIRECTIVE.findall(_text_of(request)))
         fault = directives.get("fault", "")
-        if fault == "crash":
+        if fault == "child":
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+        elif fault == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault == "crash-worker":
             os.kill(os.getppid(), signal.SIGKILL)
@@ -182,6 +188,8 @@ class SimulatedEngine:
         sampling = self.resolve_sampling(request)
         wanted = int(directives.get("tokens", self._config.reply_tokens))
         num_tokens = max(1, min(wanted, sampling.max_tokens or wanted))
+        if fault == "endless":
+            num_tokens = sys.maxsize
         return _Running(request, step + num_tokens, num_tokens, fault)
 
     def _finish(self, done: _Running) -> Result:

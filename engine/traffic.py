@@ -27,6 +27,7 @@ from engine.config import RemoteConfig
 from engine.exchange import Exchange
 from engine.openai_api import Answer, Level, Refusal, Trouble
 from engine.rates import RateLimiter
+from engine.sampling import longest_answer
 from jobs.domain.errors import (
     BatchctlError,
     EngineError,
@@ -538,7 +539,7 @@ class Traffic:
                 self._levels.popitem(last=False)
 
     def _estimate(self, request: Request) -> int:
-        answer = request.sampling.max_tokens or self._config.defaults.max_tokens
+        answer = longest_answer(request.sampling, self._config.defaults)
         return openai_api.estimate_tokens(request) + (answer or _GUESSED_ANSWER_TOKENS)
 
 

@@ -22,6 +22,7 @@ from storage import models
 from storage.blobs import open_blobs
 from storage.blobs.base import BlobStore
 from storage.blobs.local import FolderBlobs
+from storage.config import PRIVATE
 from storage.database import Database, check_schema, open_database, upgrade
 
 
@@ -160,7 +161,7 @@ def open_app(settings: Settings, *, folder: Path, any_model: bool = False) -> It
         InvalidInput: the broker's URL is none, or what it needs is not installed.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
             f"The data folder {folder} cannot be made: {error.strerror}. Choose another with "

@@ -12,7 +12,6 @@ import json
 import re
 import ssl
 import threading
-import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -44,6 +43,9 @@ _MAX_QUEUED = 64
 """A queue that nobody reads does not grow beyond this."""
 _SOCKET_SECONDS = 5.0
 _HEALTH_SECONDS = 25
+_LISTEN_SECONDS = 0.5
+_MAX_UNANSWERED = 10
+"""Pings of a listener in a row without an answer, some five seconds' worth."""
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 _MIN_PAUSE_SECONDS = 0.02
 _BATCH_ID = re.compile(r"batch_[A-Za-z0-9_-]{1,64}")
@@ -312,13 +314,14 @@ class Broker:
     def _hear(self) -> None:
         with self._redis.pubsub(ignore_subscribe_messages=False) as subscription:
             subscription.subscribe(self._channel)
-            checked_at = time.monotonic()
             while not self._stopping.is_set():
-                message = subscription.get_message(timeout=0.5)
+                # It sends a ping when nothing has come for a while, then one at each call.
+                message = subscription.get_message(timeout=_LISTEN_SECONDS)
                 if message is None:
-                    if time.monotonic() - checked_at > _HEALTH_SECONDS:
-                        checked_at = time.monotonic()
-                        subscription.check_health()
+                    # Else a connection whose other end is gone without a word is listened to for
+                    # ever, by a worker that hardly polls while it believes to hear.
+                    if subscription.health_check_response_counter > _MAX_UNANSWERED:
+                        raise redis.ConnectionError("Redis answers no ping")
                     continue
                 if message["type"] == "subscribe":
                     self._note_there()

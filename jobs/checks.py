@@ -15,13 +15,14 @@ import xxhash
 from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import LineProblem
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, InvalidLine, NotFound
-from jobs.domain.request import Capabilities, Constraint
+from jobs.domain.request import Capabilities, Constraint, quoted
 
 if TYPE_CHECKING:
     from engine.config import ConstraintBackend
 
 _SPILL_BUCKETS = 16
 _MAX_VERDICTS = 100_000
+_MAX_WAITING_CHARS = 4 << 20
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class Schemas:
         self.backend: ConstraintBackend | None = None
         self._verdicts: dict[bytes, InvalidLine | None] = {}
         self._waiting: dict[bytes, tuple[Constraint, list[int]]] = {}
+        self._num_waiting_chars = 0
 
     def add(self, constraint: Constraint, line: int) -> None:
         """Note that a line has this constraint; what is wrong with it is reported later."""
@@ -78,7 +80,8 @@ class Schemas:
             self._waiting[key][1].append(line)
             return
         self._waiting[key] = (constraint, [line])
-        if len(self._waiting) >= self._chunk:
+        self._num_waiting_chars += len(constraint.spec)
+        if len(self._waiting) >= self._chunk or self._num_waiting_chars > _MAX_WAITING_CHARS:
             self.check()
 
     def check(self) -> None:
@@ -86,6 +89,7 @@ class Schemas:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, {}
+        self._num_waiting_chars = 0
         constraints = [constraint for constraint, _ in waiting.values()]
         verdicts = self._checker.check_many(constraints, backend=self.backend)
         for (key, (constraint, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
@@ -232,6 +236,12 @@ class Models:
 
     def _look_up(self, name: str) -> InvalidLine | None:
         """Return what is wrong with naming this model; the first good one becomes the batch's."""
+        if not name.isprintable():  # a database would choke on some of it
+            return InvalidLine(
+                f"There is no model {quoted(name)!r}.",
+                param="body.model",
+                error_code="model_not_found",
+            )
         try:
             found = self._describe(name)
         except (NotFound, InvalidInput, EngineMisconfigured) as reason:

@@ -151,6 +151,7 @@ class Worker(msgspec.Struct, frozen=True):
     num_shards: int = 0
     tokens_per_second: float = 0.0
     heartbeat_age_seconds: float = 0.0
+    reason: str | None = None
 
 
 class _Page(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
     control thread   claims plan and finalize units
     sweeper thread   reaps, expires, advances
+    chores thread    audits a few batches, removes what nobody needs
     engine thread    runs shards of one model on its engine process, then of the next
 
 `batchctl run` and `batchctl serve` both stand on this; so do the tests.
@@ -16,14 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from engine.deaths import DeathBudget
 from jobs.app import App
 from jobs.domain.errors import AlreadyLocked, BatchctlError
+from jobs.loops.chores import ChoreLoop
 from jobs.loops.control import ControlLoop
 from jobs.loops.sweep import SweepLoop
 from jobs.loops.turns import Crew
 from jobs.loops.work import WorkLoop
 from jobs.worker.presence import Presence
 from storage import units
+from storage.config import PRIVATE
 
 
 class FolderLock:
@@ -35,7 +39,7 @@ class FolderLock:
         Raises:
             AlreadyLocked: another process has it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         self._file: IO[str] = (folder / "lock").open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,17 +72,20 @@ class Embedded:
         app: App,
         *,
         fail_without_engine: bool = True,
+        does_chores: bool = True,
         on_progress: Callable[[str, int], None] | None = None,
     ) -> None:
         """Prepare to work on `app`.
 
         Args:
+            does_chores: whether batches are audited and what nobody needs is removed.
             fail_without_engine: whether shards whose engine cannot be had end with errors; if
                 not, work stops and `failure` says why.
             on_progress: called with "planning" or "finalizing" and a number of lines.
         """
         self.app = app
         self._on_progress = on_progress
+        self._does_chores = does_chores
         self._crew = Crew(app, fail_without_engine=fail_without_engine)
         # On Postgres there may be workers beside this process: it is one of them, and leaves to
         # the others what it cannot serve as they do. SQLite is this folder's alone.
@@ -95,6 +102,10 @@ class Embedded:
                 models=(),
                 others_serve=self._presence.do_others_serve,
                 on_loaded=self._presence.offer_loaded,
+                budget=DeathBudget(
+                    max_deaths=app.settings.worker.max_engine_deaths,
+                    window_seconds=app.settings.worker.engine_death_window_seconds,
+                ),
             )
         )
         self._threads: list[threading.Thread] = []
@@ -112,6 +123,8 @@ class Embedded:
             "sweeper": SweepLoop(crew).turn,
             "engine": self._work.turn,
         }
+        if self._does_chores:
+            turns["chores"] = ChoreLoop(crew).turn
         self._threads = [
             threading.Thread(target=crew.repeat, args=(turn,), kwargs={"name": name}, name=name)
             for name, turn in turns.items()

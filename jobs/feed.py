@@ -255,8 +255,12 @@ class Feed:
             while self._buffered_bytes > _MAX_BUFFERED_BYTES and not self._failure:
                 self._lock.wait(_TICK_SECONDS)
 
-    def note_death(self, suspects: frozenset[int]) -> None:
-        """Take back what a dead engine held; `suspects` are the request ids it had started."""
+    def note_death(self, suspects: frozenset[int]) -> int | None:
+        """Take back what a dead engine held; return the request that is convicted by that, if any.
+
+        Args:
+            suspects: the request ids that it had started.
+        """
         with self._lock:
             held = list(self._in_flight.values())
             self._in_flight.clear()
@@ -280,8 +284,9 @@ class Feed:
         solo = accused[0] if len(accused) == 1 else None
         for shard in touched.values():
             fault = self._report_suspects(shard, solo)
-            if solo is not None and fault is not None:
-                self._judge(solo, fault)
+            if solo is not None and fault is not None and self._convict(solo, fault):
+                return solo.request.id
+        return None
 
     @property
     def num_results(self) -> int:
@@ -299,7 +304,7 @@ class Feed:
 
     # --- suspects ---
 
-    def _judge(self, held: _Held, fault: Fault) -> None:
+    def _convict(self, held: _Held, fault: Fault) -> bool:
         """Give a line that killed the engine alone its error, if it is guilty beyond doubt.
 
         An engine that has brought no result since it first killed one is itself in doubt, unless
@@ -311,13 +316,12 @@ class Feed:
             )
             works = self._num_results > alibi or len(fault.places) > 1
             is_last = all(group == [held] for group in self._groups) and not self._queue
-            if not is_guilty(fault) or not (works or is_last):
-                return
-            if [held] in self._groups:
-                self._groups.remove([held])
-                self._dry = False  # the reader may have waited for it
-                error = _guilt(fault, "engine")
-                self._keep(held, Result(id=held.request.id, error=error))
+            if not is_guilty(fault) or not (works or is_last) or [held] not in self._groups:
+                return False
+            self._groups.remove([held])
+            self._dry = False  # the reader may have waited for it
+            self._keep(held, Result(id=held.request.id, error=_guilt(fault, "engine")))
+            return True
 
     def _begin_group(self) -> None:
         group = [h for h in self._groups.popleft() if not (h.shard.lost or h.shard.stopped)]

@@ -2,7 +2,8 @@
 
 Shards of the input are in that order already; those of a run order are sorted back, on disk.
 Copies the bytes of results that are already rendered; lines without one get an error that says
-why. Publishes nothing unless every line was written exactly once.
+why. Publishes nothing unless every line was written exactly once. What was lost of the segments
+by then is run again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,13 +11,15 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 
+from jobs import metrics
 from jobs.domain.batch import Batch
 from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing
 from jobs.domain.ids import mint_file_id
 from jobs.domain.request import custom_id_of
 from jobs.domain.result import LineError, Result, Usage, render_result
-from jobs.domain.shard import Lease, Shard, UnitState, count_bits
-from storage import batches, segments, shards, units
+from jobs.domain.shard import Lease, Segment, Shard, UnitState, count_bits
+from jobs.telemetry import log
+from storage import batches, repairs, segments, shards, units
 from storage.blobs.base import BlobStore, BlobWriter, hash_bytes, output_key
 from storage.database import Database
 from storage.files import File
@@ -25,6 +28,8 @@ from storage.reorder import Reorder
 
 OUTPUT_SECONDS = 30 * 86_400
 """How long output files are kept unless the batch says otherwise."""
+MAX_REPAIRS = 3
+"""How often lost results of one batch are run again; a store that loses more needs a person."""
 _MESSAGES = {
     "engine_misconfigured": "The model of this batch cannot be loaded.",
     "engine_out_of_memory": "The model of this batch does not fit in memory.",
@@ -85,6 +90,7 @@ def finalize(
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
     listed = shards.list_for_batch(db, batch.id)
+    total = 0
     output_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "output"))
     error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "error"))
     with output_writer as output, error_writer as errors:
@@ -97,6 +103,12 @@ def finalize(
                 )
             if on_progress is not None:
                 on_progress(total)
+        # Not the sum over its shards: of those, some may be missing or too many.
+        if total != batch.request_counts.total:
+            raise CountMismatch(
+                f"Batch {batch.id}: its shards have {total} lines, its file had "
+                f"{batch.request_counts.total}. Nothing was published."
+            )
         output_file = _publish(db, batch, output, writing.completed, "output")
         error_file = _publish(db, batch, errors, writing.failed, "errors")
     batches.complete(
@@ -108,6 +120,59 @@ def finalize(
         num_failed=writing.failed,
         usage=writing.usage,
     )
+
+
+def run_lost_again(
+    db: Database,
+    blobs: BlobStore,
+    lease: Lease,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> bool:
+    """Return whether segments of the batch are lost and its requests in them are run again.
+
+    Looks at every segment, so that one repair is enough however many are lost. Nothing is done
+    when all are whole at a second look; when the input is gone too, since then it is the store
+    that is not what it was; or after `MAX_REPAIRS`.
+
+    Raises:
+        LeaseLost: another worker finalizes this batch.
+    """
+    lost: list[Segment] = []
+    num_lines = 0
+    for segment in segments.iterate_for_batch(db, lease.batch_id):
+        if not is_whole(blobs, segment):
+            lost.append(segment)
+        num_lines += segment.num_completed + segment.num_failed
+        if on_progress is not None:
+            on_progress(num_lines)
+    if not lost:
+        return False
+    num_repairs = repairs.count(db, lease.batch_id)
+    damage = {
+        "batch_id": lease.batch_id,
+        "num_segments": len(lost),
+        "num_lines": sum(count_bits(segment.positions) for segment in lost),
+        "num_repairs": num_repairs,
+    }
+    unit_ids = {segment.unit_id for segment in lost}
+    inputs = {shards.get(db, unit_id).blob_key for unit_id in unit_ids}
+    if num_repairs >= MAX_REPAIRS or not all(map(blobs.exists, inputs)):
+        log.error("results_stay_lost", first=lost[0].blob_key, **damage)
+        metrics.count_damage("given_up", len(lost))
+        return False
+    repairs.run_again(db, lease, lost)
+    log.error("results_lost", first=lost[0].blob_key, **damage)
+    metrics.count_damage("run_again", len(lost))
+    return True
+
+
+def is_whole(blobs: BlobStore, segment: Segment) -> bool:
+    """Return whether a segment's bytes are there as they were written."""
+    try:
+        return hash_bytes(blobs.get(segment.blob_key)) == segment.sha256
+    except (BlobMissing, BlobCorrupt):
+        return False
 
 
 def _write_all(writing: _Writing, listed: Sequence[tuple[Shard, UnitState]]) -> Iterator[int]:

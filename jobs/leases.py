@@ -1,5 +1,8 @@
 """Renews leases from a thread beside the work, only while the work makes progress.
 
+    leases   renews, and looks for batches that are stopped; waits for the database
+    fence    gives up what could not be renewed; waits for nobody
+
 A lease that is not renewed in time, or that the database gave away, is reported as lost; a batch
 that is being cancelled or has passed its deadline is reported as stopping, and faster.
 """
@@ -44,7 +47,7 @@ class _Held:
 
 
 class LeaseKeeper:
-    """One thread that renews all leases of a process."""
+    """Renews all leases of a process, and gives up those that it could not renew in time."""
 
     def __init__(self, db: Database, times: LeaseTimes) -> None:
         """Keep leases in `db`; call `start` before `hold`."""
@@ -52,20 +55,25 @@ class LeaseKeeper:
         self._times = times
         self._held: dict[UnitId, _Held] = {}
         self._lock = threading.Lock()
-        self._stopping = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("leases", self._run), ("fence", self._run_fence))
+        ]
 
     def start(self) -> None:
         """Begin renewing."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Stop renewing; leases still held run out by themselves."""
-        self._stopping = True
+        self._closed.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=10)
 
     def look(self) -> None:
         """Look for stopped batches at once instead of after `watch_seconds`."""
@@ -106,7 +114,7 @@ class LeaseKeeper:
         while True:
             self._wake.wait(min(self._times.watch_seconds, self._times.renew_seconds))
             self._wake.clear()
-            if self._stopping:
+            if self._closed.is_set():
                 return
             try:
                 self._watch()
@@ -117,7 +125,6 @@ class LeaseKeeper:
                 log.warning("lease_renewal_failed", code=error.code)
             except Exception:  # noqa: BLE001  without this thread every lease would be lost
                 log.exception("lease_renewal_crashed")
-            self._fence()
 
     def _watch(self) -> None:
         with self._lock:
@@ -150,6 +157,23 @@ class LeaseKeeper:
                 held.renewed_at = now
             else:
                 self._lose(held)
+
+    def _run_fence(self) -> None:
+        # A thread of its own: one that waits for a database which does not answer fences nobody.
+        lease_seconds = self._times.lease_seconds
+        looked_at, not_before = time.monotonic(), 0.0
+        while not self._closed.wait(min(self._times.watch_seconds, self._times.renew_seconds)):
+            now = time.monotonic()
+            if now - looked_at > lease_seconds / 2:
+                # This process was stopped. A lease that nobody reaped meanwhile may be renewed yet.
+                not_before = now + (1 - SELF_FENCE_SHARE) * lease_seconds
+            looked_at = now
+            if now < not_before:
+                continue
+            try:
+                self._fence()
+            except Exception:  # noqa: BLE001  a fault of who is told must not stop it
+                log.exception("lease_fence_crashed")
 
     def _fence(self) -> None:
         limit = SELF_FENCE_SHARE * self._times.lease_seconds

@@ -7,7 +7,7 @@ batches, workers) is read from the database by whoever serves the API (`jobs.api
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
@@ -15,6 +15,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -70,17 +71,43 @@ _engine_loading = Histogram(
     ("model",),
     buckets=_LOADING_SECONDS,
 )
+_quarantined = Gauge(
+    "batchctl_worker_quarantined",
+    "1 while this worker takes no work, because its engine died too often.",
+)
 _leases_lost = Counter("batchctl_leases_lost", "Leases that this process could not keep.")
 _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this process gave up.")
+_damaged_segments = Counter(
+    "batchctl_damaged_segments",
+    "Segments that a finalizer found damaged or gone, by outcome: run_again or given_up.",
+    ("outcome",),
+)
+_audits = Counter(
+    "batchctl_audits", "Batches that were audited, by outcome: ok or violated.", ("outcome",)
+)
+_audit_problems = Counter(
+    "batchctl_audit_problems",
+    "Checks of an audit that a batch did not pass, by the check's name.",
+    ("check",),
+)
+_collected = Counter(
+    "batchctl_collected",
+    "What was removed because nothing needs it: expired_file, old_segment, orphan, upload, log.",
+    ("kind",),
+)
+_collected_bytes = Counter("batchctl_collected_bytes", "Bytes of the blobs among them.")
 _storage_failures = Counter(
     "batchctl_storage_failures", "Reads and writes of work that failed, by error code.", ("code",)
 )
 _loop_failures = Counter(
-    "batchctl_loop_failures", "Turns of the control, sweep and work loops that failed.", ("loop",)
+    "batchctl_loop_failures",
+    "Turns of the control, sweep, work and chore loops that failed.",
+    ("loop",),
 )
 _KNOWN = frozenset(
     (
         *(COMPLETED, "done", "released", "lost", "retried", "cancelled", "expired", "failed"),
+        "repaired",
         *("truncated", "schema_mismatch", "schema_unsupported", "context_length_exceeded"),
         *("engine_crash", "attempts_exhausted"),
     )
@@ -144,6 +171,11 @@ def count_engine_failure(model: str, code: str) -> None:
     _engine_failures.labels(model, _bounded(code)).inc()
 
 
+def note_quarantine(*, is_on: bool) -> None:
+    """Note whether this worker takes no work because its engine died too often."""
+    _quarantined.set(int(is_on))
+
+
 def count_lost_lease() -> None:
     """Count a lease that could not be kept."""
     _leases_lost.inc()
@@ -153,6 +185,33 @@ def count_reaped(number: int) -> None:
     """Count leases of others that were given up."""
     if number:
         _leases_reaped.inc(number)
+
+
+def count_damage(outcome: str, num_segments: int) -> None:
+    """Count segments that were found damaged or gone: run_again or given_up."""
+    _damaged_segments.labels(outcome).inc(num_segments)
+
+
+def count_audit(violated: Sequence[str]) -> None:
+    """Count a batch that was audited.
+
+    Args:
+        violated: names of the checks that it did not pass.
+    """
+    _audits.labels("violated" if violated else "ok").inc()
+    for check in violated:
+        _audit_problems.labels(check).inc()
+
+
+def count_collected(kind: str, number: int) -> None:
+    """Count what was removed: expired_file, old_segment, orphan, upload or log."""
+    if number:
+        _collected.labels(kind).inc(number)
+
+
+def count_collected_bytes(number: int) -> None:
+    """Count the bytes of blobs that were removed."""
+    _collected_bytes.inc(number)
 
 
 def count_loop_failure(loop: str) -> None:

@@ -49,12 +49,14 @@ def work(
 ) -> int:
     """Run shards of `model_keys` on one engine until none is left; return how many results came.
 
-    An engine that dies is started again; what it held is run again, suspects last. When `stop` is
-    set, what is finished is flushed and the rest given back.
+    An engine that dies is started again, and until it is there nothing more is claimed; what it
+    held is run again, suspects last. When `stop` is set, what is finished is flushed and the rest
+    given back.
 
     Raises:
         EngineMisconfigured, EngineOutOfMemory, EngineUnavailable: there is no engine to be had;
             every lease has been given back.
+        EngineQuarantined: the same, because it died too often without a request being to blame.
         StorageError: results could not be written.
     """
     engine = supervisor.open()
@@ -68,9 +70,10 @@ def work(
         model_keys=model_keys,
         num_slots=engine.num_slots,
         progress=supervisor.progress,
-        may_claim=context.may_claim,
+        may_claim=lambda: supervisor.is_open and context.may_claim(),
         settings=context.settings,
     )
+    supervisor.forget_suspects()
     with feed, _stopped_by(stop, feed):
         while True:
             before = feed.num_results
@@ -78,6 +81,7 @@ def work(
                 with closing(engine.generate(feed)) as results:
                     for result in results:
                         feed.append(result)
+                        supervisor.note_result(result.id)
                         if context.on_result is not None:
                             context.on_result(result)
             except EngineDied as death:
@@ -85,9 +89,11 @@ def work(
                     break
                 log.warning("engine_died", error=death.message, suspects=len(death.suspects))
                 metrics.count_engine_death(model_keys[0])
-                feed.note_death(death.suspects)
                 supervisor.note_death(
-                    productive=feed.num_results > before, suspects=bool(death.suspects)
+                    productive=feed.num_results > before,
+                    suspects=death.suspects,
+                    convicted=feed.note_death(death.suspects),
+                    cause=death.cause,
                 )
                 engine = supervisor.open()
             else:

@@ -152,6 +152,12 @@ class LeaseSettings(_Group):
     stall_seconds: float = Field(
         default=180, gt=0, description="an engine without progress for this long is ended"
     )
+    load_seconds: float = Field(
+        default=900, gt=0, description="an engine that has not loaded its model by then is ended"
+    )
+    request_seconds: float = Field(
+        default=21600, gt=0, description="a request that runs for longer ends with an error"
+    )
     watch_seconds: float = Field(
         default=2, gt=0, description="pause between looks for a cancelled batch"
     )
@@ -246,6 +252,15 @@ class WorkerSettings(_Group):
     model_stay_seconds: float = Field(
         default=60, gt=0, description="how long a model keeps an engine while another one waits"
     )
+    max_engine_deaths: int = Field(
+        default=3,
+        ge=1,
+        description="engine deaths within `engine_death_window_seconds` that no request explains, "
+        "after which a worker rests",
+    )
+    engine_death_window_seconds: float = Field(
+        default=1800, gt=0, description="how long such a death counts, and so how long it rests"
+    )
     metrics_host: str = Field(
         default="127.0.0.1", description="address of a worker's metrics and health"
     )
@@ -269,6 +284,34 @@ class SandboxSettings(_Group):
     cpu_seconds: int = Field(default=5, ge=1, description="processor time")
     wall_seconds: float = Field(default=15, gt=0, description="time on the clock")
     memory_bytes: int = Field(default=1 * _GIB, ge=64 * _MIB, description="memory")
+
+
+class AuditSettings(_Group):
+    """How often batches are proved to be complete; see `batchctl audit`."""
+
+    every_seconds: float = Field(
+        default=3600, ge=0, description="pause between audits of the whole system; 0: none"
+    )
+    num_batches: int = Field(
+        default=4, ge=1, description="batches in one audit, running ones and recently ended ones"
+    )
+
+
+class CollectSettings(_Group):
+    """When what nobody needs any more is removed; see `batchctl collect`."""
+
+    every_seconds: float = Field(default=3600, ge=0, description="pause between turns; 0: never")
+    orphan_seconds: float = Field(
+        default=86_400,
+        ge=3600,
+        description="age of bytes without a row, and of logs of lost workers, before they go",
+    )
+    segment_seconds: float = Field(
+        default=86_400, ge=0, description="how long segments stay after the end of their batch"
+    )
+    max_blobs: int = Field(
+        default=100_000, ge=1000, description="blobs one turn looks at; the next one goes on"
+    )
 
 
 class LogSettings(_Group):
@@ -329,6 +372,8 @@ class Settings(BaseSettings):
     leases: LeaseSettings = LeaseSettings()
     retries: RetrySettings = RetrySettings()
     sandbox: SandboxSettings = SandboxSettings()
+    audit: AuditSettings = AuditSettings()
+    collect: CollectSettings = CollectSettings()
     log: LogSettings = LogSettings()
 
     _layers: tuple["_Layer", ...] = PrivateAttr(default=())

@@ -156,6 +156,11 @@ class Fleet:
         self._components: list[Component] = []
         self._stopping = False
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self._stopping
+
     @contextmanager
     def signals(self) -> Iterator[None]:
         """Within the block, a signal asks for the end; a second one ends at once."""
@@ -442,6 +447,38 @@ def read_json(url: str) -> Any:  # noqa: ANN401  what a server says
     return None
 
 
+def make_servers(folder: Path, keys: Mapping[str, str]) -> tuple[list[Component], dict[str, str]]:
+    """Return Postgres, Valkey and the S3 server, and the settings of whoever uses them."""
+    data = folder / "data"
+    database, database_url = postgres(data, folder / "postgres.log", keys["postgres"])
+    broker, broker_url = valkey(data, folder / "valkey.log", keys["valkey"])
+    blobs, blobs_url = s3(data, folder / "s3.log", keys["s3_id"], keys["s3_key"])
+    environment = {
+        "BATCHCTL_DATABASE__URL": database_url,
+        "BATCHCTL_BROKER__URL": broker_url,
+        "BATCHCTL_BLOBS__KIND": "s3",
+        "BATCHCTL_BLOBS__BUCKET": BUCKET,
+        "BATCHCTL_BLOBS__REGION": "us-east-1",
+        "BATCHCTL_BLOBS__ENDPOINT_URL": blobs_url,
+        "BATCHCTL_BLOBS__ACCESS_KEY": keys["s3_id"],
+        "BATCHCTL_BLOBS__SECRET_KEY": keys["s3_key"],
+    }
+    return [database, broker, blobs], environment
+
+
+def make_api(folder: Path, environment: Mapping[str, str], api_url: str) -> Component:
+    """Return the API at `api_url`."""
+    port = api_url.rpartition(":")[2]
+    return Component(
+        name="api",
+        command=(str(BIN / "batchctl"), "serve", "--no-workers", "--host", HOST, "--port", port),
+        log=folder / "api.log",
+        where=api_url,
+        is_ready=lambda: answers(f"{api_url}/ready"),
+        environment={**environment, "BATCHCTL_DATA": str(folder / "data" / "api")},
+    )
+
+
 def workers(  # each its own process, folder and log
     names: Mapping[str, str], folder: Path, environment: Mapping[str, str], api_url: str
 ) -> list[Component]:
@@ -596,41 +633,13 @@ def start(
     arguments: argparse.Namespace,
 ) -> None:
     """Start the servers, the tables, the API and the workers, each when those before are ready."""
-    data, port = folder / "data", int(api_url.rpartition(":")[2])
-    database, database_url = postgres(data, folder / "postgres.log", keys["postgres"])
-    broker, broker_url = valkey(data, folder / "valkey.log", keys["valkey"])
-    blobs, blobs_url = s3(data, folder / "s3.log", keys["s3_id"], keys["s3_key"])
+    port = int(api_url.rpartition(":")[2])
     say("Starting Postgres, Valkey and an S3 server ...")
-    fleet.add(database, broker, blobs)
-    environment = {
-        "BATCHCTL_DATABASE__URL": database_url,
-        "BATCHCTL_BROKER__URL": broker_url,
-        "BATCHCTL_BLOBS__KIND": "s3",
-        "BATCHCTL_BLOBS__BUCKET": BUCKET,
-        "BATCHCTL_BLOBS__REGION": "us-east-1",
-        "BATCHCTL_BLOBS__ENDPOINT_URL": blobs_url,
-        "BATCHCTL_BLOBS__ACCESS_KEY": keys["s3_id"],
-        "BATCHCTL_BLOBS__SECRET_KEY": keys["s3_key"],
-    }
-    upgrade({**environment, "BATCHCTL_DATA": str(data / "api")})
+    servers, environment = make_servers(folder, keys)
+    fleet.add(*servers)
+    upgrade({**environment, "BATCHCTL_DATA": str(folder / "data" / "api")})
     say("Starting the API, a control worker and the engine workers ...")
-    api = Component(
-        name="api",
-        command=(
-            str(BIN / "batchctl"),
-            "serve",
-            "--no-workers",
-            "--host",
-            HOST,
-            "--port",
-            str(port),
-        ),
-        log=folder / "api.log",
-        where=api_url,
-        is_ready=lambda: answers(f"{api_url}/ready"),
-        environment={**environment, "BATCHCTL_DATA": str(data / "api")},
-    )
-    fleet.add(api)
+    fleet.add(make_api(folder, environment, api_url))
     roles = {"control": "control"} | {f"engine-{n + 1}": "engine" for n in range(num_engines)}
     fleet.add(*workers(roles, folder, environment, api_url))
     environment_file = write_environment(folder, api_url, environment)

@@ -38,6 +38,14 @@ class Suite:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Script:
+    """A program of ours that checks by itself, and whose last line says what it found."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a suite ended."""
 
@@ -87,6 +95,34 @@ SUITES = (
         on_fleet=True,
     ),
 )
+SCRIPTS = (
+    Script(
+        name="chaos",
+        arguments=(
+            *("-m", "scripts.chaos", "--lines", "40000"),
+            *("--kills", "25", "--pauses", "25", "--minutes", "15"),
+        ),
+    ),
+)
+
+
+def run_script(script: Script) -> Outcome:
+    """Run the script, and say what its last line says."""
+    last = "nothing was said"
+    environment = {name: value for name, value in os.environ.items() if name != _ALLOW_NOT_RUN}
+    with subprocess.Popen(  # noqa: S603  our own script
+        [str(MAIN), *script.arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        return Outcome(name=script.name, words=f"FAILED: {last}", is_failure=True)
+    return Outcome(name=script.name, words=last)
 
 
 def run(suite: Suite) -> Outcome:
@@ -186,6 +222,11 @@ def main(wanted: list[str]) -> int:
             continue
         print(f"\n== {suite.name}", flush=True)
         outcomes.append(run(suite))
+    for script in SCRIPTS:
+        if wanted and not script.name.startswith(tuple(wanted)):
+            continue
+        print(f"\n== {script.name}", flush=True)
+        outcomes.append(run_script(script))
     print("\n== all suites")
     width = max(len(one.name) for one in (*outcomes, *_never_here()))
     for one in (*outcomes, *_never_here()):

@@ -95,7 +95,8 @@ def _load(tx: Transaction, rows: Sequence[sa.RowMapping]) -> list[Batch]:
     return found
 
 
-def _reload(tx: Transaction, batch_id: BatchId) -> Batch:
+def load(tx: Transaction, batch_id: BatchId) -> Batch:
+    """Return a batch that is there; part of a larger transaction."""
     row = tx.execute(sa.select(batches).where(batches.c.id == batch_id)).mappings().one()
     return _load(tx, [row])[0]
 
@@ -210,7 +211,7 @@ def request_cancel(
         save_batch(tx, asked, cancel_requested_at=now)
         stop_pending(tx, asked)
         advance_if_ended(tx, asked, now=now)
-    return _reload(tx, batch_id)
+    return load(tx, batch_id)
 
 
 @writes
@@ -378,7 +379,7 @@ def advance_finished(
         units.c.state == UnitState.LEASED,
     )
     finalizing = sa.exists().where(
-        units.c.batch_id == batches.c.id, units.c.kind == UnitKind.FINALIZE
+        units.c.batch_id == batches.c.id, units.c.kind == UnitKind.FINALIZE, UNENDED
     )
     waiting = tx.execute(
         sa.select(batches.c.id)
@@ -447,7 +448,7 @@ def complete(
         )
         insert_event(tx, batch, now=now)
         end_unit(tx, lease, UnitState.DONE, reason="done")
-    return _reload(tx, batch.id)
+    return load(tx, batch.id)
 
 
 @writes
@@ -479,7 +480,7 @@ def give_up(
         save_batch(tx, batch)
         insert_event(tx, batch, now=now)
         end_unit(tx, lease, UnitState.DONE, reason="input_lost")
-    return _reload(tx, batch.id)
+    return load(tx, batch.id)
 
 
 def find_stopping(

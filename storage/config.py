@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 Checksums = Literal["when_required", "when_supported"]
 
+PRIVATE = 0o700
+"""The mode of folders that are made for data: prompts and answers are nobody else's business."""
+
 
 class DatabaseSettings(BaseModel):
     """Where the database is and how patient its clients are.
@@ -28,7 +31,11 @@ class DatabaseSettings(BaseModel):
         default=30.0, gt=0, description="how long to wait for a free one"
     )
     connect_timeout_seconds: int = Field(default=10, ge=1, description="time to connect")
-    statement_timeout_seconds: float = Field(default=30.0, gt=0, description="longest statement")
+    statement_timeout_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        description="longest statement; a server silent for 5 s longer is given up",
+    )
     lock_timeout_seconds: float = Field(default=10.0, gt=0, description="longest wait for a lock")
     idle_in_transaction_timeout_seconds: float = Field(
         default=60.0, gt=0, description="a transaction that does nothing for so long is ended"

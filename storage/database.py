@@ -1,14 +1,14 @@
 """Connections, transactions and the one clock that leases are judged by.
 
 `writes` and `reads` turn a function over a `Transaction` into one over a `Database`: the whole
-function is one transaction. A write is repeated a few times when Postgres failed in a way that
-passes, so every write is safe to repeat after its reply was lost.
+function is one transaction. It is repeated when Postgres failed in a way that passes, a write for
+some seconds, so every write is safe to repeat after its reply was lost.
 """
 
 import functools
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -32,6 +32,9 @@ _T = TypeVar("_T")
 
 _WRITE = "batchctl_write"
 _STATEMENT_TIMED_OUT = "57014"
+_PATIENCE_SECONDS = 10.0
+"""A restart of Postgres takes less; who calls waits longer where that is right."""
+_READ_ATTEMPTS = 3
 _UPGRADE = "run `batchctl db upgrade`"
 _UPGRADE_LOCK = 7_203_514_982  # any constant: the key of the advisory lock of an upgrade
 
@@ -106,8 +109,7 @@ class Database:
         """Return the instant leases are judged by, aware UTC."""
         if self._clock is not None:
             return self._clock()
-        with self.read() as tx:
-            return tx.now()
+        return self.look(Transaction.now)
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -132,10 +134,31 @@ class Database:
         It is repeated when Postgres gave up for a reason that passes (a deadlock, a lost
         connection, a restart), so it must be safe to repeat even after a commit.
         """
+        return self._repeat(self.transaction, action, attempts=None)
+
+    def look(self, action: Callable[[Transaction], _T]) -> _T:
+        """Return what `action` returns, which only reads; tried again once or twice like a write.
+
+        Whoever reads is often a person or a client that repeats by itself, so it gives up soon.
+        """
+        return self._repeat(self.read, action, attempts=_READ_ATTEMPTS)
+
+    def _repeat(
+        self,
+        begin: Callable[[], AbstractContextManager[Transaction]],
+        action: Callable[[Transaction], _T],
+        *,
+        attempts: int | None,
+    ) -> _T:
         for attempt in stamina.retry_context(
-            on=_is_transient, attempts=5, timeout=15, wait_initial=0.05, wait_max=2, wait_jitter=0.2
+            on=_is_transient,
+            attempts=attempts,
+            timeout=_PATIENCE_SECONDS,
+            wait_initial=0.05,
+            wait_max=2,
+            wait_jitter=0.2,
         ):
-            with attempt, self.transaction() as tx:
+            with attempt, begin() as tx:
                 return action(tx)
         raise AssertionError  # stamina raises what the last attempt raised
 
@@ -155,12 +178,11 @@ def writes(
 def reads(
     function: Callable[Concatenate[Transaction, _P], _T],
 ) -> Callable[Concatenate[Database, _P], _T]:
-    """Make `function` one transaction of a database that only reads."""
+    """Make `function` one transaction of a database that only reads, repeated once or twice."""
 
     @functools.wraps(function)
     def in_transaction(db: Database, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with db.read() as tx:
-            return function(tx, *args, **kwargs)
+        return db.look(lambda tx: function(tx, *args, **kwargs))
 
     return in_transaction
 
@@ -282,25 +304,9 @@ def _sqlite_engine(url: sa.URL, settings: DatabaseSettings) -> sa.Engine:
 
 
 def _postgres_engine(url: sa.URL, settings: DatabaseSettings) -> sa.Engine:
-    timeouts = {
-        "statement_timeout": settings.statement_timeout_seconds,
-        "lock_timeout": settings.lock_timeout_seconds,
-        "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_seconds,
-    }
-    options = " ".join(f"-c {name}={int(seconds * 1000)}" for name, seconds in timeouts.items())
-    return sa.create_engine(
-        url.set(drivername="postgresql+psycopg"),
-        pool_size=settings.pool_size,
-        max_overflow=settings.max_overflow,
-        pool_timeout=settings.pool_timeout_seconds,
-        pool_pre_ping=True,
-        connect_args={
-            "options": f"{options} -c timezone=UTC",
-            "connect_timeout": settings.connect_timeout_seconds,
-            "keepalives_idle": 30,
-            "application_name": "batchctl",
-        },
-    )
+    from storage.postgres import open_engine  # noqa: PLC0415 - psycopg is an extra
+
+    return open_engine(url, settings)
 
 
 def alembic_config() -> alembic.config.Config:
@@ -350,8 +356,9 @@ def upgrade(db: Database, *, revision: str = "head") -> None:
         try:
             with connection.begin():
                 if db.is_postgres:
-                    connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
-                    connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+                    from storage.postgres import wait_without_limit  # noqa: PLC0415 - an extra
+
+                    wait_without_limit(connection)
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
                 config.attributes["connection"] = connection
                 alembic.command.upgrade(config, revision)

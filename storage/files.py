@@ -90,6 +90,19 @@ def get(tx: Transaction, file_id: FileId, *, tenant_id: TenantId | None = None) 
 
 
 @reads
+def peek(tx: Transaction, file_id: FileId) -> File:
+    """Return a file, even after its deletion.
+
+    Raises:
+        NotFound: there never was one.
+    """
+    row = tx.execute(sa.select(files).where(files.c.id == file_id)).mappings().one_or_none()
+    if row is None:
+        raise _no_such_file(file_id)
+    return _from_row(row)
+
+
+@reads
 def list_page(
     tx: Transaction,
     *,
@@ -158,10 +171,11 @@ def mark_deleted(
 
 @reads
 def list_expired(tx: Transaction, *, now: datetime, limit: int = 100) -> list[File]:
-    """Return files past their expiry that are still there."""
+    """Return files past their expiry that are still there and that no unfinished batch reads."""
+    is_read = sa.exists().where(batches.c.input_file_id == files.c.id, UNFINISHED)
     query = (
         sa.select(files)
-        .where(files.c.expires_at <= now, files.c.deleted_at.is_(None))
+        .where(files.c.expires_at <= now, files.c.deleted_at.is_(None), ~is_read)
         .order_by(files.c.expires_at)
         .limit(limit)
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -25,7 +26,8 @@ _PLAIN = tuple(field.name for field in fields(Segment) if field.name != "usage")
 _USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 
 
-def _from_row(row: sa.RowMapping) -> Segment:
+def segment_from_row(row: sa.RowMapping | dict[str, Any]) -> Segment:
+    """Return the segment that `row` of the table is."""
     return Segment(
         **{name: row[name] for name in _PLAIN}, usage=Usage(**{name: row[name] for name in _USAGE})
     )
@@ -135,7 +137,7 @@ def list_for_unit(tx: Transaction, unit_id: UnitId) -> list[Segment]:
         .where(segments.c.unit_id == unit_id)
         .order_by(segments.c.epoch, segments.c.sequence)
     ).mappings()
-    return [_from_row(row) for row in rows]
+    return [segment_from_row(row) for row in rows]
 
 
 @reads
@@ -173,7 +175,7 @@ def list_for_batch(
     if after is not None:
         query = query.where(sa.tuple_(*place) > sa.tuple_(*map(sa.literal, after)))
     rows = tx.execute(query).mappings().all()
-    found = [_from_row(row) for row in rows[:limit]]
+    found = [segment_from_row(row) for row in rows[:limit]]
     if len(rows) <= limit:
         return found, None
     last = rows[limit - 1]

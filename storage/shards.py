@@ -20,7 +20,8 @@ _NOT_COLUMNS = frozenset({"suspects", "faults", "trial"})
 _PLAIN = tuple(field.name for field in fields(Shard) if field.name not in _NOT_COLUMNS)
 
 
-def _from_row(row: sa.RowMapping, faults: Sequence[Fault]) -> Shard:
+def shard_from_row(row: sa.RowMapping, faults: Sequence[Fault]) -> Shard:
+    """Return the shard that `row` of the table is."""
     trial = row["trial"]
     return Shard(
         **{name: row[name] for name in _PLAIN},
@@ -51,7 +52,7 @@ def get(tx: Transaction, unit_id: UnitId) -> Shard:
         .where(line_faults.c.unit_id == unit_id)
         .order_by(line_faults.c.position)
     )
-    return _from_row(row, [_fault_from_row(fault) for fault in faults])
+    return shard_from_row(row, [_fault_from_row(fault) for fault in faults])
 
 
 @reads
@@ -72,7 +73,8 @@ def list_for_batch(tx: Transaction, batch_id: BatchId) -> list[tuple[Shard, Unit
         .order_by(shards.c.ordinal)
     ).mappings()
     return [
-        (_from_row(row, faults.get(row["unit_id"], ())), UnitState(row["state"])) for row in rows
+        (shard_from_row(row, faults.get(row["unit_id"], ())), UnitState(row["state"]))
+        for row in rows
     ]
 
 

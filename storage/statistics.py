@@ -41,6 +41,7 @@ class Statistics:
     batches: Mapping[str, int]
     heartbeats: Mapping[WorkerId, float]
     num_draining: int
+    num_quarantined: int
 
 
 @reads
@@ -54,7 +55,7 @@ def read(tx: Transaction, *, workers_since: timedelta) -> Statistics:
         sa.select(batches.c.status, sa.func.count().label("number")).group_by(batches.c.status)
     ).all()
     alive = tx.execute(
-        sa.select(workers.c.id, workers.c.heartbeat_at, workers.c.draining)
+        sa.select(workers.c.id, workers.c.heartbeat_at, workers.c.draining, workers.c.state)
         .where(workers.c.heartbeat_at >= now - workers_since)
         .order_by(workers.c.id)
     ).all()
@@ -63,6 +64,7 @@ def read(tx: Transaction, *, workers_since: timedelta) -> Statistics:
         batches={row.status: row.number for row in by_status},
         heartbeats={row.id: max(0.0, (now - row.heartbeat_at).total_seconds()) for row in alive},
         num_draining=sum(row.draining for row in alive),
+        num_quarantined=sum(row.state == "quarantined" for row in alive),
     )
 
 

@@ -172,14 +172,24 @@ UNENDED: sa.ColumnElement[bool] = units.c.state.in_(
 """Spelled without parameters: SQLite uses a partial index only where it can prove it may."""
 _pending = sa.text(f"state = '{UnitState.PENDING}'")
 _leased = sa.text(f"state = '{UnitState.LEASED}'")
-# In the order of a claim, so that the first entry that fits ends the search. A leading model
-# would break that order for workers of several models, and for plans, which have none.
+# A claim names one kind and one model, then takes the first entry; see `units.claim`.
 sa.Index(
     "ix_units_claim",
+    units.c.kind,
+    units.c.model_key,
     units.c.priority.desc(),
     units.c.deadline_at,
     units.c.id,
+    postgresql_where=_pending,
+    sqlite_where=_pending,
+)
+# Since when a model has work, and what became ready last, without a look at the rest.
+sa.Index(
+    "ix_units_ready",
+    units.c.kind,
     units.c.model_key,
+    units.c.not_before,
+    units.c.id,
     postgresql_where=_pending,
     sqlite_where=_pending,
 )
@@ -297,4 +307,12 @@ models = sa.Table(
     sa.Column("capabilities", Json, nullable=False),
     sa.Column("published_at", Instant, nullable=False),
     sa.Column("published_by", sa.Text),
+)
+
+chores = sa.Table(
+    "chores",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("due_at", Instant, nullable=False),
+    sa.Column("place", sa.Text),
 )

@@ -23,6 +23,7 @@ from jobs.domain.ids import BatchId, TenantId, mint, mint_unit_id
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
     PLAIN_FORMAT,
+    TERMINAL_UNIT_STATES,
     Lease,
     UnitKind,
     UnitState,
@@ -123,13 +124,18 @@ def advance_if_ended(tx: Transaction, batch: Batch, *, now: datetime) -> Batch:
     if batch.ending is None and tx.execute(expired).first() is not None:
         # Its holder saw the deadline before the sweeper did.
         batch = advance(batch, BatchEvent.DEADLINE_PASSED, now=now)
-    exists = tx.execute(
-        sa.select(units.c.id).where(units.c.batch_id == batch.id, units.c.kind == UnitKind.FINALIZE)
-    ).first()
-    if exists is None:
+    earlier = tx.execute(
+        sa.select(units.c.state, units.c.epoch).where(
+            units.c.batch_id == batch.id, units.c.kind == UnitKind.FINALIZE
+        )
+    ).all()
+    if all(UnitState(unit.state) in TERMINAL_UNIT_STATES for unit in earlier):
         batch = advance(batch, BatchEvent.SHARDS_ENDED, now=now)
         save_batch(tx, batch)
-        insert_unit(tx, batch, UnitKind.FINALIZE, now=now)
+        # Epochs go on where those of an earlier one ended: they tell the files of two apart.
+        unit = new_unit(batch, UnitKind.FINALIZE, now=now, ordinal=len(earlier))
+        unit["epoch"] = max((one.epoch for one in earlier), default=0)
+        tx.execute(sa.insert(units).values(unit))
     return batch
 
 

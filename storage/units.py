@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -30,7 +31,7 @@ from jobs.domain.shard import (
 )
 from storage import batches as batch_statements
 from storage.database import Transaction, reads, writes
-from storage.tables import batches, shards, units
+from storage.tables import UNFINISHED, batches, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -66,14 +67,17 @@ class Reaped:
     state: UnitState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
-    """How many units wait for a model, and since when the first of them could run."""
+def _is_pending(table: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Spelled without a parameter, as the partial indexes say it."""
+    return table.c.state == sa.literal_column(f"'{UnitState.PENDING}'")
 
-    kind: UnitKind
-    model_key: str | None
-    num_units: int
-    oldest_at: datetime
+
+def _is_one_of(column: sa.ColumnElement[Any], values: Sequence[str]) -> sa.ColumnElement[bool]:
+    """One value is spelled as an equality, behind which an index is in order."""
+    return column == values[0] if len(values) == 1 else column.in_(values)
+
+
+_waiting = units.alias("waiting")
 
 
 @writes
@@ -90,7 +94,9 @@ def claim(
 ) -> Lease | None:
     """Return a lease of the most urgent unit that may run now, or None.
 
-    The higher priority goes first, then the earlier deadline, then the older unit.
+    The higher priority goes first, then the earlier deadline, then the older unit. Shards of one
+    model are found by one look at an index, however many wait; with several models, all that wait
+    for them are sorted.
 
     Args:
         model_keys: which models' shards; None: any.
@@ -98,28 +104,35 @@ def claim(
     """
     now = now or tx.now()
     expires_at = now + timedelta(seconds=lease_seconds)
-    # "Work stops with its batch" is for plans and shards alone.
-    runs = units.c.kind.not_in(WORK_KINDS) | (
-        batches.c.status.in_((BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS))
-        & batches.c.ending.is_(None)
+    # "Work stops with its batch" is for plans and shards alone. Looked up unit by unit, in the
+    # index's order: a join is open to a plan that sorts everything that waits.
+    batch_runs = (
+        sa.select(
+            batches.c.status.in_((BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS))
+            & batches.c.ending.is_(None)
+        )
+        .where(batches.c.id == units.c.batch_id)
+        .scalar_subquery()
     )
     query = (
         sa.select(units.c.id)
-        .join(batches, batches.c.id == units.c.batch_id)
         .where(
-            units.c.state == sa.literal_column(f"'{UnitState.PENDING}'"),  # as the index says it
-            units.c.kind.in_([str(kind) for kind in kinds]),
-            units.c.not_before <= now,
+            _is_pending(units),
+            _is_one_of(units.c.kind, [str(kind) for kind in kinds]),
+            # Hidden from the planner, which would else prefer the index of what became ready, and
+            # sort all of it.
+            sa.func.coalesce(units.c.not_before, now) <= now,
             units.c.format_version <= FORMAT_VERSION,
-            runs,
+            units.c.kind.not_in(WORK_KINDS) | batch_runs,
         )
         .order_by(units.c.priority.desc(), units.c.deadline_at, units.c.id)
         .limit(1)
     )
     if model_keys is not None:
-        query = query.where(
-            (units.c.kind != UnitKind.SHARD) | units.c.model_key.in_(list(model_keys))
-        )
+        is_ours = _is_one_of(units.c.model_key, list(model_keys))
+        if set(kinds) != {UnitKind.SHARD}:
+            is_ours |= units.c.kind != UnitKind.SHARD
+        query = query.where(is_ours)
     if exclude_batches:
         query = query.where(units.c.batch_id.not_in(list(exclude_batches)))
     candidate = (
@@ -392,50 +405,52 @@ def _give_up(
 
 
 @reads
-def list_pending(tx: Transaction) -> list[Waiting]:
-    """Return how many units wait, by kind and model."""
-    rows = tx.execute(
-        sa.select(
-            units.c.kind,
-            units.c.model_key,
-            sa.func.count().label("num_units"),
-            sa.func.min(units.c.not_before).label("oldest_at"),
+def list_waiting_models(tx: Transaction) -> dict[str, datetime]:
+    """Return which models have pending shards, and since when the first of them could run.
+
+    Reads one index entry a model, not what waits.
+    """
+    models = _unfinished_models()
+    oldest = (
+        sa.select(sa.func.min(units.c.not_before))
+        .where(
+            _is_pending(units),
+            units.c.kind == UnitKind.SHARD,
+            units.c.model_key == models.c.model_key,
         )
-        .where(units.c.state == UnitState.PENDING)
-        .group_by(units.c.kind, units.c.model_key)
-        .order_by(units.c.kind, units.c.model_key)
+        .scalar_subquery()
     )
-    return [
-        Waiting(
-            kind=UnitKind(row.kind),
-            model_key=row.model_key,
-            num_units=row.num_units,
-            oldest_at=row.oldest_at,
-        )
-        for row in rows
-    ]
+    rows = tx.execute(sa.select(models.c.model_key, oldest.label("oldest_at")))
+    return {row.model_key: row.oldest_at for row in rows if row.oldest_at is not None}
 
 
 @writes
 def poke_due(
-    tx: Transaction,
-    *,
-    again_after_seconds: float = 30.0,
-    limit: int = 500,
-    now: datetime | None = None,
+    tx: Transaction, *, again_after_seconds: float = 30.0, now: datetime | None = None
 ) -> list[tuple[UnitKind, str | None]]:
-    """Return whom to wake, kind and model of units that wait; not again for a while."""
+    """Return whom to wake, kind and model of units that wait; not again for a while.
+
+    Of each kind and model it looks at what became ready last, and marks that alone: new work is
+    poked for at once, and the rest is claimed before it.
+    """
     now = now or tx.now()
+    models = _unfinished_models()
+    is_of_model = _waiting.c.model_key == models.c.model_key
+    candidates = [sa.select(_last_ready(UnitKind.SHARD, is_of_model, now)).select_from(models)]
+    candidates += [
+        sa.select(_last_ready(kind, _waiting.c.model_key.is_(None), now))
+        for kind in UnitKind
+        if kind is not UnitKind.SHARD
+    ]
+    ids = tx.execute(sa.union_all(*candidates)).scalars().all()
     poked = units.c.last_poked_at
     due = (
         sa.select(units.c.id)
         .where(
-            units.c.state == sa.literal_column(f"'{UnitState.PENDING}'"),
-            units.c.not_before <= now,
+            units.c.id.in_([unit_id for unit_id in ids if unit_id is not None]),
+            units.c.state == UnitState.PENDING,
             poked.is_(None) | (poked <= now - timedelta(seconds=again_after_seconds)),
         )
-        .order_by(units.c.priority.desc(), units.c.deadline_at, units.c.id)
-        .limit(limit)
         .with_for_update(skip_locked=True)
         .cte("due")
         .prefix_with("MATERIALIZED", dialect="postgresql")
@@ -446,8 +461,32 @@ def poke_due(
         .values(last_poked_at=now)
         .returning(units.c.kind, units.c.model_key)
     )
-    found: set[tuple[UnitKind, str | None]] = {(UnitKind(row.kind), row.model_key) for row in rows}
-    return sorted(found, key=lambda pair: (pair[0], pair[1] or ""))
+    return sorted(
+        ((UnitKind(row.kind), row.model_key) for row in rows),
+        key=lambda pair: (pair[0], pair[1] or ""),
+    )
+
+
+def _unfinished_models() -> sa.Subquery:
+    return (
+        sa.select(batches.c.model_key)
+        .where(UNFINISHED, batches.c.model_key.is_not(None))
+        .distinct()
+        .subquery("models")
+    )
+
+
+def _last_ready(
+    kind: UnitKind, model: sa.ColumnElement[bool], now: datetime
+) -> sa.ScalarSelect[str]:
+    """Return the id of the pending unit of this kind and model that could run last."""
+    return (
+        sa.select(_waiting.c.id)
+        .where(_is_pending(_waiting), _waiting.c.kind == kind, model, _waiting.c.not_before <= now)
+        .order_by(_waiting.c.not_before.desc(), _waiting.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
 
 
 @reads

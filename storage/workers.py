@@ -11,7 +11,7 @@ from storage.database import Transaction, reads, writes
 from storage.tables import workers
 
 WorkerRole = Literal["engine", "control"]
-WorkerState = Literal["starting", "loading", "idle", "working", "draining"]
+WorkerState = Literal["starting", "loading", "idle", "working", "quarantined", "draining"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class Worker:
         models: names of the models that it serves.
         num_shards: shards that it holds now.
         tokens_per_second: computed tokens, over the last seconds.
+        recent_deaths: of its engine, as far as no request explains them.
     """
 
     id: WorkerId
@@ -54,13 +55,13 @@ def _from_row(row: sa.RowMapping) -> Worker:
 
 @writes
 def heartbeat(tx: Transaction, worker: Worker) -> None:
-    """Write how a worker is; its recent deaths are counted by `shards.report_death`."""
+    """Write how a worker is."""
     columns = asdict(worker)
     first = tx.execute(sa.select(workers.c.id).where(workers.c.id == worker.id)).first() is None
     if first:
         tx.execute(sa.insert(workers).values(columns))
         return
-    del columns["recent_deaths"], columns["started_at"]
+    del columns["started_at"]
     tx.execute(sa.update(workers).where(workers.c.id == worker.id).values(columns))
 
 

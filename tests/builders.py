@@ -31,7 +31,7 @@ from jobs.intake import PlanLimits
 from jobs.leases import LeaseKeeper, LeaseTimes
 from jobs.wakeups import Doorbell
 from storage import batches, files, shards, units
-from storage.blobs.base import BlobStore, input_key
+from storage.blobs.base import BlobStore, hash_bytes, input_key
 from storage.database import Database
 from storage.files import File
 
@@ -133,7 +133,7 @@ class Bench:
                 filename="in.jsonl",
                 purpose="batch",
                 num_bytes=len(content or b""),
-                sha256="0" * 64,
+                sha256=hash_bytes(content or b""),
                 blob_key=input_key(file_id),
                 created_at=now,
             ),
@@ -284,6 +284,9 @@ class ScriptedEngine:
     def progress(self) -> int:
         self._moved += 1  # it is asked for only to see that the engine lives
         return self._moved
+
+    def probe(self) -> None:
+        """It is there."""
 
     def close(self) -> None:
         """There is nothing to give back."""

@@ -129,4 +129,5 @@ def _workers(found: Statistics) -> Iterator[Metric]:
     states.add_metric(("alive",), alive)
     states.add_metric(("silent",), len(found.heartbeats) - alive)
     states.add_metric(("draining",), found.num_draining)
+    states.add_metric(("quarantined",), found.num_quarantined)
     return iter((ages, states))

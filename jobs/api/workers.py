@@ -13,6 +13,10 @@ from storage.workers import Worker, WorkerRole, WorkerState
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 _SHOWN_LOST = timedelta(minutes=10)
+_QUARANTINED = (
+    "Its engine died {} times lately and no request is to blame; see its log, and look at the "
+    "device. It will try again by itself."
+)
 
 
 class WorkerObject(BaseModel):
@@ -29,7 +33,10 @@ class WorkerObject(BaseModel):
     state: WorkerState | Literal["lost"]
     num_shards: int = Field(description="Shards that it holds.")
     tokens_per_second: float
-    recent_deaths: int = Field(description="How often its engine has died.")
+    recent_deaths: int = Field(
+        description="How often its engine died lately without a request being to blame."
+    )
+    reason: str | None = Field(description="Why it rests, where it is quarantined.")
     started_at: int
     heartbeat_at: int
     heartbeat_age_seconds: float
@@ -53,7 +60,11 @@ def list_workers(context: InContext) -> WorkerList:
 
 def _describe(worker: Worker, *, now: datetime, lost_seconds: float) -> WorkerObject:
     age = max(0.0, (now - worker.heartbeat_at).total_seconds())
-    state = worker.state
+    state: WorkerState | Literal["lost"] = worker.state
+    if age > lost_seconds:
+        state = "lost"
+    elif worker.draining:
+        state = "draining"
     return WorkerObject(
         id=worker.id,
         host=worker.host,
@@ -62,10 +73,11 @@ def _describe(worker: Worker, *, now: datetime, lost_seconds: float) -> WorkerOb
         device=worker.gpu,
         models=list(worker.models),
         model=worker.model_key,
-        state="lost" if age > lost_seconds else "draining" if worker.draining else state,
+        state=state,
         num_shards=worker.num_shards,
         tokens_per_second=worker.tokens_per_second,
         recent_deaths=worker.recent_deaths,
+        reason=_QUARANTINED.format(worker.recent_deaths) if state == "quarantined" else None,
         started_at=unix(worker.started_at),
         heartbeat_at=unix(worker.heartbeat_at),
         heartbeat_age_seconds=round(age, 1),

@@ -15,13 +15,14 @@ def upgrade(
     import sqlalchemy as sa
 
     from jobs.cli.serve import server_folder
+    from storage.config import PRIVATE
     from storage.database import check_schema, open_database
     from storage.database import upgrade as upgrade_tables
 
     settings = options.load_settings(config, data=data)
     folder = server_folder(settings)
     if not settings.database.url:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     url = settings.database.resolve_url(folder)
     with open_database(url, settings=settings.database) as db:
         upgrade_tables(db)

@@ -12,6 +12,7 @@
 | 7 | the batch was cancelled or expired |
 | 8 | the state of the thing does not allow it: it has ended, or another process is at it |
 | 9 | the engine cannot be started, or cannot load the model |
+| 10 | an audit found that a batch is not what it should be |
 | 130 | interrupted (Ctrl-C); what was finished is kept |
 | 141 | whoever read our output went away (`batchctl ... | head`) |
 """
@@ -38,6 +39,7 @@ UNREACHABLE = 6
 STOPPED = 7
 CONFLICT = 8
 ENGINE = 9
+VIOLATED = 10
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 

@@ -28,6 +28,7 @@ from jobs.cli import (
     models,
     output,
     serve,
+    upkeep,
     validate,
     worker,
 )
@@ -149,7 +150,8 @@ app = typer.Typer(
     cls=_Group,
     help="Run batches of language-model requests, here or on a server.",
     epilog="Exit codes: 0 done, 1 internal, 2 usage, 3 input refused, 4 some requests failed, "
-    "5 not found, 6 unreachable, 7 cancelled or expired, 8 conflict, 9 engine, 130 interrupted.",
+    "5 not found, 6 unreachable, 7 cancelled or expired, 8 conflict, 9 engine, 10 audit failed, "
+    "130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -189,6 +191,8 @@ app.command("doctor", rich_help_panel=_OPERATE)(doctor.doctor)
 app.command("models", rich_help_panel=_OPERATE)(models.models)
 app.command("worker", rich_help_panel=_OPERATE)(worker.worker)
 app.command("workers", rich_help_panel=_OPERATE)(worker.workers)
+app.command("audit", rich_help_panel=_OPERATE)(upkeep.audit)
+app.command("collect", rich_help_panel=_OPERATE)(upkeep.collect)
 app.add_typer(config.app, name="config", rich_help_panel=_OPERATE)
 app.add_typer(database.app, name="db", rich_help_panel=_OPERATE)
 

@@ -201,7 +201,10 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
         output.BatchProgress(quiet=quiet) as progress,
     ):
         embedded = Embedded(
-            app, fail_without_engine=False, on_progress=lambda phase, n: lines.update({phase: n})
+            app,
+            fail_without_engine=False,
+            does_chores=False,
+            on_progress=lambda phase, n: lines.update({phase: n}),
         )
         try:
             with embedded:

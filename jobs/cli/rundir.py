@@ -27,6 +27,7 @@ from jobs.embedded import FolderLock
 from jobs.settings import Settings
 from storage import batches, files
 from storage.blobs.base import input_key
+from storage.config import PRIVATE
 from storage.files import File
 
 _RECORD = "run.json"
@@ -146,7 +147,7 @@ def create(runs: Path, settings: Settings, plan: RunPlan, pieces: Iterator[bytes
         AlreadyLocked: another process is at the run that stands there, or has just begun it.
     """
     try:
-        runs.mkdir(parents=True, exist_ok=True)
+        runs.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
             f"The data folder {runs.parent} cannot be made: {error.strerror}. Choose another with "

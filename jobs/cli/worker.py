@@ -113,3 +113,6 @@ def workers(
             for one in found
         ),
     )
+    for one in found:
+        if one.reason:
+            output.say(f"{one.id}: {one.reason}")

@@ -5,6 +5,7 @@
         │  └────────────┴─► cancelling ─────────► cancelled
         └─► failed
 
+A batch that lost results before its files were written goes from finalizing back to in_progress.
 A batch whose input is gone before its missing lines could be named fails at the end as well.
 A batch past its deadline keeps its status until its shards have ended; `ending` says how the
 batch will end once its files are written.
@@ -55,6 +56,7 @@ class BatchEvent(StrEnum):
     DEADLINE_PASSED = "deadline_passed"
     WRITTEN = "written"
     INPUT_LOST = "input_lost"
+    RESULTS_LOST = "results_lost"
 
 
 class BatchEnding(StrEnum):
@@ -143,6 +145,9 @@ _NEXT: dict[tuple[BatchStatus, BatchEvent], BatchStatus] = {
     # The lines without a result cannot even be named any more.
     (_S.FINALIZING, _E.INPUT_LOST): _S.FAILED,
     (_S.CANCELLING, _E.INPUT_LOST): _S.FAILED,
+    # Segments were damaged before the files were written: their requests run again.
+    (_S.FINALIZING, _E.RESULTS_LOST): _S.IN_PROGRESS,
+    (_S.CANCELLING, _E.RESULTS_LOST): _S.CANCELLING,
 }
 _ENDED = {
     BatchEnding.COMPLETED: _S.COMPLETED,
@@ -171,6 +176,8 @@ def advance(batch: Batch, event: BatchEvent, *, now: datetime) -> Batch:
 
 
 def _ending(batch: Batch, event: BatchEvent, status: BatchStatus) -> BatchEnding | None:
+    if event is _E.RESULTS_LOST and batch.ending is BatchEnding.COMPLETED:
+        return None  # it may be cancelled or expire once more
     if batch.ending is not None:
         return batch.ending
     if event is _E.CANCEL_REQUESTED and status is _S.CANCELLING:
@@ -181,7 +188,12 @@ def _ending(batch: Batch, event: BatchEvent, status: BatchStatus) -> BatchEnding
 
 
 def _stamped(batch: Batch, now: datetime) -> Batch:
-    """Return the batch with the instant of its entry into its status."""
+    """Return the batch with the instant of its entry into its status.
+
+    Back in_progress, it keeps the instant of the first time, and has no finalizing_at for now.
+    """
+    if batch.status is _S.IN_PROGRESS and batch.in_progress_at is not None:
+        return replace(batch, finalizing_at=None)
     instants = {
         _S.IN_PROGRESS: "in_progress_at",
         _S.FINALIZING: "finalizing_at",

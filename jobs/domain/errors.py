@@ -5,7 +5,8 @@ BatchctlError
 │                        IdentityChanged
 ├── NotFound, Conflict   the caller looks again: IllegalTransition, AlreadyLocked
 ├── LeaseLost            nobody; another worker owns the unit, so stop quietly
-├── EngineError          retryable: EngineUnavailable, EngineDied, EngineTimedOut
+├── EngineError          retryable: EngineUnavailable, EngineQuarantined, EngineDied,
+│                        EngineTimedOut
 │                        not: EngineOutOfMemory, EngineMisconfigured
 ├── InternalError        the developers: a fault of this program
 └── StorageError         retryable: DatabaseUnavailable, BlobStoreUnavailable
@@ -103,15 +104,27 @@ class EngineUnavailable(EngineError):
     retryable: ClassVar[bool] = True
 
 
+class EngineQuarantined(EngineUnavailable):
+    """The engine died too often without a request being to blame; its device is to rest."""
+
+    code: ClassVar[str] = "engine_quarantined"
+
+
 class EngineDied(EngineError):
-    """The engine process ended; `suspects` are the request ids that were in flight."""
+    """The engine process ended; `suspects` are the request ids that were in flight.
+
+    `cause` is the code of what the engine said of itself, if it could.
+    """
 
     code: ClassVar[str] = "engine_crash"
     retryable: ClassVar[bool] = True
 
-    def __init__(self, message: str, *, suspects: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, message: str, *, suspects: frozenset[int] = frozenset(), cause: str | None = None
+    ) -> None:
         super().__init__(message)
         self.suspects = suspects
+        self.cause = cause
 
 
 class EngineTimedOut(EngineDied):

@@ -1,7 +1,8 @@
 """One line of an input file, and the request an engine can serve that it stands for.
 
-The fast path is one typed decode. Only a line that fails it is looked at a second time, slowly,
-to find out what is wrong or that what it asks for changes nothing (`"tools": null`).
+The fast path is one typed decode, whose types leave no room for deep nesting. Only a line that
+fails it is looked at a second time, slowly, to find out what is wrong or that what it asks for
+changes nothing (`"tools": null`).
 """
 
 import re
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from jobs.domain.errors import InvalidLine
+from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -17,6 +19,9 @@ ENDPOINTS = (CHAT, COMPLETIONS)
 
 MAX_STOP_STRINGS = 16
 MAX_CUSTOM_ID_BYTES = 512
+MAX_MODEL_CHARS = 512
+_MAX_QUOTED_CHARS = 64
+"""Of what a line says, in a message about it."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
@@ -189,7 +194,7 @@ class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    model: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
     max_tokens: _Positive | None = None
     temperature: _Temperature | None = None
     top_p: _TopP | None = None
@@ -299,7 +304,8 @@ _IGNORED = frozenset(
     }
 )
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
+_QUOTED = re.compile(r"'(.*)'", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
 
 
@@ -319,10 +325,10 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         custom_id = wire.custom_id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         custom_id, body = _parse_slowly(line, endpoint)
-    if not custom_id or len(custom_id) > MAX_CUSTOM_ID_BYTES:
+    num_bytes = len(custom_id) if custom_id.isascii() else len(custom_id.encode())
+    if not 0 < num_bytes <= MAX_CUSTOM_ID_BYTES:
         raise InvalidLine(
-            f"custom_id must have 1 to {MAX_CUSTOM_ID_BYTES} characters; this one has "
-            f"{len(custom_id)}.",
+            f"custom_id must have 1 to {MAX_CUSTOM_ID_BYTES} bytes; this one has {num_bytes}.",
             param="custom_id",
             error_code="invalid_value",
         )
@@ -585,6 +591,11 @@ def _same(part: object, neutral: object) -> bool:
 
 
 def _parse_json(line: bytes) -> object:
+    if is_nested_deeper(line):
+        raise InvalidLine(
+            f"This line is nested more than {MAX_NESTING} levels deep.",
+            error_code="nesting_too_deep",
+        )
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -594,10 +605,6 @@ def _parse_json(line: bytes) -> object:
         ) from None
     try:
         return msgspec.json.decode(line)
-    except RecursionError:
-        raise InvalidLine(
-            "This line is nested too deeply.", error_code="nesting_too_deep"
-        ) from None
     except msgspec.MsgspecError as error:
         detail = str(error).removeprefix("JSON is malformed: ")
         raise InvalidLine(
@@ -605,12 +612,18 @@ def _parse_json(line: bytes) -> object:
         ) from None
 
 
+def quoted(text: str) -> str:
+    """Return what a message may show of a word that a caller wrote: little, and nothing odd."""
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[:_MAX_QUOTED_CHARS])
+    return f"{shown}..." if len(text) > _MAX_QUOTED_CHARS else shown
+
+
 def _explain(error: msgspec.ValidationError) -> InvalidLine:
     match = _AT.match(str(error))
     what, path = (match["what"], match["path"] or "") if match else (str(error), "")
     param = f"body{path}"
     if unknown := _UNKNOWN.match(what):
-        name = unknown["name"]
+        name = quoted(unknown["name"])
         return InvalidLine(
             f"Unsupported parameter: '{name}'.",
             param=f"{param}.{name}",
@@ -623,6 +636,7 @@ def _explain(error: msgspec.ValidationError) -> InvalidLine:
             param=f"{param}.{name}",
             error_code="missing_required_parameter",
         )
+    what = _QUOTED.sub(lambda found: f"'{quoted(found[1])}'", what)
     wrong_type = re.fullmatch(r"Expected `[^`]*`, got `[^`]*`", what) is not None
     return InvalidLine(
         f"{what}.", param=param, error_code="invalid_type" if wrong_type else "invalid_value"

@@ -23,7 +23,6 @@ class UnitKind(StrEnum):
     SHARD = "shard"
     FINALIZE = "finalize"
     WEBHOOK = "webhook"
-    COLLECT = "collect"
 
 
 class UnitState(StrEnum):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from engine.sandbox import Sandbox
 from jobs import finalizer, intake, metrics
 from jobs.domain.batch import LineProblem
-from jobs.domain.errors import BatchctlError, LeaseLost
+from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing, LeaseLost
 from jobs.domain.ids import UnitId
 from jobs.domain.retry import Settlement, decide
 from jobs.domain.shard import Lease, UnitKind, UnitState
@@ -58,8 +58,7 @@ class ControlLoop:
         began, outcome = time.monotonic(), "failed"
         try:
             with bound(unit_id=lease.unit_id, batch_id=lease.batch_id):
-                self._run(lease, progress)
-            outcome = "done"
+                outcome = self._run(lease, progress)
         except LeaseLost:
             outcome = "lost"
             log.info("lease_lost", unit_id=lease.unit_id)
@@ -91,12 +90,18 @@ class ControlLoop:
         self._app.doorbell.announce()
         return True
 
-    def _run(self, lease: Lease, progress: "_Progress") -> None:
+    def _run(self, lease: Lease, progress: "_Progress") -> str:
+        """Run a unit; return how it ended."""
         app = self._app
         if lease.kind is UnitKind.FINALIZE:
             note = progress.phase("finalizing")
-            finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
-            return
+            try:
+                finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
+            except (BlobCorrupt, BlobMissing):
+                if not finalizer.run_lost_again(app.db, app.blobs, lease, on_progress=note):
+                    raise
+                return "repaired"
+            return "done"
         intake.plan(
             app.db,
             app.blobs,
@@ -106,6 +111,7 @@ class ControlLoop:
             limits=app.plan_limits(),
             on_progress=progress.phase("planning"),
         )
+        return "done"
 
     def _note_progress(self, phase: str, num_lines: int) -> None:
         """Pass on how far a unit is.

@@ -2,6 +2,7 @@
 
 crew of one process ─┬─ control loop   plan and finalize units
                      ├─ sweep loop     reaps, expires, advances
+                     ├─ chore loop     audits, collects
                      └─ work loop      shards on an engine
 
 A fault of one loop never ends another one.

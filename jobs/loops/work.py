@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from engine.deaths import DeathBudget
 from engine.process import ProcessEngine
 from engine.supervisor import EngineSupervisor
 from jobs import metrics, runner
@@ -13,6 +14,7 @@ from jobs.domain.errors import (
     BatchctlError,
     EngineError,
     EngineMisconfigured,
+    EngineQuarantined,
     InvalidInput,
     NotFound,
     StorageError,
@@ -26,7 +28,7 @@ from jobs.loops.turns import Crew
 from jobs.telemetry import log
 from storage import units
 
-WorkState = Literal["idle", "loading", "working", "draining"]
+WorkState = Literal["idle", "loading", "working", "quarantined", "draining"]
 
 _STAY_LOOK_SECONDS = 5.0
 _MAX_AVOID_SECONDS = 60.0
@@ -43,6 +45,7 @@ class WorkLoop:
         engine_log: Path | None = None,
         others_serve: Callable[[str], bool] = lambda _model: False,
         on_loaded: Callable[[Capabilities], bool] = lambda _found: True,
+        budget: DeathBudget | None = None,
     ) -> None:
         """Work with the leases of `crew`.
 
@@ -52,6 +55,8 @@ class WorkLoop:
             others_serve: whether another worker may be able to run a model that this one cannot
                 start; then its shards are left to that one instead of ending with errors.
             on_loaded: called with what a loaded engine says of itself; False: it may not serve.
+            budget: how often the engine may die before the loop rests and leaves the work to
+                others; None: there are none, so it goes on as long as results come.
         """
         self._crew = crew
         self._app = crew.app
@@ -59,6 +64,8 @@ class WorkLoop:
         self._engine_log = engine_log or crew.app.folder / "engine.log"
         self._others_serve = others_serve
         self._on_loaded = on_loaded
+        self._budget = budget
+        self._was_quarantined = False
         self._stay_seconds = crew.app.settings.worker.model_stay_seconds
         self._supervisor: EngineSupervisor | None = None
         self._model: str | None = None
@@ -96,8 +103,18 @@ class WorkLoop:
         if self._crew.stopping.is_set():
             return "draining"
         if not self._busy:
-            return "idle"
+            return "idle" if self.quarantine is None else "quarantined"
         return "loading" if self.engine_pid is None else "working"
+
+    @property
+    def quarantine(self) -> str | None:
+        """Why the loop takes no work although its engine may start, or None where it does."""
+        return self._budget.problem if self._budget is not None else None
+
+    @property
+    def num_unexplained_deaths(self) -> int:
+        """How often the engine died lately without a request being to blame."""
+        return self._budget.num_deaths if self._budget is not None else 0
 
     @property
     def num_shards(self) -> int:
@@ -133,7 +150,8 @@ class WorkLoop:
 
     def turn(self) -> bool:
         """Run shards of one model until there are none, or another's turn; return if there were."""
-        model = self._next_model()
+        self._note_quarantine()
+        model = None if self._was_quarantined else self._next_model()
         if model is None:
             return False
         self._busy = True
@@ -177,6 +195,8 @@ class WorkLoop:
                 self._avoided.pop(model, None)  # it was there, so this is its first failure
             if crew.stopping.is_set():
                 return False
+            if isinstance(error, EngineQuarantined):
+                return True  # the next turn says so, and rests
             if not crew.fail_without_engine:
                 crew.fail(error)
                 return False
@@ -188,6 +208,20 @@ class WorkLoop:
             return False
         return True
 
+    def _note_quarantine(self) -> None:
+        """Look whether the engine is to rest, and say so when that changes."""
+        reason = self.quarantine
+        is_on = reason is not None
+        if is_on == self._was_quarantined:
+            return
+        self._was_quarantined = is_on
+        metrics.note_quarantine(is_on=is_on)
+        if self._budget is not None and is_on:
+            seconds = round(self._budget.spent_seconds, 1)
+            log.error("worker_quarantined", reason=reason, again_in_seconds=seconds)
+        else:
+            log.info("worker_quarantine_over")
+
     def _note_result(self, result: Result) -> None:
         self._num_results += 1
         self._num_tokens += result.usage.completion_tokens
@@ -198,13 +232,11 @@ class WorkLoop:
         """Return which models of ours have shards that may run now, and since when."""
         now, clock = self._app.db.now(), time.monotonic()
         return {
-            one.model_key: one.oldest_at
-            for one in units.list_pending(self._app.db)
-            if one.kind is UnitKind.SHARD
-            and one.model_key is not None
-            and (self._models is None or one.model_key in self._models)
-            and one.oldest_at <= now
-            and self._avoided.get(one.model_key, (0.0, 0))[0] <= clock
+            model: oldest_at
+            for model, oldest_at in units.list_waiting_models(self._app.db).items()
+            if (self._models is None or model in self._models)
+            and oldest_at <= now
+            and self._avoided.get(model, (0.0, 0))[0] <= clock
         }
 
     def _next_model(self) -> str | None:
@@ -236,7 +268,7 @@ class WorkLoop:
         if self._supervisor is None or self._model != model:
             self.close()
             config = self._app.engine_config(model)
-            stall_seconds = self._app.settings.leases.stall_seconds
+            leases = self._app.settings.leases
 
             def start() -> ProcessEngine:
                 with metrics.engine_start(model):
@@ -244,13 +276,16 @@ class WorkLoop:
                         config,
                         model=model,
                         log_path=self._engine_log,
-                        stall_seconds=stall_seconds,
+                        start_seconds=leases.load_seconds,
+                        stall_seconds=leases.stall_seconds,
+                        request_seconds=leases.request_seconds,
                         stop=self._crew.stopping.is_set,
                     )
 
             self._model = model
             self._supervisor = EngineSupervisor(
                 start,
+                budget=self._budget,
                 wait=self._crew.stopping.wait,
             )
             found = self._supervisor.open().capabilities

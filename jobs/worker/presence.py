@@ -160,6 +160,7 @@ class Presence:
                 tokens_per_second=self._tokens_per_second(work),
                 draining=is_draining,
                 engine_epoch=work.num_engine_starts if work is not None else 0,
+                recent_deaths=work.num_unexplained_deaths if work is not None else 0,
             ),
         )
 

@@ -21,8 +21,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.deaths import DeathBudget
 from jobs.app import App, open_app, server_folder
 from jobs.domain.errors import BatchctlError, Conflict, InvalidInput
+from jobs.loops.chores import ChoreLoop
 from jobs.loops.control import ControlLoop
 from jobs.loops.sweep import SweepLoop
 from jobs.loops.turns import Crew
@@ -232,6 +234,8 @@ class WorkerProcess:
             loops.append(_Loop("control", control.turn))
             sweeper = SweepLoop(crew)
             loops.append(_Loop("sweep", sweeper.turn, once=sweeper.sweep))
+            chores = ChoreLoop(crew, on_progress=lambda n: self._note_lines("chores", n))
+            loops.append(_Loop("chores", chores.turn))
             app.doorbell.poke_every(self._settings.leases.reap_seconds / 2)
         if role != "control":
             work = WorkLoop(
@@ -240,6 +244,10 @@ class WorkerProcess:
                 engine_log=app.folder / f"engine-{crew.worker_id}.log",
                 others_serve=presence.do_others_serve,
                 on_loaded=presence.offer_loaded,
+                budget=DeathBudget(
+                    max_deaths=self._settings.worker.max_engine_deaths,
+                    window_seconds=self._settings.worker.engine_death_window_seconds,
+                ),
             )
             self._work = work
             stack.callback(work.close)
@@ -290,6 +298,8 @@ class WorkerProcess:
             return "None of its models may be served; see the log."
         if self._work is not None and self._work.has_no_engine_to_offer:
             return "No engine of its models can be started; see the log."
+        if self._work is not None and self._work.quarantine is not None:
+            return f"Quarantined. {self._work.quarantine}"
         return self._pulse.problem()
 
     @contextmanager

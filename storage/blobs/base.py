@@ -9,6 +9,7 @@ segments/<batch id>/<unit id>/<epoch>-<sequence>-<sha256>    results of some lin
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -16,6 +17,9 @@ from jobs.domain.ids import BatchId, FileId
 from jobs.domain.shard import Lease
 
 OutputKind = Literal["output", "error"]
+
+ROOTS = ("files/", "outputs/", "segments/")
+"""What every key begins with; a bucket without a prefix may hold other people's blobs too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,19 @@ class BlobInfo:
     key: str
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobStat:
+    """A blob as a listing shows it.
+
+    `modified_at` is by the store's clock. For an object that came in parts it may be the instant
+    at which its upload began.
+    """
+
+    key: str
+    num_bytes: int
+    modified_at: datetime
 
 
 class BlobWriter(Protocol):
@@ -121,6 +138,17 @@ class BlobStore(Protocol):
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that begin with `prefix`, in order."""
+        ...
+
+    def list_blobs(self, prefix: str = "", *, after: str = "") -> Iterator[BlobStat]:
+        """Yield the blobs whose keys begin with `prefix` and come behind `after`, in order."""
+        ...
+
+    def abort_uploads(self, *, before: datetime, dry_run: bool = False) -> int:
+        """Return how many unfinished writes were begun before then and are removed now.
+
+        A writer that was killed leaves one, which costs its bytes and shows nowhere else.
+        """
         ...
 
 

@@ -6,12 +6,14 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from jobs.domain.errors import BlobMissing, BlobStoreUnavailable, Conflict, StorageError
-from storage.blobs.base import BlobInfo, check_key, hash_bytes
+from storage.blobs.base import BlobInfo, BlobStat, check_key, hash_bytes
+from storage.config import PRIVATE
 
 _TEMPORARY = ".tmp"
 
@@ -37,10 +39,10 @@ class FolderBlobs:
 
     def __init__(self, folder: Path) -> None:
         with _translated(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
             self._root = folder.resolve(strict=True)
             self._temporary = self._root / _TEMPORARY
-            self._temporary.mkdir(exist_ok=True)
+            self._temporary.mkdir(mode=PRIVATE, exist_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -136,6 +138,29 @@ class FolderBlobs:
                     folders.remove(_TEMPORARY)
                 keys += (str(Path(parent, name).relative_to(self._root)) for name in names)
         return iter(sorted(key for key in keys if key.startswith(prefix)))
+
+    def list_blobs(self, prefix: str = "", *, after: str = "") -> Iterator[BlobStat]:
+        """Yield the blobs whose keys begin with `prefix` and come behind `after`, in order."""
+        for key in self.list_keys(prefix):
+            if key <= after:
+                continue
+            with _translated(key), suppress(FileNotFoundError):  # deleted since it was listed
+                found = (self._root / key).stat()
+                yield BlobStat(
+                    key=key, num_bytes=found.st_size, modified_at=_instant(found.st_mtime)
+                )
+
+    def abort_uploads(self, *, before: datetime, dry_run: bool = False) -> int:
+        """Return how many files of killed writers, last written to before then, are removed."""
+        aborted = 0
+        with _translated(_TEMPORARY):
+            for path in self._temporary.iterdir():
+                with suppress(FileNotFoundError):
+                    if _instant(path.stat().st_mtime) < before:
+                        aborted += 1
+                        if not dry_run:
+                            path.unlink()
+        return aborted
 
     def remove_leftovers(self) -> None:
         """Remove what writers that were killed left; only while no other process writes here."""
@@ -235,6 +260,10 @@ class FolderReader:
         if self._left is not None:
             self._left -= len(found)
         return found
+
+
+def _instant(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

@@ -22,7 +22,7 @@ from jobs.domain.errors import (
     Conflict,
     StorageError,
 )
-from storage.blobs.base import BlobInfo, check_key, hash_bytes
+from storage.blobs.base import ROOTS, BlobInfo, BlobStat, check_key, hash_bytes
 from storage.config import BlobSettings
 
 _NUM_PARTS_OF_A_SIZE = 1_000
@@ -35,6 +35,10 @@ class _PastTheEnd(StorageError):
     """A range begins where the object ends."""
 
 
+class _NoSuchUpload(StorageError):
+    """An upload in parts has ended meanwhile, or the bucket never had one."""
+
+
 # By the store's error code; any other is BlobStoreUnavailable from 500 up and StorageError below.
 CODES: dict[str, type[BatchctlError]] = {
     "404": BlobMissing,
@@ -43,6 +47,7 @@ CODES: dict[str, type[BatchctlError]] = {
     "412": Conflict,
     "PreconditionFailed": Conflict,
     "ConditionalRequestConflict": Conflict,
+    "NoSuchUpload": _NoSuchUpload,
     "416": _PastTheEnd,
     "InvalidRange": _PastTheEnd,
     "BadDigest": BlobCorrupt,
@@ -159,7 +164,8 @@ def _make_client(settings: BlobSettings) -> botocore.client.BaseClient:
             s3={"addressing_style": "path" if path_style else "auto"},
             request_checksum_calculation=checksums,
             response_checksum_validation=checksums,
-            retries={"mode": "standard", "max_attempts": settings.max_attempts},
+            # Their `max_attempts` would leave the first try out.
+            retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
             connect_timeout=settings.connect_timeout_seconds,
             read_timeout=settings.read_timeout_seconds,
             tcp_keepalive=True,
@@ -240,35 +246,47 @@ class S3Blobs:
 
     def list_keys(self, prefix: str = "") -> Iterator[str]:
         """Yield the keys that begin with `prefix`, in order, a page at a time."""
+        for found in self.list_blobs(prefix):
+            yield found.key
+
+    def list_blobs(self, prefix: str = "", *, after: str = "") -> Iterator[BlobStat]:
+        """Yield the blobs whose keys begin with `prefix` and come behind `after`, in order."""
         bucket = self._bucket
+        behind = {"StartAfter": bucket.prefix + after} if after else {}
         with bucket.translated(prefix):
             pages = bucket.client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket.name, Prefix=bucket.prefix + prefix, PaginationConfig=self._page
+                Bucket=bucket.name,
+                Prefix=bucket.prefix + prefix,
+                PaginationConfig=self._page,
+                **behind,
             )
             for page in pages:
                 for found in page.get("Contents", ()):
-                    yield found["Key"].removeprefix(bucket.prefix)
+                    key = found["Key"].removeprefix(bucket.prefix)
+                    if key > after:  # some stores do not know StartAfter
+                        yield BlobStat(
+                            key=key, num_bytes=found["Size"], modified_at=found["LastModified"]
+                        )
 
-    def abort_uploads(self, *, before: datetime) -> int:
-        """Return how many uploads in parts were begun before then and ended now, unfinished.
-
-        A writer that was killed leaves one, which costs its bytes and shows nowhere else.
-        """
+    def abort_uploads(self, *, before: datetime, dry_run: bool = False) -> int:
+        """Return how many uploads in parts were begun before then and ended now, unfinished."""
         bucket = self._bucket
         aborted = 0
-        with bucket.translated(""):
+        # Some stores answer so where there has never been one.
+        with suppress(_NoSuchUpload), bucket.translated(""):
             pages = bucket.client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=bucket.name, Prefix=bucket.prefix
             )
             for page in pages:
                 for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] < before:
-                        bucket.request(
-                            "abort_multipart_upload",
-                            upload["Key"].removeprefix(bucket.prefix),
-                            UploadId=upload["UploadId"],
-                        )
-                        aborted += 1
+                    key = upload["Key"].removeprefix(bucket.prefix)
+                    if upload["Initiated"] >= before or not key.startswith(ROOTS):
+                        continue
+                    aborted += 1
+                    if not dry_run:
+                        upload_id = upload["UploadId"]
+                        with suppress(_NoSuchUpload):
+                            bucket.request("abort_multipart_upload", key, UploadId=upload_id)
         return aborted
 
 

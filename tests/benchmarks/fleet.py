@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +52,11 @@ class Measured:
 class Fleet:
     """A fleet that is ready: a client, its database, and what its processes cost."""
 
-    def __init__(self, ready: dict[str, Any], database_url: str) -> None:
+    def __init__(self, ready: dict[str, Any], database_url: str, pid: int) -> None:
+        self.pid = pid
         self.client = Client(ready["url"])
         self.pids = {one["name"]: int(one["pid"]) for one in ready["processes"]}
-        self._database = sa.create_engine(sa.make_url(database_url))
+        self.database = sa.create_engine(sa.make_url(database_url))
 
     def run(self, path: Path) -> str:
         """Run a batch to its end and return its id."""
@@ -70,7 +71,7 @@ class Fleet:
     def instants(self, batch_id: str) -> dict[str, float]:
         """Return when the batch got where, in seconds; the API's have no fractions."""
         names = ("created_at", "in_progress_at", "finalizing_at", "completed_at")
-        with self._database.connect() as connection:
+        with self.database.connect() as connection:
             row = connection.execute(
                 sa.text(f"SELECT {', '.join(names)} FROM batches WHERE id = :id"),  # noqa: S608
                 {"id": batch_id},
@@ -127,16 +128,27 @@ def measure(fleet: Fleet, folder: Path, model: str, seconds: float) -> Measured:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Fleet]:
-    """A fleet on free ports."""
+def running(
+    folder: Path,
+    rates: Mapping[str, Mapping[str, object]] = RATES,
+    *,
+    num_engines: int = 1,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[Fleet]:
+    """A fleet on free ports, with a simulated model for each rate."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("BATCHCTL_")}
-    models = {name: {"engine": "simulated", "options": options} for name, options in RATES.items()}
+    models = {name: {"engine": "simulated", "options": options} for name, options in rates.items()}
     process = subprocess.Popen(
         [
             *(sys.executable, str(ROOT / "scripts" / "fleet.py"), "--folder", str(folder)),
-            *("--port", "0", "--engines", "1", "--fresh", "--json"),
+            *("--port", "0", "--engines", str(num_engines), "--fresh", "--json"),
         ],
-        env={**clean, "BATCHCTL_MODELS": json.dumps(models), "BATCHCTL_LOG__LEVEL": "warning"},
+        env={
+            **clean,
+            "BATCHCTL_MODELS": json.dumps(models),
+            "BATCHCTL_LOG__LEVEL": "warning",
+            **(settings or {}),
+        },
         stdout=subprocess.PIPE,
     )
     try:
@@ -149,7 +161,7 @@ def running(folder: Path) -> Iterator[Fleet]:
             for line in Path(ready["env"]).read_text().splitlines()
         )
         url = exported["BATCHCTL_DATABASE__URL"].strip("'")
-        yield Fleet(ready, url)
+        yield Fleet(ready, url, process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)

@@ -13,6 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.fleet.conftest import blobs, fleet, make_fleet, valkey
+
+__all__ = ["blobs", "fleet", "make_fleet", "valkey"]  # fixtures
+
 CHAT = "/v1/chat/completions"
 
 

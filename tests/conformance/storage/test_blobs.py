@@ -1,3 +1,5 @@
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from jobs.domain.errors import BlobMissing, Conflict
@@ -128,6 +130,34 @@ def test_keys_are_listed_by_prefix_in_order(blobs: BlobStore) -> None:
     assert list(blobs.list_keys("a/")) == ["a/x/1", "a/y"]
     assert list(blobs.list_keys("b/1")) == ["b/10"]
     assert list(blobs.list_keys("none/")) == []
+
+
+def test_blobs_are_listed_with_size_and_age_behind_a_key(blobs: BlobStore) -> None:
+    for number in range(4):
+        blobs.put(f"a/{number}", b"x" * number)
+    blobs.put("b/0", b"")
+    now = datetime.now(UTC)
+    found = list(blobs.list_blobs("a/"))
+    assert [(one.key, one.num_bytes) for one in found] == [(f"a/{n}", n) for n in range(4)]
+    for one in found:
+        # Stores keep whole seconds, and may be rounding up.
+        assert abs(one.modified_at - now) < timedelta(minutes=2)
+    assert [one.key for one in blobs.list_blobs("a/", after="a/1")] == ["a/2", "a/3"]
+    assert [one.key for one in blobs.list_blobs(after="a/3")] == ["b/0"]
+    assert list(blobs.list_blobs("a/", after="a/3")) == []
+
+
+def test_an_upload_that_was_never_finished_is_removed_once_it_is_old(blobs: BlobStore) -> None:
+    blobs.put("files/done", b"x")
+    with blobs.open_writer("files/new") as writer:
+        writer.write(b"x" * (6 << 20))
+        # The server of moto begins every upload in 2010.
+        assert blobs.abort_uploads(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
+        later = datetime.now(UTC) + timedelta(hours=1)
+        assert blobs.abort_uploads(before=later, dry_run=True) == 1
+        assert blobs.abort_uploads(before=later) == 1
+        assert blobs.abort_uploads(before=later) == 0
+    assert list(blobs.list_keys()) == ["files/done"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import random
 import threading
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -340,11 +341,43 @@ def test_a_unit_that_ended_stays_as_it_is(bench: Bench, state: str) -> None:
     assert state_of(bench, lease) is UnitState.FAILED
 
 
-def test_pending_units_are_counted_by_kind_and_model(bench: Bench) -> None:
+def test_models_with_shards_to_claim_are_listed_with_since_when(bench: Bench) -> None:
+    assert units.list_waiting_models(bench.db) == {}
     bench.add_planned(3, 2)
+    since = bench.clock.now
+    bench.clock.advance(5)
+    bench.add_planned(2)
     bench.add_batch()
-    waiting = [(w.kind, w.model_key, w.num_units) for w in units.list_pending(bench.db)]
-    assert waiting == [(UnitKind.PLAN, None, 1), (UnitKind.SHARD, "demo", 2)]
+    assert units.list_waiting_models(bench.db) == {"demo": since}
+    for _ in range(2):
+        bench.must_claim(UnitKind.SHARD)
+    assert units.list_waiting_models(bench.db) == {"demo": since + timedelta(seconds=5)}
+    bench.must_claim(UnitKind.SHARD)
+    assert units.list_waiting_models(bench.db) == {}
+
+
+def test_a_claim_takes_the_first_entry_of_an_index_however_many_wait(bench: Bench) -> None:
+    bench.add_planned(*[1] * 500)
+    asked: list[tuple[str, Any]] = []
+
+    def note(_c: object, _u: object, statement: str, parameters: object, *_: object) -> None:
+        asked.append((statement, parameters))
+
+    sa.event.listen(bench.db.engine, "before_cursor_execute", note)
+    try:
+        assert bench.claim(UnitKind.SHARD, model_keys=["demo"]) is not None
+    finally:
+        sa.event.remove(bench.db.engine, "before_cursor_execute", note)
+    (claim,) = [(text, values) for text, values in asked if "candidate" in text]
+    with bench.db.transaction() as tx:
+        explain = "EXPLAIN" if bench.db.is_postgres else "EXPLAIN QUERY PLAN"
+        rows = tx.connection.exec_driver_sql(f"{explain} {claim[0]}", claim[1])
+        plan = "\n".join(str(row) for row in rows)
+    used = plan.partition("ix_units_claim")[2][:120]
+    assert "kind" in used, plan
+    assert "model_key" in used, plan
+    assert "Sort" not in plan, plan
+    assert "B-TREE FOR ORDER" not in plan, plan
 
 
 def test_forgotten_work_is_announced_again_after_a_while_only(bench: Bench) -> None:
@@ -355,6 +388,26 @@ def test_forgotten_work_is_announced_again_after_a_while_only(bench: Bench) -> N
     assert units.poke_due(bench.db) == []
     bench.clock.advance(30)
     assert units.poke_due(bench.db) == everyone
+
+
+def test_new_work_is_announced_at_once_though_older_work_was_just_now(bench: Bench) -> None:
+    bench.add_planned(3, 2)
+    shards_of_demo = [(UnitKind.SHARD, "demo")]
+    assert units.poke_due(bench.db) == shards_of_demo
+    bench.clock.advance(1)
+    bench.add_planned(3)
+    assert units.poke_due(bench.db) == shards_of_demo
+    bench.must_claim(UnitKind.SHARD)
+    assert units.poke_due(bench.db) == [], "what is claimed first tells nobody anything new"
+
+
+def test_a_shard_that_may_run_again_later_is_announced_then(bench: Bench) -> None:
+    bench.add_planned(3)
+    lease = bench.must_claim(UnitKind.SHARD)
+    units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, delay_seconds=20))
+    assert units.poke_due(bench.db) == []
+    bench.clock.advance(20)
+    assert units.poke_due(bench.db) == [(UnitKind.SHARD, "demo")]
 
 
 def test_a_death_leaves_its_suspects_and_counts_a_line_that_was_alone(bench: Bench) -> None:

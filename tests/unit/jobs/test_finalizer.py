@@ -2,6 +2,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+import sqlalchemy as sa
 
 from jobs import finalizer
 from jobs.domain.batch import Batch, BatchStatus, LineProblem
@@ -13,6 +14,8 @@ from jobs.finalizer import CountMismatch, InputLost
 from storage import batches, files, segments, units
 from storage.blobs.base import input_key, segment_key
 from storage.jsonl import encode_segment
+from storage.tables import segments as segments_table
+from storage.tables import shards as shards_table
 from tests.builders import Bench, ScriptedEngine, Worker, ids_of, make_lines
 
 Entry = tuple[int, int, bytes]
@@ -105,6 +108,17 @@ def test_results_that_do_not_add_up_are_not_published(
     bench.submit_planned(make_lines(3))
     lease = bench.claim(UnitKind.SHARD)
     record(bench, lease, damage([entry(n) for n in range(3)]), positions=range(3))
+    refuse_to_publish(bench, CountMismatch)
+
+
+def test_a_batch_that_lost_a_whole_shard_is_not_published(bench: Bench) -> None:
+    run(bench, shard_lines=2)
+    with bench.db.transaction() as tx:
+        last = sa.select(sa.func.max(shards_table.c.ordinal)).scalar_subquery()
+        gone = sa.select(shards_table.c.unit_id).where(shards_table.c.ordinal == last)
+        unit_id = tx.execute(gone).scalar_one()
+        for table in (segments_table, shards_table):
+            tx.execute(sa.delete(table).where(table.c.unit_id == unit_id))
     refuse_to_publish(bench, CountMismatch)
 
 

@@ -1,13 +1,18 @@
 """The loops of a worker, turn by turn, over a real database and real engine processes."""
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 
+from engine.deaths import DeathBudget
 from jobs.app import App
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import EngineUnavailable, InvalidInput
@@ -18,7 +23,7 @@ from jobs.loops.turns import Crew
 from jobs.loops.work import WorkLoop
 from jobs.settings import Settings
 from storage import batches
-from tests.builders import Bench, await_true, make_line, make_lines
+from tests.builders import Bench, await_true, ids_of, make_line, make_lines
 
 SIMULATED = {"engine": "simulated", "options": {"step_seconds": 0.005, "slots": 8}}
 
@@ -298,3 +303,86 @@ def test_passing_cause_ends_no_shard_and_holds_up_no_other_model(
             loop.close()
     assert bench.states(other) == [UnitState.FAILED], "nobody has it, which no waiting changes"
     assert bench.states(waiting) == [UnitState.PENDING]
+
+
+# --- the engine dies ---
+
+
+@dataclass
+class Hours:
+    """A clock that stands still until the test moves it."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def kill_engine_at_work(loop: WorkLoop) -> None:
+    """Kill the engine once it has brought something in this life of its."""
+    num_tokens = loop.num_tokens
+    await_true(lambda: loop.engine_pid is not None and loop.num_tokens > num_tokens, seconds=90)
+    pid = loop.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await_true(lambda: loop.engine_pid != pid, seconds=90)
+
+
+def test_worker_whose_engine_dies_for_no_request_rests_and_gives_its_shards_back(
+    bench: Bench, tmp_path: Path
+) -> None:
+    clock = Hours()
+    budget = DeathBudget(max_deaths=2, window_seconds=600, clock=clock)
+    batch = submit_planned(bench, 600, model="simulated")
+    with crew_of(make_app(bench, tmp_path, models={"simulated": SIMULATED})) as crew:
+        loop = WorkLoop(crew, budget=budget)
+        with turning(loop, crew):
+            for _ in range(2):
+                kill_engine_at_work(loop)
+            await_true(lambda: loop.state == "quarantined", seconds=90)
+            await_true(lambda: loop.engine_pid is None)
+            assert loop.num_unexplained_deaths == 2
+            assert loop.quarantine is not None
+            assert "2 times" in loop.quarantine
+            states = set(bench.states(batch))
+            assert states == {UnitState.DONE, UnitState.PENDING}, "what was held is given back"
+            assert loop.num_shards == 0
+            assert not loop.unavailable_models, "it is not the model's fault"
+            clock.now = 600
+            crew.app.doorbell.announce()
+            await_true(lambda: set(bench.states(batch)) == {UnitState.DONE}, seconds=90)
+            assert loop.quarantine is None
+
+
+def test_lines_that_kill_the_engine_quarantine_nobody(bench: Bench, tmp_path: Path) -> None:
+    lines = [
+        make_line(f"r{n}", "[[fault=crash]]" if n in {2, 3} else "hello") + b"\n" for n in range(40)
+    ]
+    bench.submit_planned(b"".join(lines))
+    with crew_of(make_app(bench, tmp_path, models={"simulated": SIMULATED})) as crew:
+        loop = WorkLoop(crew, budget=DeathBudget(max_deaths=1, window_seconds=600))
+        try:
+            assert loop.turn()
+        finally:
+            loop.close()
+        assert loop.num_engine_starts > 6, "two of them, three times alone each"
+        assert loop.num_unexplained_deaths == 0
+        assert loop.state == "idle"
+    assert ids_of(bench.errors_of(bench.finalize())) == ["r2", "r3"]
+
+
+def test_load_that_takes_too_long_is_ended_and_left_for_later(bench: Bench, tmp_path: Path) -> None:
+    slow = {"engine": "simulated", "options": {"load_seconds": 600}}
+    app = make_app(bench, tmp_path, models={"simulated": slow}, leases={"load_seconds": 1.0})
+    batch = submit_planned(bench, 1, model="simulated")
+    with crew_of(app) as crew, structlog.testing.capture_logs() as logs:
+        loop = WorkLoop(crew)
+        assert loop.turn()
+        assert loop.num_engine_starts == 1
+        assert not loop.turn(), "it does not try again at once"
+        assert loop.unavailable_models == {"simulated"}
+    (failed,) = [one for one in logs if one["event"] == "engine_unavailable"]
+    assert failed["code"] == "engine_timed_out"
+    assert "model simulated" in failed["error"]
+    assert "leases.load_seconds" in failed["error"]
+    assert bench.states(batch) == [UnitState.PENDING]

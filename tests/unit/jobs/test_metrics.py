@@ -104,6 +104,16 @@ def test_every_metric_of_ours_has_our_prefix_and_a_description() -> None:
     assert all(family.documentation.endswith(".") for family in ours)
 
 
+def names_of_metrics(url: str) -> set[str]:
+    with open_database(url) as db:
+        text = metrics.render(SystemCollector(db)).decode()
+    # A metric with labels has no series before its first use, but a line that says its type.
+    return {
+        f"{name}_bucket" if kind == "histogram" else name
+        for name, kind in re.findall(r"# TYPE (batchctl_\S+) (\S+)", text)
+    }
+
+
 def test_the_dashboard_asks_for_every_metric_and_for_no_other(sqlite_url: str) -> None:
     dashboard = json.loads((ROOT / "docs" / "grafana" / "batchctl.json").read_text())
     asked = {
@@ -112,11 +122,16 @@ def test_the_dashboard_asks_for_every_metric_and_for_no_other(sqlite_url: str) -
         for target in panel["targets"]
         for name in re.findall(r"batchctl_[a-z_]+", target["expr"])
     }
-    with open_database(sqlite_url) as db:
-        text = metrics.render(SystemCollector(db)).decode()
-    # A metric with labels has no series before its first use, but a line that says its type.
-    there = {
-        f"{name}_bucket" if kind == "histogram" else name
-        for name, kind in re.findall(r"# TYPE (batchctl_\S+) (\S+)", text)
-    }
+    there = names_of_metrics(sqlite_url)
     assert asked == there - {"batchctl_segment_bytes_total"}
+
+
+def test_alerts_ask_for_metrics_that_exist_and_the_guide_explains_each(sqlite_url: str) -> None:
+    rules = (ROOT / "docs" / "prometheus" / "alerts.yml").read_text()
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    expressions = re.findall(r"expr: (.*)", rules)
+    assert len(alerts) == len(expressions) > 5
+    asked = {name for one in expressions for name in re.findall(r"batchctl_[a-z_]+", one)}
+    assert asked <= names_of_metrics(sqlite_url)
+    guide = (ROOT / "docs" / "operating.md").read_text()
+    assert re.findall(r"^\| (Batchctl\w+) \|", guide, re.MULTILINE) == alerts

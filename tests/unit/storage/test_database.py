@@ -193,13 +193,17 @@ def test_an_empty_database_says_how_to_upgrade(tmp_path: Path) -> None:
 
 def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
     with open_database(url) as db:
+        with db.read() as tx:
+            head = tx.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one()
         db.run(lambda tx: tx.execute(sa.text("UPDATE alembic_version SET version_num = '9999'")))
         try:
             with pytest.raises(DatabaseUnavailable, match="newer version"):
                 check_schema(db)
         finally:
             db.run(
-                lambda tx: tx.execute(sa.text("UPDATE alembic_version SET version_num = '0002'"))
+                lambda tx: tx.execute(
+                    sa.text("UPDATE alembic_version SET version_num = :head"), {"head": head}
+                )
             )
 
 

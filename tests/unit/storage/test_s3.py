@@ -65,10 +65,11 @@ def test_a_listing_goes_over_pages(moto_url: str) -> None:
 
 def test_the_upload_of_a_killed_writer_is_found_and_ended(moto_url: str) -> None:
     blobs = S3Blobs(s3_settings(moto_url))
-    writer = blobs.open_writer("k")
-    writer.write(b"x" * (6 << 20))  # and then its process died
+    for key in ("files/k", "theirs/k"):  # and then its process died
+        blobs.open_writer(key).write(b"x" * (6 << 20))
     later = datetime.now(UTC) + timedelta(hours=1)
     assert blobs.abort_uploads(before=datetime(2000, 1, 1, tzinfo=UTC)) == 0
+    assert blobs.abort_uploads(before=later, dry_run=True) == 1
     assert blobs.abort_uploads(before=later) == 1
     assert blobs.abort_uploads(before=later) == 0
 

@@ -35,6 +35,8 @@ EXPECTED = {
     (S.CANCELLING, E.WRITTEN): S.CANCELLED,
     (S.FINALIZING, E.INPUT_LOST): S.FAILED,
     (S.CANCELLING, E.INPUT_LOST): S.FAILED,
+    (S.FINALIZING, E.RESULTS_LOST): S.IN_PROGRESS,
+    (S.CANCELLING, E.RESULTS_LOST): S.CANCELLING,
     (S.CANCELLED, E.CANCEL_REQUESTED): S.CANCELLED,
 }
 INSTANTS = {
@@ -103,3 +105,21 @@ def test_instants_are_never_cleared_or_changed() -> None:
     assert batch.cancelling_at == NOW + timedelta(seconds=1)
     assert batch.cancelled_at == NOW + timedelta(seconds=3)
     assert batch.finalizing_at is None
+
+
+def test_batch_that_lost_results_may_end_in_every_way_again() -> None:
+    batch = advance(make_batch(status=S.IN_PROGRESS, in_progress_at=START), E.SHARDS_ENDED, now=NOW)
+    batch = advance(batch, E.RESULTS_LOST, now=NOW + timedelta(hours=1))
+    assert (batch.status, batch.ending) == (S.IN_PROGRESS, None)
+    assert (batch.in_progress_at, batch.finalizing_at) == (START, None)
+    assert advance(batch, E.CANCEL_REQUESTED, now=NOW).ending is BatchEnding.CANCELLED
+    later = advance(batch, E.SHARDS_ENDED, now=NOW + timedelta(hours=2))
+    assert later.finalizing_at == NOW + timedelta(hours=2)
+
+
+@pytest.mark.parametrize("event", [E.CANCEL_REQUESTED, E.DEADLINE_PASSED])
+def test_batch_that_was_stopped_and_lost_results_ends_as_it_would_have(event: BatchEvent) -> None:
+    batch = advance(make_batch(status=S.IN_PROGRESS), event, now=NOW)
+    stopped = batch.ending
+    batch = advance(advance(batch, E.SHARDS_ENDED, now=NOW), E.RESULTS_LOST, now=NOW)
+    assert batch.ending is stopped
