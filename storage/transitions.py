@@ -135,17 +135,17 @@ def advance_if_ended(tx: Transaction, batch: Batch, *, now: datetime) -> Batch:
         # Epochs go on where those of an earlier one ended: they tell the files of two apart.
         unit = new_unit(batch, UnitKind.FINALIZE, now=now, ordinal=len(earlier))
         unit["epoch"] = max((one.epoch for one in earlier), default=0)
+        # To write the files asks of a worker what the shards did.
+        unit["format_version"] = tx.execute(
+            sa.select(sa.func.max(units.c.format_version)).where(units.c.batch_id == batch.id)
+        ).scalar_one()
         tx.execute(sa.insert(units).values(unit))
     return batch
 
 
 def insert_unit(tx: Transaction, batch: Batch, kind: UnitKind, *, now: datetime) -> None:
-    """Insert the only unit of this kind that the batch has; it asks of a worker what others do."""
-    version = tx.execute(
-        sa.select(sa.func.max(units.c.format_version)).where(units.c.batch_id == batch.id)
-    ).scalar_one()
-    unit = new_unit(batch, kind, now=now, format_version=version or PLAIN_FORMAT)
-    tx.execute(sa.insert(units).values(unit))
+    """Insert the only unit of this kind that the batch has."""
+    tx.execute(sa.insert(units).values(new_unit(batch, kind, now=now)))
 
 
 def new_unit(
