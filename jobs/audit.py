@@ -5,7 +5,7 @@ finished one against its published files too. Memory does not grow with the batc
 something is wrong: then eight bytes for each line say what exactly.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import sha256
@@ -21,10 +21,12 @@ from jobs.domain.request import custom_id_of
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
     Segment,
+    Shard,
     UnitState,
     bitmap,
     bitmaps_overlap,
     count_bits,
+    has_bit,
     merge_bitmaps,
 )
 from storage import audits, batches, files
@@ -32,7 +34,15 @@ from storage.audits import ShardRows
 from storage.blobs.base import BlobStore, hash_bytes, segments_prefix
 from storage.database import Database
 from storage.files import File
-from storage.jsonl import KIND_ERROR, UNLIMITED, Entry, decode_segment, read_lines, scan
+from storage.jsonl import (
+    KIND_ERROR,
+    UNLIMITED,
+    Entry,
+    RequestLine,
+    decode_segment,
+    read_requests,
+    scan,
+)
 
 _PIECE_BYTES = 1 << 20
 _NOTED_LINES = 1000
@@ -175,6 +185,44 @@ class _Line(msgspec.Struct, frozen=True):
 _decode_line = msgspec.json.Decoder(_Line).decode
 
 
+class _Lines:
+    """Where in a shard the lines of the input are that it answers for.
+
+    Those of a byte range of the input follow from its row; a run-order blob has to be read.
+    """
+
+    def __init__(self, shard: Shard, found: Iterable[RequestLine] | None) -> None:
+        self._first = shard.first_index
+        self._num_lines = shard.num_lines
+        self._places: dict[int, int] | None = None
+        self._weights: dict[int, int] = {}
+        if found is not None:
+            self._places = {}
+            for position, index, followers, _ in found:
+                self._weights[position] = 1 + len(followers)
+                self._places |= dict.fromkeys((index, *(n for n, _ in followers)), position)
+
+    @property
+    def indexes(self) -> Iterable[int]:
+        """The indexes of all lines of the input that it answers for."""
+        if self._places is None:
+            return range(self._first, self._first + self._num_lines)
+        return self._places
+
+    def place_of(self, index: int) -> int | None:
+        """Return the position that answers for a line of the input."""
+        if self._places is not None:
+            return self._places.get(index)
+        position = index - self._first
+        return position if 0 <= position < self._num_lines else None
+
+    def count(self, done: bytes) -> int:
+        """Return how many lines of the input have their answer when these positions are done."""
+        if self._places is None:
+            return count_bits(done)
+        return sum(weight for place, weight in self._weights.items() if has_bit(done, place))
+
+
 class _Changed(Exception):
     """A segment was taken out after its shard was read."""
 
@@ -220,6 +268,7 @@ class _Audit:
         self._input = files.peek(db, batch.input_file_id)
         self._has_input = False
         self._usage = Usage()
+        self._covered: bytearray | None = None
         self.checks = {name: Check(name=name) for name in _WHAT}
 
     # --- the input ---
@@ -266,19 +315,48 @@ class _Audit:
         has_segments = self._has_segments()
         if not has_segments:
             self.checks["segments"].skipped = "removed after the end; the files have their lines"
-        ordinal, next_index = 0, 0
+        ordinal, next_index, num_lines = 0, 0, 0
         while (rows := self._check_shard(ordinal, has_segments=has_segments)) is not None:
             shard = rows.shard
             check.num_checked += 1
             if shard.first_index != next_index or not shard.num_lines:
                 check.note(f"shard {ordinal} begins at {shard.first_index}, not {next_index}")
             next_index = shard.first_index + shard.num_lines
+            num_lines += self._cover(rows)
             ordinal += 1
             self._progress(shard.num_lines)
-        if next_index != batch.request_counts.total:
-            check.note(f"shards have {next_index} of {batch.request_counts.total} lines")
+        if num_lines != batch.request_counts.total:
+            check.note(f"shards have {num_lines} of {batch.request_counts.total} lines")
         if batch.status.is_terminal and batch.status is not BatchStatus.FAILED:
             self._expect("usage", batch.usage, self._usage)
+
+    def _cover(self, rows: ShardRows) -> int:
+        """Return how many lines of the input a shard answers for that no earlier one does."""
+        shard = rows.shard
+        if not shard.is_run_order:
+            return shard.num_lines  # in order, so none is in two
+        total = self._batch.request_counts.total
+        if self._covered is None:
+            self._covered = bytearray((total + 7) // 8)
+        new = 0
+        for index in self._lines_of(rows).indexes:
+            if index >= total or self._covered[index >> 3] >> (index & 7) & 1:
+                self.checks["shards"].note(f"shard {shard.ordinal}: request {index} is not its own")
+                continue
+            self._covered[index >> 3] |= 1 << (index & 7)
+            new += 1
+        return new
+
+    def _lines_of(self, rows: ShardRows) -> _Lines:
+        """Return which lines a shard answers for; none where its run order cannot be read."""
+        shard = rows.shard
+        if not shard.is_run_order:
+            return _Lines(shard, None)
+        try:
+            return _Lines(shard, read_requests(self._blobs, shard))
+        except (BlobMissing, BlobCorrupt):
+            self.checks["shards"].note(f"{shard.blob_key} is gone or damaged")
+            return _Lines(shard, ())
 
     def _has_segments(self) -> bool:
         """Return whether segments are there still, as they are until some time after the end."""
@@ -298,20 +376,22 @@ class _Audit:
                 found = [self._load(segment) for segment in rows.segments] if has_segments else []
             except _Changed:
                 continue
-            self._check_rows(rows)
+            lines = self._lines_of(rows)
+            self._check_rows(rows, lines)
             if has_segments:
-                self._check_results(rows, found)
+                self._check_results(rows, lines, found)
             return rows
         self.checks["segments"].note(f"shard {ordinal} changes all the time")
         return audits.get_shard(self._db, self._batch.id, ordinal)
 
-    def _check_rows(self, rows: ShardRows) -> None:
+    def _check_rows(self, rows: ShardRows, lines: _Lines) -> None:
         """Hold the numbers of a shard's row against its own bitmap."""
         shard, name = rows.shard, f"shard {rows.shard.ordinal}"
         done = count_bits(shard.done)
         self._usage += rows.usage
         self._expect(f"{name}: done", rows.num_done, done)
-        self._expect(f"{name}: completed and failed", rows.num_completed + rows.num_failed, done)
+        recorded = rows.num_completed + rows.num_failed
+        self._expect(f"{name}: completed and failed", recorded, lines.count(shard.done))
         if rows.state is UnitState.DONE and done < shard.num_lines:
             self.checks["complete"].note(
                 f"{name} is done and {shard.num_lines - done} of its lines are not",
@@ -335,7 +415,7 @@ class _Audit:
             raise _Changed
         return None
 
-    def _check_results(self, rows: ShardRows, contents: list[bytes | None]) -> None:
+    def _check_results(self, rows: ShardRows, lines: _Lines, contents: list[bytes | None]) -> None:
         """Hold a shard against the results in its segments."""
         shard, name = rows.shard, f"shard {rows.shard.ordinal}"
         done = bytes(len(shard.done))
@@ -355,7 +435,7 @@ class _Audit:
             completed += segment.num_completed
             failed += segment.num_failed
             usage += segment.usage
-            ids |= self._check_segment(rows, segment, content)
+            ids |= self._check_segment(rows, lines, segment, content)
         self.checks["unique"].num_checked += count_bits(done)
         self.checks["complete"].num_checked += count_bits(shard.done)
         if done != shard.done:
@@ -373,9 +453,9 @@ class _Audit:
             self._check_ids(rows, ids)
 
     def _check_segment(
-        self, rows: ShardRows, segment: Segment, content: bytes | None
+        self, rows: ShardRows, lines: _Lines, segment: Segment, content: bytes | None
     ) -> dict[int, str]:
-        """Hold a segment's row against its bytes; return the custom_ids at its positions."""
+        """Hold a segment's row against its bytes; return the custom_ids by index."""
         check, shard = self.checks["segments"], rows.shard
         if content is None:
             check.note(f"{segment.blob_key} is gone or damaged")
@@ -384,16 +464,23 @@ class _Audit:
             )
             return {}
         entries: list[Entry] = decode_segment(content)
-        positions = [index - shard.first_index for index, _, _ in entries]
-        if any(not 0 <= position < shard.num_lines for position in positions):
+        indexes = [index for index, _, _ in entries]
+        positions = {p for index in indexes if (p := lines.place_of(index)) is not None}
+        if any(lines.place_of(index) is None for index in indexes):
             check.note(f"{segment.blob_key} has lines of another shard")
             return {}
-        if len(set(positions)) < len(positions):
+        if len(set(indexes)) < len(indexes):
             self.checks["unique"].note(
-                f"{segment.blob_key} has a line twice", len(positions) - len(set(positions))
+                f"{segment.blob_key} has a line twice", len(indexes) - len(set(indexes))
             )
-        if bitmap(positions, shard.num_lines) != segment.positions.ljust(len(shard.done), b"\0"):
+        found = bitmap(sorted(positions), shard.num_lines)
+        if found != segment.positions.ljust(len(shard.done), b"\0"):
             check.note(f"{segment.blob_key} has other lines than its row says")
+        elif lines.count(found) > len(set(indexes)):
+            lacking = lines.count(found) - len(set(indexes))
+            self.checks["complete"].note(
+                f"{segment.blob_key} lacks lines that equal one of its own", lacking
+            )
         num_failed = sum(kind == KIND_ERROR for _, kind, _ in entries)
         self._expect(f"{segment.blob_key}: failed", segment.num_failed, num_failed)
         self._expect(
@@ -401,10 +488,10 @@ class _Audit:
         )
         ids: dict[int, str] = {}
         recount = _Recount()
-        for position, (_, _, data) in zip(positions, entries, strict=True):
+        for index, _, data in entries:
             line = self._decode(check, segment.blob_key, data)
             if line is not None:
-                ids[position] = line.custom_id
+                ids[index] = line.custom_id
                 recount.add(line)
         self._expect(
             f"{segment.blob_key}: usage",
@@ -422,14 +509,13 @@ class _Audit:
             check.skipped = "the input is gone"
             return
         try:
-            for position, number, content in read_lines(
-                self._blobs, rows.shard, max_line_bytes=UNLIMITED
-            ):
-                if position in ids:
-                    check.num_checked += 1
-                    if ids[position] != custom_id_of(content):
-                        check.note(f"the result of line {number} has another custom_id")
-        except BlobCorrupt:
+            for _, index, followers, content in read_requests(self._blobs, rows.shard):
+                for number, custom_id in ((index, custom_id_of(content)), *followers):
+                    if number in ids:
+                        check.num_checked += 1
+                        if ids[number] != custom_id:
+                            check.note(f"the result of request {number} has another custom_id")
+        except (BlobMissing, BlobCorrupt):
             check.note(f"shard {rows.shard.ordinal}: the input has other lines than it was cut for")
 
     def _decode(self, check: Check, key: str, data: bytes) -> _Line | None:

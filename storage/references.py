@@ -32,12 +32,14 @@ def find_needed(tx: Transaction, keys: Collection[str]) -> set[str]:
     A key that none of our writers makes is needed: it is somebody else's.
 
     Needed are the bytes of files that were not deleted, and of deleted ones that an unfinished
-    batch reads; whatever finalizers of an unfinished batch wrote; and segments that have their row,
-    or whose unit is still under the epoch that wrote them, or has not come to it.
+    batch reads; whatever finalizers of an unfinished batch wrote; the run order of a batch that is
+    unfinished or has segments; and segments that have their row, or whose unit is still under the
+    epoch that wrote them, or has not come to it.
     """
     found: set[str] = set()
     inputs: dict[str, str] = {}
     outputs: dict[str, str] = {}
+    plans: dict[str, str] = {}
     places: dict[str, _SegmentPlace] = {}
     for key in keys:
         match key.split("/"):
@@ -45,12 +47,15 @@ def find_needed(tx: Transaction, keys: Collection[str]) -> set[str]:
                 inputs[key] = file_id
             case ["outputs", batch_id, name] if batch_id.startswith("batch_") and name:
                 outputs[key] = batch_id
+            case ["plans", batch_id, name] if batch_id.startswith("batch_") and name:
+                plans[key] = batch_id
             case ["segments", _, unit_id, name] if place := _parse_segment(unit_id, name):
                 places[key] = place
             case _:
                 found.add(key)
     found |= _needed_inputs(tx, inputs)
     found |= _needed_outputs(tx, outputs)
+    found |= _needed_plans(tx, plans)
     found |= _needed_segments(tx, places)
     return found
 
@@ -87,6 +92,15 @@ def _needed_outputs(tx: Transaction, outputs: dict[str, str]) -> set[str]:
         outputs.values(),
     )
     return {key for key, batch_id in outputs.items() if batch_id in unfinished or key in published}
+
+
+def _needed_plans(tx: Transaction, plans: dict[str, str]) -> set[str]:
+    has_segments = sa.exists().where(
+        shards.c.batch_id == batches.c.id, segments.c.unit_id == shards.c.unit_id
+    )
+    query = sa.select(batches.c.id).where(UNFINISHED | has_segments)
+    there = _select(tx, query, batches.c.id, plans.values())
+    return {key for key, batch_id in plans.items() if batch_id in there}
 
 
 def _needed_segments(tx: Transaction, places: dict[str, _SegmentPlace]) -> set[str]:

@@ -18,7 +18,7 @@ from jobs.domain.shard import Lease
 
 OutputKind = Literal["output", "error"]
 
-ROOTS = ("files/", "outputs/", "segments/")
+ROOTS = ("files/", "outputs/", "plans/", "segments/")
 """What every key begins with; a bucket without a prefix may hold other people's blobs too."""
 
 

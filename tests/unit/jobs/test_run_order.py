@@ -8,14 +8,20 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
+from jobs import finalizer
+from jobs.audit import audit
 from jobs.domain.batch import Batch, BatchStatus
+from jobs.domain.errors import BlobCorrupt
 from jobs.domain.request import Capabilities
-from jobs.domain.shard import RUN_ORDER_FORMAT, UnitKind
+from jobs.domain.shard import RUN_ORDER_FORMAT, UnitKind, count_bits
 from jobs.domain.suspects import CAREFUL_STALLS
 from jobs.feed import FeedSettings
-from storage import batches, files, shards, units
+from storage import batches, files, references, segments, shards, units
+from storage.blobs.base import hash_bytes
+from storage.jsonl import decode_segment, encode_segment
+from storage.tables import segments as segments_table
 from storage.tables import units as units_table
 from tests.builders import (
     Bench,
@@ -278,3 +284,119 @@ def test_older_workers_leave_such_batches_alone(bench: Bench) -> None:
         ("finalize", RUN_ORDER_FORMAT),
         ("shard", 1),
     }
+
+
+# --- what looks after batches ---
+
+
+def run(bench: Bench, lines: list[bytes], **limits: Any) -> Batch:  # noqa: ANN401
+    bench.submit_planned(join(lines), **limits)
+    with Worker(bench, ScriptedEngine(), settings=FLUSH_EACH) as worker:
+        worker.result()
+    return bench.finalize()
+
+
+def test_audit_follows_the_run_order(bench: Bench) -> None:
+    lines = with_repeats(12) + shuffled_groups(4, 4)
+    running = bench.submit_planned(join(lines), shard_lines=5)
+    engine = ScriptedEngine()
+    engine.pause_after(6)
+    with Worker(bench, engine, settings=FLUSH_EACH) as worker:
+        await_true(lambda: batches.get(bench.db, running.id).request_counts.completed >= 6)
+        assert audit(bench.db, bench.blobs, running.id).violated == ()
+        engine.go_on()
+        worker.result()
+    ended = bench.finalize()
+    report = audit(bench.db, bench.blobs, ended.id)
+    assert report.violated == ()
+    assert {check.name for check in report.checks if check.skipped} == set()
+
+
+def test_audit_misses_a_line_that_another_one_answers_for(bench: Bench) -> None:
+    batch = bench.submit_planned(join(with_repeats(8)))
+    with Worker(bench, ScriptedEngine()) as worker:
+        worker.result()
+    (segment,) = segments.iterate_for_batch(bench.db, batch.id)
+    entries = decode_segment(bench.blobs.get(segment.blob_key))
+    content = encode_segment(entries[:-1])
+    bench.blobs.put(segment.blob_key, content)
+    with bench.db.transaction() as tx:
+        tx.execute(
+            update(segments_table).values(
+                sha256=hash_bytes(content), num_bytes=len(content), num_completed=7
+            )
+        )
+    violated = audit(bench.db, bench.blobs, batch.id).violated
+    assert {"complete", "counts"} <= set(violated)
+
+
+def test_lost_results_of_a_run_order_are_run_again(bench: Bench) -> None:
+    batch = bench.submit_planned(join(with_repeats(20)), shard_lines=5)
+    with Worker(bench, ScriptedEngine(), settings=FLUSH_EACH) as worker:
+        worker.result()
+    first = next(iter(segments.iterate_for_batch(bench.db, batch.id)))
+    bench.blobs.put(first.blob_key, b"something else")
+    lease = bench.claim(UnitKind.FINALIZE)
+    with pytest.raises(BlobCorrupt):
+        finalizer.finalize(bench.db, bench.blobs, lease)
+    assert finalizer.run_lost_again(bench.db, bench.blobs, lease)
+    lost = count_bits(first.positions)
+    assert batches.get(bench.db, batch.id).request_counts.completed == 20 - 2 * lost
+    engine = ScriptedEngine()
+    with Worker(bench, engine) as worker:
+        worker.result()
+    assert len(engine.asked) == lost
+    ended = bench.finalize()
+    assert ids_of(bench.output_of(ended)) == [f"r{n}" for n in range(20)]
+    assert audit(bench.db, bench.blobs, ended.id).violated == ()
+
+
+def test_the_run_order_goes_when_the_segments_have_gone(bench: Bench) -> None:
+    batch = bench.submit_planned(join(with_repeats(6)))
+    (key,) = bench.blobs.list_keys("plans/")
+    assert references.find_needed(bench.db, [key]) == {key}
+    with Worker(bench, ScriptedEngine()) as worker:
+        worker.result()
+    bench.finalize()
+    assert references.find_needed(bench.db, [key]) == {key}, "an audit may read it"
+    references.forget_segments(bench.db, batch.id)
+    assert references.find_needed(bench.db, [key]) == set()
+
+
+def test_finalizer_refuses_a_batch_that_lacks_a_follower(bench: Bench) -> None:
+    batch = bench.submit_planned(join(with_repeats(8)))
+    with Worker(bench, ScriptedEngine()) as worker:
+        worker.result()
+    (segment,) = segments.iterate_for_batch(bench.db, batch.id)
+    entries = decode_segment(bench.blobs.get(segment.blob_key))
+    content = encode_segment(entries[:-1])
+    bench.blobs.put(segment.blob_key, content)
+    with bench.db.transaction() as tx:
+        tx.execute(update(segments_table).values(sha256=hash_bytes(content)))
+    lease = bench.claim(UnitKind.FINALIZE)
+    with pytest.raises(finalizer.CountMismatch):
+        finalizer.finalize(bench.db, bench.blobs, lease)
+    assert batches.get(bench.db, batch.id).output_file_id is None
+
+
+def normalised(lines: list[dict[str, Any]]) -> list[Any]:
+    """Leave out what two runs may differ in: ids, times, and which of two equal ones ran."""
+    for line in lines:
+        line.pop("id")
+        line["response"].pop("request_id")
+        body = line["response"]["body"]
+        for name in ("id", "created", "usage", "batchctl"):
+            body.pop(name, None)
+    return lines
+
+
+def test_answers_are_the_same_in_any_order(bench: Bench) -> None:
+    lines = with_repeats(12) + [
+        make_line(f"g{n}", f"{beginning(n % 3)} {n}", **GREEDY, max_tokens=2 ** (n % 9 + 1))
+        for n in range(30)
+    ]
+    planned = run(bench, lines, shard_lines=4)
+    plain = run(bench, lines, shard_lines=4, fold="none", by_prefix=False, by_length=False)
+    assert is_run_order(bench, planned)
+    assert not is_run_order(bench, plain)
+    assert normalised(bench.output_of(planned)) == normalised(bench.output_of(plain))
