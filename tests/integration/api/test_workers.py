@@ -73,6 +73,7 @@ def test_worker_that_rests_says_why(api: Running, http: httpx2.Client) -> None:
     (shown,) = http.get("/v1/workers").json()["data"]
     assert (shown["state"], shown["recent_deaths"]) == ("quarantined", 4)
     assert "died 4 times" in shown["reason"]
+    assert 'batchctl_workers{state="quarantined"} 1.0' in http.get("/metrics").text
     listed = subprocess.run(
         [sys.executable, "-m", "jobs.cli.main", "workers"],
         env={**os.environ, "BATCHCTL_BASE_URL": api.url},
