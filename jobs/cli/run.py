@@ -23,7 +23,7 @@ from jobs.domain.ids import BatchId, FileId
 from jobs.embedded import Embedded
 from jobs.prepare import Source
 from jobs.settings import Settings, complete_model
-from storage import batches, files
+from storage import batches, files, references
 from storage.blobs.base import segments_prefix
 from storage.config import BlobSettings, DatabaseSettings
 
@@ -293,8 +293,9 @@ def _deliver(
         _copy(app, batch.output_file_id, None)
     if errors_file is not None:
         _copy(app, batch.error_file_id, errors_file)
+    references.forget_segments(app.db, batch.id)  # the files hold everything now
     for key in list(app.blobs.list_keys(segments_prefix(batch.id))):
-        app.blobs.delete(key)  # the files hold everything now
+        app.blobs.delete(key)
     if as_json:
         usage = batch.usage
         output.print_json(
