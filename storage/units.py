@@ -335,6 +335,17 @@ def reap(
     )
 
 
+@reads
+def next_expiry(tx: Transaction) -> datetime | None:
+    """Return when the first of the present leases runs out, unless it is renewed."""
+    found: datetime | None = tx.execute(
+        sa.select(sa.func.min(units.c.lease_expires_at)).where(
+            units.c.state == sa.literal_column(f"'{UnitState.LEASED}'")
+        )
+    ).scalar_one()
+    return found
+
+
 @writes
 def reap_other_boots(tx: Transaction, *, boot_id: str, now: datetime | None = None) -> list[Reaped]:
     """Return the units that processes of an earlier start held, after giving them up at once.
