@@ -405,8 +405,8 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
     """
     if sys.flags.optimize:
         raise InvalidInput(
-            "Python runs without its checks (-O or PYTHONOPTIMIZE), and libraries that serve models "
-            "rely on them; start it without.",
+            "Python runs without its checks (-O or PYTHONOPTIMIZE), and libraries that serve "
+            "models rely on them; start it without.",
             param="settings",
         )
     given: dict[str, Any] = {}

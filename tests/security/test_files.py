@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from typing_extensions import override
 
 from jobs.app import open_app, server_folder
 from jobs.cli import output
@@ -159,6 +160,7 @@ OBEYED = [*map(chr, range(0x09)), "\r", "\x1b", "\x7f", *map(chr, range(0x80, 0x
 class Terminal(io.StringIO):
     """Standard output as a person has it."""
 
+    @override
     def isatty(self) -> bool:
         return True
 

@@ -8,8 +8,9 @@ import json
 
 import pytest
 
-from jobs.broker import BrokerConfig, transport_settings
+from jobs.broker import transport_settings
 from jobs.domain.batch import BatchStatus
+from jobs.wakeups import BrokerConfig
 from storage import batches
 from tests.builders import Bench, make_line
 from tests.security.measuring import REPOSITORY
@@ -22,7 +23,7 @@ def test_row_37_whatever_a_line_says_can_be_reported_and_kept(bench: Bench, text
     """A NUL in a message would fail every write of it, and so the planner, again and again."""
     lines = [
         make_line("a", model=text),
-        make_line("b", **{text: 1}),
+        make_line("b").replace(b'"messages"', json.dumps(text).encode() + b': 1, "messages"'),
         make_line("c", messages=[{"role": text, "content": "x"}]),
         make_line("d", response_format={"type": text}),
         make_line("e", guided_json={"type": text}),
