@@ -40,7 +40,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     if os.geteuid() != 0:
         pytest.skip("only root may mount the small file system that this fills")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
+        ["/bin/mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
         capture_output=True,
         text=True,
         check=False,
@@ -50,7 +50,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     try:
         yield Disk(folder)
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["/bin/umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
