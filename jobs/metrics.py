@@ -15,7 +15,6 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
     Counter,
-    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -70,10 +69,6 @@ _engine_loading = Histogram(
     "Time to start an engine and load its model.",
     ("model",),
     buckets=_LOADING_SECONDS,
-)
-_quarantined = Gauge(
-    "batchctl_worker_quarantined",
-    "1 while this worker takes no work, because its engine died too often.",
 )
 _leases_lost = Counter("batchctl_leases_lost", "Leases that this process could not keep.")
 _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this process gave up.")
@@ -169,11 +164,6 @@ def count_engine_death(model: str) -> None:
 def count_engine_failure(model: str, code: str) -> None:
     """Count an engine that could not be had."""
     _engine_failures.labels(model, _bounded(code)).inc()
-
-
-def note_quarantine(*, is_on: bool) -> None:
-    """Note whether this worker takes no work because its engine died too often."""
-    _quarantined.set(int(is_on))
 
 
 def count_lost_lease() -> None:

@@ -466,6 +466,12 @@ def load(config: Path | None = None, **flags: Any) -> Settings:  # noqa: ANN401 
         InvalidInput: a value is wrong, or a name is unknown; the message says where it stands.
         NotFound: the named TOML file does not exist.
     """
+    if sys.flags.optimize:
+        raise InvalidInput(
+            "Python runs without its checks (-O or PYTHONOPTIMIZE), and libraries that serve "
+            "models rely on them; start it without.",
+            param="settings",
+        )
     given: dict[str, Any] = {}
     inherited: dict[str, Any] = json.loads(os.environ.get(FLAGS_VARIABLE) or "{}")
     for name, value in [*inherited.items(), *flags.items()]:

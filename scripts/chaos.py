@@ -72,6 +72,7 @@ PAUSES = {
     "engine machine": 2,
     "control worker": 1,
     "control machine": 1,
+    "api": 1,
 }
 CUTS = {"connections": 10, "flushall": 4, "valkey": 2, "s3": 2, "postgres": 1}
 # What a process is, by a word of its command line.

@@ -156,7 +156,7 @@ def check(books: Books, client: Client, jobs: Sequence[Job], folder: Path) -> Fi
             stored = books.rows("SELECT sha256 FROM files WHERE id = %s", file_id)
             findings.expect(found=sha256, wanted=stored[0][0], what=f"hash of {file_id}")
             files[kind] = list(_read(path))
-        _check_files(findings, job, batch, files)
+        check_files(findings, job, batch, files)
         _check_rows(findings, books, job, batch)
     for what, query in (
         (
@@ -177,10 +177,14 @@ def check(books: Books, client: Client, jobs: Sequence[Job], folder: Path) -> Fi
 _CONVICTED = "SELECT coalesce(sum(num_failed), 0)::bigint FROM segments"
 
 
-def _check_files(
+def check_files(
     findings: Findings, job: Job, batch: Batch, found: Mapping[str, Sequence[dict[str, Any]]]
 ) -> None:
-    """Check the published files: every line once, in order, and sums that are the batch's own."""
+    """Check the published files: every line once, in order, and sums that are the batch's own.
+
+    Args:
+        found: the lines of the `output` and of the `error` file.
+    """
     name = f"batch {job.number} ({job.batch_id})"
     findings.expect(found=batch.status, wanted=job.fate, what=f"{name}: status")
     findings.statuses[batch.status] += 1

@@ -354,6 +354,7 @@ class Worker:
         blobs: BlobStore | None = None,
         times: LeaseTimes = TIMES,
         name: str = "worker_test",
+        start: Callable[[], Any] | None = None,
     ) -> None:
         self.stop = threading.Event()
         self._engine = engine
@@ -367,7 +368,7 @@ class Worker:
             boot_id="boot",
             settings=settings,
         )
-        self.supervisor = EngineSupervisor(lambda: cast("Any", engine))
+        self.supervisor = EngineSupervisor(start or (lambda: cast("Any", engine)))
         self._pool = ThreadPoolExecutor(1)
         self._work = lambda: runner.work(
             context, self.supervisor, model_keys=[MODEL], stop=self.stop

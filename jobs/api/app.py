@@ -38,7 +38,7 @@ def create_api(
         on_work: called after a batch was created or cancelled, beside the App's doorbell.
         host_names: DNS names under which the server may be asked for without a key; addresses
             and localhost always may.
-        stall_seconds: how long an upload may send nothing.
+        stall_seconds: how long an upload may send next to nothing, and any other body take.
     """
     api = FastAPI(
         title="batchctl",
@@ -53,7 +53,7 @@ def create_api(
     api.state.system = metrics.SystemCollector(app.db)
     for handled in (BatchctlError, RequestValidationError, HTTPException):
         api.add_exception_handler(handled, answer_error)
-    api.add_middleware(Edge, api_key=api_key, host_names=host_names)
+    api.add_middleware(Edge, api_key=api_key, host_names=host_names, body_seconds=stall_seconds)
     failures: dict[int | str, dict[str, Any]] = {
         "default": {"model": ErrorEnvelope, "description": "What went wrong."}
     }

@@ -1,5 +1,6 @@
 """What every request passes: an id, the key, the size of its body, and errors of any kind."""
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Collection
@@ -25,14 +26,23 @@ class Edge:
     across sites, is refused.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, host_names: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        host_names: Collection[str],
+        body_seconds: float,
+    ) -> None:
         """Guard `app`.
 
         Args:
             api_key: what callers have to know; None: nothing.
             host_names: DNS names under which the server may be asked for without a key.
+            body_seconds: within which a body that is no upload has to arrive.
         """
         self._app = app
+        self._body_seconds = body_seconds
         self._key_digest = None if api_key is None else _digest(api_key.encode())
         self._host_names = frozenset(name.lower() for name in host_names) | {"localhost"}
 
@@ -58,7 +68,7 @@ class Edge:
 
         try:
             self._check(scope)
-            await self._app(scope, _limited(scope, receive), send_with_id)
+            await self._app(scope, _limited(scope, receive, self._body_seconds), send_with_id)
         except ClientDisconnect:
             return
         except Exception as error:  # noqa: BLE001  the last place where it can become an answer
@@ -148,18 +158,30 @@ def _too_large() -> Problem:
     return Problem(413, f"The body has more than {MAX_BODY_BYTES} bytes.", code="request_too_large")
 
 
-def _limited(scope: Scope, receive: Receive) -> Receive:
-    """Return `receive` for a body that may not be large, whatever its headers say."""
+def _limited(scope: Scope, receive: Receive, seconds: float) -> Receive:
+    """Return `receive` for a body that may not be large or late, whatever its headers say."""
     if _is_upload(scope):
         return receive
     received = 0
+    deadline: float | None = None
+    is_whole = False
 
     async def count() -> Message:
-        nonlocal received
-        message = await receive()
+        nonlocal received, deadline, is_whole
+        if is_whole:  # what comes now is the end of the connection, whenever that is
+            return await receive()
+        deadline = deadline or asyncio.get_running_loop().time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise Problem(
+                408, f"The body did not arrive in {seconds:g} seconds.", code="request_timeout"
+            ) from None
         received += len(message.get("body", b""))
         if received > MAX_BODY_BYTES:
             raise _too_large()
+        is_whole = not message.get("more_body", False)
         return message
 
     return count

@@ -26,7 +26,7 @@ DEFAULT_BATCH_SECONDS = 30 * 86_400
 """How long an input of batches is kept when its upload does not say."""
 _PIECE_BYTES = 1 << 20
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 IdempotencyKey = Annotated[
     str | None,
@@ -34,6 +34,7 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
+        pattern=r"^[ -~]+$",
         description="Repeating a call with the same key returns what the first call made.",
     ),
 ]
@@ -178,7 +179,8 @@ async def create_file(
             raise
         if recorded.id != file.id:
             _delete_blob(context, file)
-            if (recorded.sha256, recorded.purpose) != (file.sha256, file.purpose):
+            same = (recorded.sha256, recorded.purpose) == (file.sha256, file.purpose)
+            if not same or recorded.deleted_at is not None:
                 raise key_reused("file")
         return recorded
 

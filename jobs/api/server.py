@@ -1,5 +1,6 @@
 """Serves the API on a port until it is told to stop."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -12,6 +13,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from typing_extensions import override
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jobs.api.app import create_api
 from jobs.app import App
@@ -21,6 +23,7 @@ _BACKLOG = 2048
 # Longer than clients keep idle connections (5 s in httpx), so that they close them, not we.
 _KEEP_ALIVE_SECONDS = 30
 _GRACE_SECONDS = 10
+_HEADER_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -67,6 +70,47 @@ def open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
+class _Protocol(H11Protocol):
+    """Ends a connection on which no whole request begins in time; uvicorn waits for ever.
+
+    A connection costs a file, of which a process has few.
+    """
+
+    header_seconds = _HEADER_SECONDS
+    _timer: asyncio.TimerHandle | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _wait(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.header_seconds, self._end)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 class ApiServer(uvicorn.Server):
     """Uvicorn on a socket that is open already; returns after a signal, where uvicorn dies of it.
 
@@ -79,10 +123,12 @@ class ApiServer(uvicorn.Server):
         listener: socket.socket,
         *,
         on_ready: Callable[[str, int], None] | None = None,
+        header_seconds: float = _HEADER_SECONDS,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 api,
+                http=type("Protocol", (_Protocol,), {"header_seconds": header_seconds}),
                 log_config=None,
                 log_level=None,
                 access_log=False,

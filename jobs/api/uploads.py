@@ -25,6 +25,8 @@ EXPIRY_SECONDS = (3600, 2_592_000)
 PIECE_BYTES = 1 << 20
 _FORM_BYTES = 1 << 20
 """How much larger than its file a form may be."""
+_MIN_PROGRESS_BYTES = 4096
+"""What has to arrive in the time that an upload may stall, so that it cannot stall by drops."""
 _MAX_PARTS = 32
 _MAX_FIELD_BYTES = 1 << 16
 _MAX_HEADER_BYTES = 1 << 15
@@ -282,16 +284,23 @@ async def receive_form(
 
 
 async def _chunks(request: Request, stall_seconds: float) -> AsyncIterator[bytes]:
-    """Yield the body as it comes; not for a sender that has stopped sending."""
+    """Yield the body as it comes; not for a sender that has all but stopped sending."""
     stream = request.stream()
+    loop = asyncio.get_running_loop()
+    deadline, num_bytes = loop.time() + stall_seconds, 0
     while True:
         try:
-            async with asyncio.timeout(stall_seconds):
+            async with asyncio.timeout_at(deadline):
                 chunk = await anext(stream, None)
         except TimeoutError:
             raise Problem(
-                408, f"Nothing arrived for {stall_seconds:g} seconds.", code="request_timeout"
+                408,
+                f"Only {num_bytes} bytes arrived in {stall_seconds:g} seconds.",
+                code="request_timeout",
             ) from None
         if chunk is None:
             return
+        num_bytes += len(chunk)
+        if num_bytes >= _MIN_PROGRESS_BYTES:
+            deadline, num_bytes = loop.time() + stall_seconds, 0
         yield chunk

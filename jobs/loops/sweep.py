@@ -5,6 +5,10 @@ import time
 from jobs import metrics, sweeper
 from jobs.loops.turns import Crew
 from jobs.telemetry import log
+from storage import units
+
+_LATE_SECONDS = 1.0
+"""How long after its expiry a lease may be looked for; also the shortest pause."""
 
 
 class SweepLoop:
@@ -20,8 +24,21 @@ class SweepLoop:
     def turn(self) -> bool:
         """Sweep once, then wait until the next turn is due."""
         self.sweep()
-        self._crew.stopping.wait(self._app.settings.leases.reap_seconds)
+        self._crew.stopping.wait(self._pause_seconds())
         return True
+
+    def _pause_seconds(self) -> float:
+        """Return how long to wait; less than usual where a lease runs out before.
+
+        One that is renewed never comes so far. Else the work of a worker that was killed would
+        wait for its lease and for a whole pause besides.
+        """
+        longest = self._app.settings.leases.reap_seconds
+        expiry = units.next_expiry(self._app.db)
+        if expiry is None:
+            return longest
+        left = max(0.0, (expiry - self._app.db.now()).total_seconds())
+        return min(longest, left + min(_LATE_SECONDS, longest / 10))
 
     def sweep(self) -> bool:
         """Return whether there was something to look after."""

@@ -215,7 +215,6 @@ class WorkLoop:
         if is_on == self._was_quarantined:
             return
         self._was_quarantined = is_on
-        metrics.note_quarantine(is_on=is_on)
         if self._budget is not None and is_on:
             seconds = round(self._budget.spent_seconds, 1)
             log.error("worker_quarantined", reason=reason, again_in_seconds=seconds)

@@ -205,6 +205,8 @@ class S3Proxy(ThreadingHTTPServer):
         self.done: Counter[str] = Counter()
         self.away_for: str | None = None
         """Whoever asks for a key with this in it finds nobody there; empty: whoever asks."""
+        self.hold_for: str | None = None
+        """Whoever asks for a key with this in it waits until it is another or None."""
         self._faults = S3Faults({})
         self._rng = random.Random(0)
         self._lock = threading.Lock()
@@ -254,6 +256,11 @@ class _S3Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         body = self._read_body()
+        if server.hold_for is not None and server.hold_for in self.path:
+            server.done["held"] += 1
+            while server.hold_for is not None and server.hold_for in self.path:
+                if server.closing.wait(_TICK_SECONDS):
+                    return
         fault = server.choose()
         if fault == "hang":
             server.closing.wait(server.hang_seconds)

@@ -9,9 +9,7 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from tests.faults.conftest import Bench, await_gone, await_true, request_line, tree_of
-
-FAST = {"BATCHCTL_LEASES__TIMING_PROFILE": "fast"}
+from tests.faults.conftest import Bench, await_gone, await_true, tree_of
 
 
 def await_growth(bench: Bench, process: subprocess.Popen[bytes]) -> None:
@@ -78,35 +76,6 @@ def test_killing_the_engine_alone_costs_only_what_was_in_flight(bench: Bench) ->
     assert 0 <= repeated <= 32 * 16, "at most what the slots held"
 
 
-def test_a_line_that_kills_the_engine_costs_only_itself(bench: Bench) -> None:
-    bench.model_options = {"step_seconds": 0.001}
-
-    def line(number: int) -> str:
-        return request_line(number, "[[fault=crash]]" if number == 70 else "hello")
-
-    bench.write_input(300, line)
-    process = bench.start_run()
-    assert process.wait(timeout=180) == 4, bench.stderr()
-    assert sorted(bench.custom_ids()) == sorted(f"r{n}" for n in range(300))
-    (error,) = bench.errors.read_text().splitlines()
-    assert '"custom_id":"r70"' in error
-    assert '"code":"engine_crash"' in error
-
-
-def test_a_line_that_exhausts_the_memory_costs_only_itself(bench: Bench) -> None:
-    bench.model_options = {"step_seconds": 0.001}
-
-    def line(number: int) -> str:
-        return request_line(number, "[[fault=oom]]" if number == 30 else "hello")
-
-    bench.write_input(100, line)
-    process = bench.start_run()
-    assert process.wait(timeout=180) == 4, bench.stderr()
-    assert sorted(bench.custom_ids()) == sorted(f"r{n}" for n in range(100))
-    (error,) = bench.errors.read_text().splitlines()
-    assert '"custom_id":"r30"' in error
-
-
 def test_ctrl_c_while_the_model_loads_ends_at_once(bench: Bench) -> None:
     bench.model_options = {"load_seconds": 60}
     bench.write_input(10)
@@ -116,21 +85,6 @@ def test_ctrl_c_while_the_model_loads_ends_at_once(bench: Bench) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=15) == 130, bench.stderr()
     await_gone(tree)
-
-
-def test_a_line_that_hangs_the_engine_costs_only_itself(bench: Bench) -> None:
-    bench.model_options = {"step_seconds": 0.001}
-    bench.settings = {**FAST, "BATCHCTL_LEASES__STALL_SECONDS": "1.5"}
-
-    def line(number: int) -> str:
-        return request_line(number, "[[fault=hang]]" if number == 5 else "hello")
-
-    bench.write_input(20, line)
-    process = bench.start_run()
-    assert process.wait(timeout=180) == 4, bench.stderr()
-    assert sorted(bench.custom_ids()) == sorted(f"r{n}" for n in range(20))
-    (error,) = bench.errors.read_text().splitlines()
-    assert '"custom_id":"r5"' in error
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(bench: Bench) -> None:

@@ -48,13 +48,13 @@ def errors_of(bench: Bench) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        ("hang", "engine_crash"),
+        ("crash", "engine_crash"),
+        pytest.param("hang", "engine_crash", marks=pytest.mark.slow),
         ("oom", "engine_crash"),
         ("nan", "numerical_error"),
         ("endless", "request_timed_out"),
     ],
 )
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_line_with_a_fault_costs_only_itself(bench: Bench, fault: str, code: str) -> None:
     bench.model_options = {"step_seconds": 0.001, "slots": 8}

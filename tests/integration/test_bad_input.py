@@ -244,7 +244,7 @@ def test_engine_that_is_configured_badly_is_one_line(folder: Folder) -> None:
 
 
 def test_run_of_another_process_is_left_alone(folder: Folder) -> None:
-    folder.options = {"step_seconds": 1.0}
+    folder.options = {"step_seconds": 60.0}
     name = folder.write("in.jsonl", GOOD)
     arguments = (name, "--model", "simulated", "--output", "out.jsonl")
     with subprocess.Popen(

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 
+from engine.asking import Asking
 from engine.complexity import MAX_LEVELS, TooDeep, measure
+from engine.config import AskingConfig
 from engine.constraints import check, is_quick, validate
 from engine.sandbox import Sandbox
 from jobs.domain.batch import BatchStatus
 from jobs.domain.errors import InvalidInput
-from jobs.domain.request import Constraint
+from jobs.domain.request import Constraint, Request
 from tests.builders import Bench, make_line
 from tests.security.measuring import run_measured
+from tests.sources import ListSource
+from tests.unit.engine.test_asking import Parrot
 
 NUM_LINKS = 40
 ENDED = {"type": "array"}
@@ -386,3 +390,15 @@ def test_row_14_planning_holds_few_large_constraints_at_a_time() -> None:
     )
     assert cost.told == 200
     assert cost.peak_bytes < 300 << 20
+
+
+@pytest.mark.slow
+def test_row_13_an_engine_goes_on_after_an_answer_that_cannot_be_judged_in_time() -> None:
+    fine = '{"c":{"c":"x"}}'
+    asking = Asking(Parrot(nested(40), fine), AskingConfig(max_asks=2))
+    asked = [Request(id=number, prompt="?", constraint=schema(tree())) for number in (1, 2)]
+    try:
+        results = list(asking.generate(ListSource(asked, ())))
+    finally:
+        asking.close()
+    assert [(one.text, one.attempts, one.error) for one in results] == [(fine, 2, None)] * 2

@@ -66,6 +66,7 @@ def run_api(
     api_key: str | None = None,
     on_work: Callable[[], None] | None = None,
     stall_seconds: float = 60,
+    header_seconds: float = 30,
     **settings: object,
 ) -> Iterator[Running]:
     given: dict[str, Any] = {"engine": "simulated", "leases": FAST, **settings}
@@ -80,6 +81,7 @@ def run_api(
             create_api(app, api_key=api_key, on_work=on_work, stall_seconds=stall_seconds),
             listener,
             on_ready=lambda _host, _port: ready.set(),
+            header_seconds=header_seconds,
         )
         thread = threading.Thread(target=server.run)
         thread.start()

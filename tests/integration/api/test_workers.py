@@ -62,8 +62,27 @@ def test_workers_are_listed_as_their_last_heartbeats_said(
         "num_shards": 2,
         "tokens_per_second": 12.5,
         "recent_deaths": 0,
+        "reason": None,
     }
     assert (second["role"], second["state"]) == ("control", "draining")
+
+
+def test_worker_that_rests_says_why(api: Running, http: httpx2.Client) -> None:
+    beat(api, "worker_a", state="working", recent_deaths=3)
+    beat(api, "worker_a", state="quarantined", recent_deaths=4)
+    (shown,) = http.get("/v1/workers").json()["data"]
+    assert (shown["state"], shown["recent_deaths"]) == ("quarantined", 4)
+    assert "died 4 times" in shown["reason"]
+    assert 'batchctl_workers{state="quarantined"} 1.0' in http.get("/metrics").text
+    listed = subprocess.run(
+        [sys.executable, "-m", "jobs.cli.main", "workers"],
+        env={**os.environ, "BATCHCTL_BASE_URL": api.url},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "quarantined" in listed.stdout
+    assert "worker_a: Its engine died 4 times" in listed.stderr
 
 
 def test_a_silent_worker_is_lost_and_then_forgotten(api: Running, http: httpx2.Client) -> None:

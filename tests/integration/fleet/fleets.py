@@ -4,15 +4,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import psutil
@@ -34,7 +36,7 @@ CELERY = (sys.executable, "-m", "celery", "-A", "jobs.worker.celery_app")
 ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 
 
-def wait_for(condition: Callable[[], _T], *, seconds: float = 60, what: str = "") -> _T:
+def wait_for(condition: Callable[[], _T], *, seconds: float = 120, what: str = "") -> _T:
     """Return the first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -60,6 +62,11 @@ class Member:
             return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to every process of it, its engine included."""
+        for one in self.tree():
+            one.send_signal(number)
 
     def kill(self) -> None:
         """Kill every process of it at once, as a machine that goes down does."""
@@ -131,19 +138,34 @@ class Fleet:
         return Bench(db=app.db, blobs=app.blobs, clock=Clock(), doorbell=app.doorbell)
 
     def start(
-        self, name: str, *, role: str, ready: bool = True, celery: bool = True, **changes: Any
+        self,
+        name: str,
+        *,
+        role: str,
+        ready: bool = True,
+        celery: bool = True,
+        program: Sequence[str] = ("-m", "jobs.worker.process"),
+        variables: Mapping[str, str] = MappingProxyType({}),
+        **changes: Any,
     ) -> Member:
-        """Start a worker; with `ready`, return once it is there."""
+        """Start a worker; with `ready`, return once it is there.
+
+        Args:
+            celery: whether Celery runs it; else Python runs `program`.
+            variables: further ones of its environment.
+            changes: settings of its own.
+        """
         before = {worker.id for worker in self.live()} if ready else set()
         log = self.folder / f"{name}.log"
         command = [*CELERY, "worker", "-n", f"{name}@test", *ALONE]
         if not celery:
-            command = [sys.executable, "-m", "jobs.worker.process"]
+            command = [sys.executable, *program]
+        worker = {"role": role, "heartbeat_seconds": 0.3, **changes.pop("worker", {})}
         with log.open("ab") as output:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=self.environment(worker={"role": role, "heartbeat_seconds": 0.3}, **changes),
+                env={**self.environment(worker=worker, **changes), **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -179,12 +201,12 @@ class Fleet:
 
     # --- batches ---
 
-    def submit(self, num_lines: int, *, model: str = "simulated") -> Batch:
+    def submit(self, num_lines: int, *, model: str = "simulated", **changes: Any) -> Batch:
         lines = b"".join(
             make_line(f"r{number}", f"hello {number}", model=model) + b"\n"
             for number in range(num_lines)
         )
-        batch = self.bench.submit(lines)
+        batch = self.bench.submit(lines, **changes)
         self.app.doorbell.announce()
         return batch
 

@@ -166,6 +166,25 @@ def test_lease_that_ran_out_without_a_gap_is_reaped_at_once(bench: Bench, tmp_pa
     assert bench.states(batch) == [UnitState.PENDING]
 
 
+def test_lease_is_reaped_when_it_runs_out_and_not_a_pause_later(
+    bench: Bench, tmp_path: Path
+) -> None:
+    batch = bench.submit_planned(make_lines(1))
+    bench.claim(UnitKind.SHARD)
+    bench.clock.advance(59)  # of the 60 s of the lease
+    leases = sweep_settings() | {"reap_seconds": 600.0}
+    with crew_of(make_app(bench, tmp_path, leases=leases)) as crew:
+        loop = SweepLoop(crew)
+        thread = threading.Thread(target=crew.repeat, args=(loop.turn,), kwargs={"name": "sweep"})
+        thread.start()
+        try:
+            await_true(lambda: bench.states(batch) == [UnitState.PENDING])
+        finally:
+            crew.stop()
+            thread.join(20)
+        assert not thread.is_alive()
+
+
 # --- work ---
 
 

@@ -1,25 +1,30 @@
 """Feed, runner and finalizer together, over an engine of the test's own."""
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from typing_extensions import override
 
+from engine.base import Source
 from engine.supervisor import MAX_SUSPECT_DEATHS
 from jobs import sweeper
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import (
     BatchctlError,
     BlobStoreUnavailable,
+    EngineDied,
     EngineMisconfigured,
     EngineOutOfMemory,
     EngineUnavailable,
     StorageError,
 )
 from jobs.domain.ids import WorkerId
+from jobs.domain.result import Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Segment, UnitKind, UnitState, count_bits
 from jobs.domain.suspects import CAREFUL_STALLS, SOLO_CRASHES
@@ -495,6 +500,61 @@ def test_engine_that_cannot_go_on_gives_every_lease_back(
         worker.result()
     assert UnitState.LEASED not in bench.states(batch)
     assert num_done(bench, batch) == 8, "what was finished is kept"
+
+
+class DiesAtOnce(ScriptedEngine):
+    """Its first life ends before it has begun anything."""
+
+    @override
+    def generate(self, source: Source) -> Generator[Result]:
+        if not self.deaths:
+            self.deaths.append([])
+            raise EngineDied("It died.")
+        yield from super().generate(source)
+
+
+def test_nothing_more_is_claimed_while_the_engine_starts_again(bench: Bench) -> None:
+    batch = bench.submit_planned(make_lines(90), shard_lines=10)
+    engine = DiesAtOnce(slots=2)
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def start() -> Any:  # noqa: ANN401
+        if engine.deaths:
+            begun.set()
+            assert may_go_on.wait(60)
+        return engine
+
+    with Worker(bench, engine, start=start) as worker:
+        await_set(begun)
+        # Whoever looks ahead would have six shards by then; one may have been under way.
+        threading.Event().wait(0.5)
+        assert bench.states(batch).count(UnitState.LEASED) <= 1
+        may_go_on.set()
+        worker.result()
+    with Worker(bench, engine) as worker:
+        worker.result()
+    assert set(bench.states(batch)) == {UnitState.DONE}
+
+
+class AnswersNothingMore(ScriptedEngine):
+    """After its first death, every further life of it ends at the first request."""
+
+    @override
+    def probe(self) -> None:
+        raise EngineDied("It died again.")
+
+
+def test_engine_that_fails_everything_after_its_first_death_gets_no_more_work(
+    bench: Bench,
+) -> None:
+    batch = bench.submit_planned(make_lines(8) + make_line("bad", "poison"), shard_lines=3)
+    engine = AnswersNothingMore(slots=1)
+    with Worker(bench, engine) as worker, pytest.raises(EngineDied):
+        worker.result()
+    assert len(engine.deaths) == 1
+    assert UnitState.LEASED not in bench.states(batch)
+    (shard, _) = shards.list_for_batch(bench.db, batch.id)[2]
+    assert shards.list_faults(bench.db, shard.unit_id)[0].solo_crashes == 1, "once, not five times"
 
 
 # --- storage fails ---

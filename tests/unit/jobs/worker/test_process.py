@@ -1,12 +1,15 @@
 """A worker's process inside the test's, over SQLite: messages, polling, draining, its row."""
 
+import http.client
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import structlog
 
 from jobs.app import App, open_app, server_folder
 from jobs.domain.batch import Batch
@@ -17,6 +20,7 @@ from jobs.worker.process import DRAIN_FILE, WorkerProcess
 from storage import batches, shards, workers
 from storage.workers import Worker
 from tests.builders import Bench, Clock, await_true, make_lines
+from tests.conftest import free_port
 
 SLOW = {"engine": "simulated", "options": {"step_seconds": 0.02, "slots": 2}}
 
@@ -159,3 +163,39 @@ def test_worker_that_plans_for_long_is_alive_by_its_lines(app: App, tmp_path: Pa
         before = worker.progress()
         await_true(lambda: batches.get(app.db, batch.id).request_counts.total == 5000)
         assert worker.progress() != before
+
+
+def test_worker_whose_engine_dies_too_often_says_so_everywhere(app: App, tmp_path: Path) -> None:
+    batch, port = submit(app, 300), free_port()
+    chosen = {
+        "heartbeat_seconds": 0.05,
+        "models": ["simulated"],
+        "max_engine_deaths": 1,
+        "metrics_port": port,
+    }
+    quick = {"engine": "simulated", "options": {"step_seconds": 0.005, "slots": 4}}
+    settings = settings_in(tmp_path, worker=chosen, models={"simulated": quick})
+    before = set(psutil.Process().children())
+    with running(settings), structlog.testing.capture_logs() as logs:
+        await_true(lambda: num_done(app, batch) > 0, seconds=90)
+        children = set(psutil.Process().children()) - before
+        (engine,) = [one for one in children if "engine.host" in one.cmdline()]
+        engine.kill()
+        await_true(lambda: [one.state for one in live(app)] == ["quarantined"], seconds=90)
+        (row,) = live(app)
+        assert (row.recent_deaths, row.num_shards) == (1, 0)
+        states = {state for _, state in shards.list_for_batch(app.db, batch.id)}
+        assert states == {UnitState.DONE, UnitState.PENDING}
+        status, body = fetch_health(port)
+        assert status == 503
+        assert "Quarantined" in body
+        assert "no request is to blame" in body
+    told = [one for one in logs if one["event"] == "worker_quarantined"]
+    assert [one["log_level"] for one in told] == ["error"], "once"
+
+
+def fetch_health(port: int) -> tuple[int, str]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        return response.status, response.read().decode()
