@@ -145,4 +145,4 @@ def test_audit_ends_with_its_process(bench: Bench, tmp_path: Path) -> None:
 
 def test_an_orphan_may_not_be_taken_for_one_too_soon() -> None:
     with pytest.raises(ValueError, match="orphan_seconds"):
-        Settings(collect={"orphan_seconds": 60})  # type: ignore[arg-type]
+        Settings(collect={"orphan_seconds": 60})
