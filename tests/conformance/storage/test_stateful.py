@@ -39,13 +39,13 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Bench
 
 
 def test_any_calls_in_any_order_leave_every_rule_whole(opened: Callable[[], Bench]) -> None:
-    machine.run(opened, examples=8, steps=50, derandomize=True, shrink=True)
+    machine.run(opened, examples=6, steps=40, derandomize=True, shrink=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_many_calls_in_any_order_leave_every_rule_whole(opened: Callable[[], Bench]) -> None:
-    machine.run(opened, examples=30, steps=150, derandomize=False, shrink=True)
+    machine.run(opened, examples=15, steps=100, derandomize=False, shrink=True)
 
 
 # --- tests of the test: copies of `storage` that lack a guard ---
