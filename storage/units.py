@@ -225,11 +225,13 @@ def settle(
     """Return the state the unit is in after its attempt ended; a repeated call changes nothing.
 
     Work released by a batch that was stopped ends as its batch does. A batch whose plan failed
-    fails. A finalize unit is never given up: its batch could not end any other way.
+    fails. A finalize unit is never given up: its batch could not end any other way; nor does a
+    plan end as cancelled or expired before its batch was stopped.
 
     Raises:
         LeaseLost: the unit is no longer ours.
-        Conflict: a shard is said to be done and has lines without a result.
+        Conflict: a shard is said to be done and has lines without a result, or a plan or a
+            finalize unit without what it is for.
     """
     if not lock_unit(tx, lease):
         row = tx.execute(sa.select(units.c.state).where(units.c.id == lease.unit_id)).one()
@@ -248,8 +250,12 @@ def settle(
             )
     if state is UnitState.LEASED:
         raise Conflict(f"Unit {lease.unit_id} is leased; a settlement ends or releases it.")
-    if state is UnitState.FAILED and lease.kind is UnitKind.FINALIZE:
+    if state is UnitState.DONE and lease.kind in (UnitKind.PLAN, UnitKind.FINALIZE):
+        raise Conflict(f"Unit {lease.unit_id} is not done; what it is for ends it.")
+    if state in TERMINAL_UNIT_STATES and lease.kind is UnitKind.FINALIZE:
         state, delay_seconds = UnitState.PENDING, _MAX_BACKOFF_SECONDS
+    if state in (UnitState.CANCELLED, UnitState.EXPIRED) and lease.kind is UnitKind.PLAN:
+        state = UnitState.PENDING  # or what the batch says, below
     now = now or tx.now()
     batch = lock_batch(tx, lease.batch_id)
     if state is UnitState.PENDING and lease.kind in WORK_KINDS and batch is not None:

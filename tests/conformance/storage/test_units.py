@@ -506,3 +506,36 @@ def test_a_stale_lease_suspects_nobody(bench: Bench) -> None:
 def test_watching_a_batch_that_does_not_exist_finds_nothing(bench: Bench) -> None:
     assert units.watch(bench.db, [BatchId("batch_x")]) == {}
     assert units.watch(bench.db, []) == {}
+
+
+@pytest.mark.parametrize("state", ["cancelled", "expired"])
+def test_a_plan_ends_like_a_stopped_batch_only_if_its_batch_was_stopped(
+    bench: Bench, state: str
+) -> None:
+    batch = bench.add_batch()
+    settled = units.settle(bench.db, bench.must_claim(), Settlement(state=UnitState(state)))
+    assert settled is UnitState.PENDING
+    assert bench.must_claim().batch_id == batch.id
+
+
+def test_a_plan_and_a_finalizer_are_not_done_without_what_they_are_for(bench: Bench) -> None:
+    done = Settlement(state=UnitState.DONE)
+    bench.add_planned(3, 2)
+    bench.run_all_shards()
+    finalizer = bench.must_claim()
+    bench.add_batch()
+    plan = bench.must_claim()
+    for lease in (finalizer, plan):
+        with pytest.raises(Conflict, match="is not done"):
+            units.settle(bench.db, lease, done)
+        assert state_of(bench, lease) is UnitState.LEASED
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "expired"])
+def test_a_finalizer_never_ends_without_its_batch(bench: Bench, state: str) -> None:
+    bench.add_planned(3, 2)
+    bench.run_all_shards()
+    settled = units.settle(bench.db, bench.must_claim(), Settlement(state=UnitState(state)))
+    assert settled is UnitState.PENDING
+    bench.clock.advance(60)
+    assert bench.must_claim().kind is UnitKind.FINALIZE
