@@ -387,7 +387,7 @@ def _give_up(
 
 @reads
 def list_pending(tx: Transaction) -> list[Waiting]:
-    """Return how many units wait, by kind and model."""
+    """Return how many units wait that this version can run, by kind and model."""
     rows = tx.execute(
         sa.select(
             units.c.kind,
@@ -395,7 +395,11 @@ def list_pending(tx: Transaction) -> list[Waiting]:
             sa.func.count().label("num_units"),
             sa.func.min(units.c.not_before).label("oldest_at"),
         )
-        .where(units.c.state == UnitState.PENDING)
+        .where(
+            units.c.state == UnitState.PENDING,
+            # An engine would be started for those of a newer program, again and again.
+            units.c.format_version <= FORMAT_VERSION,
+        )
         .group_by(units.c.kind, units.c.model_key)
         .order_by(units.c.kind, units.c.model_key)
     )
