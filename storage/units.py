@@ -439,6 +439,8 @@ def list_waiting_models(tx: Transaction) -> dict[str, datetime]:
             _is_pending(units),
             units.c.kind == UnitKind.SHARD,
             units.c.model_key == models.c.model_key,
+            # An engine would be started for those of a newer program, again and again.
+            units.c.format_version <= FORMAT_VERSION,
         )
         .scalar_subquery()
     )
