@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +127,10 @@ def measure(fleet: Fleet, folder: Path, model: str, seconds: float) -> Measured:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Fleet]:
-    """A fleet on free ports."""
+def running(folder: Path, rates: Mapping[str, object] = RATES) -> Iterator[Fleet]:
+    """A fleet on free ports, with a simulated model of each of these options."""
     clean = {name: text for name, text in os.environ.items() if not name.startswith("BATCHCTL_")}
-    models = {name: {"engine": "simulated", "options": options} for name, options in RATES.items()}
+    models = {name: {"engine": "simulated", "options": options} for name, options in rates.items()}
     process = subprocess.Popen(
         [
             *(sys.executable, str(ROOT / "scripts" / "fleet.py"), "--folder", str(folder)),
