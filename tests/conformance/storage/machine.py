@@ -346,7 +346,7 @@ class Machine(RuleBasedStateMachine):
         else:
             assert live
         self.look(changed=live)
-        self.end(lease, lambda: shards.set_suspects(self.db, lease, suspects=suspects[1:]))
+        self.end(lease, lambda: shards.begin_trial(self.db, lease, positions=[0]))
 
     @rule(
         lease=plans | shard_leases | finalizers,

@@ -428,7 +428,8 @@ def test_a_death_leaves_its_suspects_and_counts_a_line_that_was_alone(bench: Ben
     shards.report_death(bench.db, lease, suspects=[[0, 1], [2]], exit_reason="SIGSEGV")
     assert shards.get(bench.db, lease.unit_id).suspects == ((0, 1), (2,))
     shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
-    fault = shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    for _ in range(3):  # the reply to a commit was lost
+        fault = shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1, num_crashes=2)
     assert fault == Fault(position=1, solo_crashes=2, places=("here",))
     shard = shards.get(bench.db, lease.unit_id)
     assert shard.suspects == ((1,),)
@@ -441,9 +442,11 @@ def test_a_death_is_counted_by_machine_and_device_not_by_process(bench: Bench) -
     for name, host in (("worker_a", "h1"), ("worker_b", "h1"), ("worker_c", "h2")):
         workers.heartbeat(bench.db, bench.make_worker(name, host=host))
     bench.add_planned(3)
-    for name in ("worker_a", "worker_b", "worker_c"):
+    for number, name in enumerate(("worker_a", "worker_b", "worker_c"), start=1):
         lease = bench.must_claim(UnitKind.SHARD, worker=name)
-        fault = shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0)
+        fault = shards.report_death(
+            bench.db, lease, suspects=[[0]], solo_crash=0, num_crashes=number
+        )
         units.settle(bench.db, lease, Settlement(state=UnitState.PENDING))
     assert fault == Fault(position=0, solo_crashes=3, places=("h1 cuda:0", "h2 cuda:0"))
 
