@@ -19,6 +19,7 @@ from storage import files, references
 from storage.blobs.base import ROOTS, BlobStat, BlobStore, segments_prefix
 from storage.database import Database
 
+_PAGE = 1000
 _NOTED = 100
 _BATCHES_IN_A_TURN = 100
 _FILES_IN_A_TURN = 1000
@@ -33,13 +34,11 @@ class Rules:
         orphan_seconds: how old a blob is before it may be one that no row needs.
         segment_seconds: how long the segments of a batch stay after its end.
         max_blobs: blobs that one turn looks at; the next one goes on behind them.
-        page: blobs that the database is asked about at once.
     """
 
     orphan_seconds: float = 86_400
     segment_seconds: float = 86_400
     max_blobs: int = 100_000
-    page: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,19 +168,19 @@ class _Turn:
         """Remove blobs that are old and that no row needs, as many as one turn looks at."""
         before = self._now - timedelta(seconds=self._rules.orphan_seconds)
         listed = self._list_blobs(place or "")
-        while page := list(islice(listed, self._rules.page)):
+        while page := list(islice(listed, _PAGE)):
             old = [blob for blob in page if blob.modified_at < before]
             needed = references.find_needed(self._db, [blob.key for blob in old])
-            for blob in old:
-                if blob.key not in needed:
+            orphans = {blob.key for blob in old} - needed
+            for blob in page:
+                if blob.key in orphans:
                     if not self._dry_run:
                         self._blobs.delete(blob.key)
                     self._add(orphans=1, num_bytes=blob.num_bytes)
-            for _ in page:
                 self._see()
-            if self._stop() or self.found.num_seen >= self._rules.max_blobs:
-                self.found = replace(self.found, place=page[-1].key)
-                return
+                if self._stop() or self.found.num_seen >= self._rules.max_blobs:
+                    self.found = replace(self.found, place=blob.key)
+                    return
 
     def _list_blobs(self, after: str) -> Iterator[BlobStat]:
         for root in ROOTS:

@@ -98,6 +98,7 @@ class _OpenShard:
     group_of: dict[int, int]
     guilty: dict[int, LineError]
     is_careful: bool
+    crashes: dict[int, int]
     groups: dict[int, list["_Held"]] = field(default_factory=dict)
     buffer: _Buffer = field(default_factory=_Buffer)
     writing: _Buffer | None = None
@@ -349,12 +350,17 @@ class Feed:
             groups = [
                 tuple(h.position for h in group if h.shard is shard) for group in self._groups
             ]
+        position = solo.position if solo is not None else None
+        num_crashes = 1 if position is None else shard.crashes.get(position, 0) + 1
+        if position is not None:
+            shard.crashes[position] = num_crashes
         try:
             return shards.report_death(
                 self._db,
                 shard.lease,
                 suspects=[group for group in groups if group],
-                solo_crash=solo.position if solo is not None else None,
+                solo_crash=position,
+                num_crashes=num_crashes,
             )
         except LeaseLost:
             self._lose(shard.lease.unit_id)
@@ -369,7 +375,14 @@ class Feed:
         died = (
             Trial(owner=shard.trial.owner, positions=accused) if accused and shard.trial else None
         )
-        fault = shards.report_worker_death(self._db, lease, suspects=groups, died=died)
+        before = {fault.position: fault.solo_crashes for fault in shard.faults}
+        fault = shards.report_worker_death(
+            self._db,
+            lease,
+            suspects=groups,
+            died=died,
+            num_crashes=1 + (before.get(accused[0], 0) if accused else 0),
+        )
         log.warning(
             "workers_died",
             unit_id=lease.unit_id,
@@ -621,6 +634,7 @@ class Feed:
             group_of={p: number for number, group in enumerate(groups) for p in group},
             guilty=guilty,
             is_careful=is_careful,
+            crashes={fault.position: fault.solo_crashes for fault in shard.faults},
         )
         with self._lock:
             self._dry = False

@@ -14,8 +14,6 @@ from storage.tables import UNENDED, UNFINISHED, batches, files, segments, shards
 from storage.transitions import lock_batch
 
 _IN_ONE_QUERY = 500
-_KEPT_FOR_GOOD = BatchStatus.FAILED
-"""Segments are all that is left of a batch that failed when its files were to be written."""
 _ENDED_AT = sa.func.coalesce(batches.c.completed_at, batches.c.cancelled_at, batches.c.expired_at)
 
 
@@ -135,12 +133,13 @@ def _chunks(ids: Iterable[str]) -> Iterable[list[str]]:
 @reads
 def list_collectable(tx: Transaction, *, ended_before: datetime, limit: int = 100) -> list[BatchId]:
     """Return batches with segments that ended before then with files that have all of them."""
-    # From the segments, of which there are few: those of batches that run or ended lately.
+    # From the segments, of which there are few: those of batches that run or ended lately. A batch
+    # that failed has none of the three instants.
     query = (
         sa.select(shards.c.batch_id)
         .join(segments, segments.c.unit_id == shards.c.unit_id)
         .join(batches, batches.c.id == shards.c.batch_id)
-        .where(~UNFINISHED, batches.c.status != _KEPT_FOR_GOOD, ended_before > _ENDED_AT)
+        .where(~UNFINISHED, ended_before > _ENDED_AT)
         .distinct()
         .limit(limit)
     )
@@ -160,7 +159,7 @@ def forget_segments(tx: Transaction, batch_id: BatchId) -> int:
     batch = lock_batch(tx, batch_id)
     if batch is None:
         raise NotFound(f"No such Batch object: {batch_id}", param="batch_id")
-    if not batch.status.is_terminal or batch.status is _KEPT_FOR_GOOD:
+    if not batch.status.is_terminal or batch.status is BatchStatus.FAILED:
         raise Conflict(f"Batch {batch_id} is {batch.status}; its segments are all it has.")
     of_batch = sa.select(shards.c.unit_id).where(shards.c.batch_id == batch_id)
     return tx.execute(sa.delete(segments).where(segments.c.unit_id.in_(of_batch))).rowcount

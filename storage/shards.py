@@ -85,6 +85,7 @@ def report_death(
     *,
     suspects: Sequence[Sequence[int]],
     solo_crash: int | None = None,
+    num_crashes: int = 1,
     exit_reason: str = _CODE,
 ) -> Fault | None:
     """Write which positions are suspected after an engine died under a lease that is kept.
@@ -92,8 +93,8 @@ def report_death(
     Args:
         suspects: groups of positions, each to run in an engine's life of its own; replaces what
             was there.
-        solo_crash: the position that was alone in the engine when it died. Counted once more at
-            every call, and returned.
+        solo_crash: the position that was alone in the engine when it died; its fault is returned.
+        num_crashes: how often it has been by now, so that a repeated call counts nothing twice.
 
     Raises:
         LeaseLost: the shard is no longer ours.
@@ -102,12 +103,9 @@ def report_death(
         raise LeaseLost(f"Unit {lease.unit_id} has ended; nothing is suspected of it any more.")
     _update(tx, lease, suspects=[list(group) for group in suspects])
     tx.execute(sa.update(units).where(units.c.id == lease.unit_id).values(last_exit=exit_reason))
-    tx.execute(
-        sa.update(workers)
-        .where(workers.c.id == lease.owner)
-        .values(recent_deaths=workers.c.recent_deaths + 1)
-    )
-    return None if solo_crash is None else _count_solo(tx, lease, solo_crash, owner=lease.owner)
+    if solo_crash is None:
+        return None
+    return _note_solo(tx, lease, solo_crash, num_crashes=num_crashes, owner=lease.owner)
 
 
 @writes
@@ -117,6 +115,7 @@ def report_worker_death(
     *,
     suspects: Sequence[Sequence[int]],
     died: Trial | None,
+    num_crashes: int = 1,
 ) -> Fault | None:
     """Write which positions are suspected because workers died before they had done anything.
 
@@ -124,8 +123,9 @@ def report_worker_death(
 
     Args:
         suspects: groups of positions; replaces what was there.
-        died: what the worker before this one ran when it died, as far as it is not done. One
-            position alone is counted once more, and returned.
+        died: what the worker before this one ran when it died, as far as it is not done. Of one
+            position alone the fault is returned.
+        num_crashes: how often that one has been alone by now.
 
     Raises:
         LeaseLost: the shard is no longer ours.
@@ -144,7 +144,8 @@ def report_worker_death(
     tx.execute(sa.update(units).where(units.c.id == lease.unit_id).values(num_stalls=0))
     if len(died.positions) != 1:
         return None
-    return _count_solo(tx, lease, died.positions[0], owner=died.owner)
+    (position,) = died.positions
+    return _note_solo(tx, lease, position, num_crashes=num_crashes, owner=died.owner)
 
 
 @writes
@@ -163,33 +164,23 @@ def _update(tx: Transaction, lease: Lease, **columns: object) -> None:
     tx.execute(sa.update(shards).where(shards.c.unit_id == lease.unit_id).values(columns))
 
 
-def _count_solo(tx: Transaction, lease: Lease, position: int, *, owner: WorkerId) -> Fault:
-    """Return the line's fault after counting a death that it was alone in."""
+def _note_solo(
+    tx: Transaction, lease: Lease, position: int, *, num_crashes: int, owner: WorkerId
+) -> Fault:
+    """Return a line's fault after noting a death that it was alone in."""
     place = _place_of(tx, owner)
     here = (line_faults.c.unit_id == lease.unit_id) & (line_faults.c.position == position)
     row = tx.execute(sa.select(line_faults).where(here)).one_or_none()
-    if row is None:
-        fault = Fault(position=position, solo_crashes=1, places=(place,))
-        tx.execute(
-            sa.insert(line_faults).values(
-                unit_id=lease.unit_id,
-                position=position,
-                solo_crashes=1,
-                workers=[place],
-                code=_CODE,
-            )
-        )
-        return fault
+    known = {*row.workers} if row is not None else set()
     fault = Fault(
-        position=position,
-        solo_crashes=row.solo_crashes + 1,
-        places=tuple(sorted({*row.workers, place})),
+        position=position, solo_crashes=num_crashes, places=tuple(sorted({*known, place}))
     )
-    tx.execute(
-        sa.update(line_faults)
-        .where(here)
-        .values(solo_crashes=fault.solo_crashes, workers=list(fault.places))
-    )
+    columns = {"solo_crashes": fault.solo_crashes, "workers": list(fault.places)}
+    if row is None:
+        key = {"unit_id": lease.unit_id, "position": position, "code": _CODE}
+        tx.execute(sa.insert(line_faults).values(columns | key))
+    else:
+        tx.execute(sa.update(line_faults).where(here).values(columns))
     return fault
 
 

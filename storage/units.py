@@ -225,31 +225,23 @@ def settle(
     """Return the state the unit is in after its attempt ended; a repeated call changes nothing.
 
     Work released by a batch that was stopped ends as its batch does. A batch whose plan failed
-    fails. A finalize unit is never given up: its batch could not end any other way.
+    fails. A finalize unit is never given up: its batch could not end any other way; nor does a
+    plan end as cancelled or expired before its batch was stopped.
 
     Raises:
         LeaseLost: the unit is no longer ours.
-        Conflict: a shard is said to be done and has lines without a result.
+        Conflict: a shard is said to be done and has lines without a result, or a plan or a
+            finalize unit without what it is for.
     """
     if not lock_unit(tx, lease):
         row = tx.execute(sa.select(units.c.state).where(units.c.id == lease.unit_id)).one()
         return UnitState(row.state)
     state, delay_seconds = settlement.state, settlement.delay_seconds
-    if state is UnitState.DONE and lease.kind is UnitKind.SHARD:
-        shard = tx.execute(
-            sa.select(shards.c.num_lines, shards.c.num_done).where(
-                shards.c.unit_id == lease.unit_id
-            )
-        ).one()
-        if shard.num_done < shard.num_lines:
-            raise Conflict(
-                f"Shard {lease.unit_id} has {shard.num_lines - shard.num_done} lines without a "
-                "result; it is not done."
-            )
-    if state is UnitState.LEASED:
-        raise Conflict(f"Unit {lease.unit_id} is leased; a settlement ends or releases it.")
-    if state is UnitState.FAILED and lease.kind is UnitKind.FINALIZE:
+    _check_settlement(tx, lease, state)
+    if state in TERMINAL_UNIT_STATES and lease.kind is UnitKind.FINALIZE:
         state, delay_seconds = UnitState.PENDING, _MAX_BACKOFF_SECONDS
+    if state in (UnitState.CANCELLED, UnitState.EXPIRED) and lease.kind is UnitKind.PLAN:
+        state = UnitState.PENDING  # or what the batch says, below
     now = now or tx.now()
     batch = lock_batch(tx, lease.batch_id)
     if state is UnitState.PENDING and lease.kind in WORK_KINDS and batch is not None:
@@ -265,6 +257,30 @@ def settle(
     if batch is not None and lease.kind in WORK_KINDS and state in TERMINAL_UNIT_STATES:
         _after_work(tx, batch, lease.kind, state, now=now)
     return state
+
+
+def _check_settlement(tx: Transaction, lease: Lease, state: UnitState) -> None:
+    """Return if a unit may be settled so.
+
+    Raises:
+        Conflict: it may not; see `settle`.
+    """
+    if state is UnitState.LEASED:
+        raise Conflict(f"Unit {lease.unit_id} is leased; a settlement ends or releases it.")
+    if state is not UnitState.DONE:
+        return
+    if lease.kind in (UnitKind.PLAN, UnitKind.FINALIZE):
+        raise Conflict(f"Unit {lease.unit_id} is not done; what it is for ends it.")
+    if lease.kind is not UnitKind.SHARD:
+        return
+    shard = tx.execute(
+        sa.select(shards.c.num_lines, shards.c.num_done).where(shards.c.unit_id == lease.unit_id)
+    ).one()
+    if shard.num_done < shard.num_lines:
+        raise Conflict(
+            f"Shard {lease.unit_id} has {shard.num_lines - shard.num_done} lines without a result; "
+            "it is not done."
+        )
 
 
 def _write_end(
@@ -433,6 +449,8 @@ def list_waiting_models(tx: Transaction) -> dict[str, datetime]:
             _is_pending(units),
             units.c.kind == UnitKind.SHARD,
             units.c.model_key == models.c.model_key,
+            # An engine would be started for those of a newer program, again and again.
+            units.c.format_version <= FORMAT_VERSION,
         )
         .scalar_subquery()
     )

@@ -1,13 +1,20 @@
-"""Workers whose wall clocks are ten minutes wrong: leases and deadlines are the database's."""
+"""Wall clocks that are ten minutes wrong, and an interpreter too busy to look at its own."""
 
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from jobs.domain.ids import WorkerId
+from jobs.domain.shard import UnitKind
+from jobs.leases import LeaseKeeper, LeaseTimes
+from storage import units
+from storage.database import open_database
+from tests.conformance.storage.bench import Bench, FixedClock
 from tests.faults.checks import assert_sound, num_reaped
 from tests.integration.fleet.conftest import MakeFleet
 from tests.integration.fleet.fleets import wait_for
@@ -60,3 +67,45 @@ def test_wrong_clocks_take_no_lease_and_no_time_from_a_batch(
     instants = (done.created_at, done.in_progress_at, done.finalizing_at, done.completed_at)
     assert None not in instants
     assert list(instants) == sorted(instants, key=str), "all of one clock"
+
+
+@pytest.mark.slow
+def test_a_lease_outlives_a_busy_interpreter(postgres_url: str) -> None:
+    clock = FixedClock()
+    ended = threading.Event()
+
+    def burn() -> None:
+        while not ended.is_set():
+            sum(number * number for number in range(20_000))
+
+    with open_database(postgres_url) as db:
+        now = db.now()
+        clock.now = now
+        bench = Bench(db=db, clock=clock)
+        bench.add_planned(4)
+        times = LeaseTimes(lease_seconds=6, renew_seconds=0.5, watch_seconds=0.2)
+        lease = units.claim(
+            db,
+            worker_id=WorkerId("w"),
+            boot_id="b",
+            kinds=(UnitKind.SHARD,),
+            lease_seconds=times.lease_seconds,
+        )
+        assert lease is not None
+        keeper, lost = LeaseKeeper(db, times), threading.Event()
+        keeper.start()
+        keeper.hold(
+            lease,
+            progress=time.monotonic_ns,
+            on_lost=lambda _unit_id: lost.set(),
+            on_stopping=lambda _unit_id, _state: None,
+        )
+        threads = [threading.Thread(target=burn) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        assert not lost.wait(2 * times.lease_seconds)
+        assert units.reap(db) == []
+        ended.set()
+        for thread in threads:
+            thread.join()
+        keeper.close()

@@ -86,6 +86,7 @@ def test_a_batch_ends_early_at_every_stage(
     is_planned = fleet.submit(NUM_LINES)
     wait_for(lambda: proxy.done["held"])
     stopper.stop(is_planned)
+    wait_for(lambda: fleet.get(is_planned.id).ending)
     proxy.hold_for = None
     stopper.finish(is_planned, num_lines=0)
 
@@ -131,6 +132,7 @@ def test_a_window_that_passes_ends_a_batch_with_what_is_done(
 ) -> None:
     fleet = make_fleet(NOBODY, step_seconds=0.2, slots=4)
     fleet.start("all", role="all", celery=False)
+    fleet.wait_done(fleet.submit(4).id)  # its engine is loaded
     content = b"".join(
         make_line(f"r{number}", f"hello {number}") + b"\n" for number in range(NUM_LINES)
     )

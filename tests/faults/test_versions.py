@@ -1,5 +1,7 @@
 """Programs of two versions on one database."""
 
+import time
+
 import pytest
 import sqlalchemy as sa
 
@@ -26,6 +28,9 @@ def test_units_of_a_newer_program_wait_for_a_newer_worker(make_fleet: MakeFleet)
     newer = fleet.submit(60)
     wait_for(lambda: fleet.get(newer.id).in_progress_at is not None)
     assert control.drain() == 0
+    time.sleep(2.0)  # some looks for work, and some heartbeats
+    (alone,) = fleet.live()
+    assert (alone.state, alone.model_key) == ("idle", None), "no engine is loaded for nothing"
     fleet.start("old-control", role="control", celery=False)
     older = fleet.submit(60)
     fleet.wait_done(older.id)
@@ -36,7 +41,7 @@ def test_units_of_a_newer_program_wait_for_a_newer_worker(make_fleet: MakeFleet)
             units.c.batch_id == newer.id, units.c.kind == "shard"
         )
         assert set(tx.execute(of_newer).scalars()) == {0}
-    fleet.start("new", role="engine", celery=False, program=("-c", NEXT))
+    fleet.start("new", role="all", celery=False, program=("-c", NEXT))
     fleet.wait_done(newer.id)
     assert_sound(fleet, newer.id, 60)
     assert old.process.poll() is None

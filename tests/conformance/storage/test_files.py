@@ -83,3 +83,23 @@ def test_files_past_their_expiry_are_listed(bench: Bench) -> None:
     for file in (kept, gone):
         files.insert(bench.db, file)
     assert files.list_expired(bench.db, now=now) == [gone]
+
+
+def test_an_expired_input_of_an_unfinished_batch_is_not_in_the_way_of_others(bench: Bench) -> None:
+    now = bench.clock.now
+    read, other = (
+        files.insert(bench.db, replace(bench.make_file(), expires_at=now - timedelta(seconds=n)))
+        for n in (2, 1)
+    )
+    batches.insert(bench.db, bench.make_batch(file=read))
+    assert files.list_expired(bench.db, now=now, limit=1) == [other]
+    batches.refuse(bench.db, bench.must_claim(UnitKind.PLAN), errors=[], num_errors=0)
+    assert files.list_expired(bench.db, now=now) == [read, other]
+
+
+def test_a_deleted_file_may_still_be_looked_at(bench: Bench) -> None:
+    file = bench.add_file()
+    files.mark_deleted(bench.db, file.id)
+    assert files.peek(bench.db, file.id) == replace(file, deleted_at=bench.clock.now)
+    with pytest.raises(NotFound):
+        files.peek(bench.db, FileId("file-none"))

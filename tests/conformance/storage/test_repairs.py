@@ -164,6 +164,20 @@ def test_a_shard_that_had_failed_stays_failed(bench: Bench) -> None:
     assert bench.claim(UnitKind.FINALIZE) is not None
 
 
+def test_the_sweeper_finds_a_repaired_batch_that_nobody_moved_on(bench: Bench) -> None:
+    """As a process of an older version leaves one: it sees the finalize unit that has ended."""
+    batch_id, lease = finish(bench)
+    run_again(bench, lease)
+    assert batches.advance_finished(bench.db) == []
+    with bench.db.transaction() as tx:
+        tx.execute(
+            sa.update(units_table).where(units_table.c.state == "pending").values(state="failed")
+        )
+    assert batches.advance_finished(bench.db) == [batch_id]
+    assert batches.advance_finished(bench.db) == []
+    assert bench.claim(UnitKind.FINALIZE) is not None
+
+
 # --- the triggers, whatever code is wrong ---
 
 

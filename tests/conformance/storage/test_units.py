@@ -428,7 +428,8 @@ def test_a_death_leaves_its_suspects_and_counts_a_line_that_was_alone(bench: Ben
     shards.report_death(bench.db, lease, suspects=[[0, 1], [2]], exit_reason="SIGSEGV")
     assert shards.get(bench.db, lease.unit_id).suspects == ((0, 1), (2,))
     shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
-    fault = shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1)
+    for _ in range(3):  # the reply to a commit was lost
+        fault = shards.report_death(bench.db, lease, suspects=[[1]], solo_crash=1, num_crashes=2)
     assert fault == Fault(position=1, solo_crashes=2, places=("here",))
     shard = shards.get(bench.db, lease.unit_id)
     assert shard.suspects == ((1,),)
@@ -441,9 +442,11 @@ def test_a_death_is_counted_by_machine_and_device_not_by_process(bench: Bench) -
     for name, host in (("worker_a", "h1"), ("worker_b", "h1"), ("worker_c", "h2")):
         workers.heartbeat(bench.db, bench.make_worker(name, host=host))
     bench.add_planned(3)
-    for name in ("worker_a", "worker_b", "worker_c"):
+    for number, name in enumerate(("worker_a", "worker_b", "worker_c"), start=1):
         lease = bench.must_claim(UnitKind.SHARD, worker=name)
-        fault = shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0)
+        fault = shards.report_death(
+            bench.db, lease, suspects=[[0]], solo_crash=0, num_crashes=number
+        )
         units.settle(bench.db, lease, Settlement(state=UnitState.PENDING))
     assert fault == Fault(position=0, solo_crashes=3, places=("h1 cuda:0", "h2 cuda:0"))
 
@@ -506,3 +509,36 @@ def test_a_stale_lease_suspects_nobody(bench: Bench) -> None:
 def test_watching_a_batch_that_does_not_exist_finds_nothing(bench: Bench) -> None:
     assert units.watch(bench.db, [BatchId("batch_x")]) == {}
     assert units.watch(bench.db, []) == {}
+
+
+@pytest.mark.parametrize("state", ["cancelled", "expired"])
+def test_a_plan_ends_like_a_stopped_batch_only_if_its_batch_was_stopped(
+    bench: Bench, state: str
+) -> None:
+    batch = bench.add_batch()
+    settled = units.settle(bench.db, bench.must_claim(), Settlement(state=UnitState(state)))
+    assert settled is UnitState.PENDING
+    assert bench.must_claim().batch_id == batch.id
+
+
+def test_a_plan_and_a_finalizer_are_not_done_without_what_they_are_for(bench: Bench) -> None:
+    done = Settlement(state=UnitState.DONE)
+    bench.add_planned(3, 2)
+    bench.run_all_shards()
+    finalizer = bench.must_claim()
+    bench.add_batch()
+    plan = bench.must_claim()
+    for lease in (finalizer, plan):
+        with pytest.raises(Conflict, match="is not done"):
+            units.settle(bench.db, lease, done)
+        assert state_of(bench, lease) is UnitState.LEASED
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "expired"])
+def test_a_finalizer_never_ends_without_its_batch(bench: Bench, state: str) -> None:
+    bench.add_planned(3, 2)
+    bench.run_all_shards()
+    settled = units.settle(bench.db, bench.must_claim(), Settlement(state=UnitState(state)))
+    assert settled is UnitState.PENDING
+    bench.clock.advance(60)
+    assert bench.must_claim().kind is UnitKind.FINALIZE

@@ -222,7 +222,7 @@ def test_a_dry_run_counts_what_would_go_and_removes_nothing(bench: Bench) -> Non
 
 
 def test_a_turn_looks_at_so_many_blobs_and_the_next_goes_on_behind_them(bench: Bench) -> None:
-    rules = Rules(max_blobs=2, page=2)
+    rules = Rules(max_blobs=2)
     for number in range(5):
         bench.blobs.put(f"files/file-{number}", b"x")
     bench.blobs.put("segments/batch_x/unit_x/1-0-0", b"x")
@@ -246,7 +246,7 @@ def test_a_turn_ends_when_told_to(bench: Bench) -> None:
     for number in range(5):
         bench.blobs.put(f"files/file-{number}", b"x")
     bench.clock.advance(DAY + 1)
-    found = collector.collect(bench.db, bench.blobs, Rules(page=1), stop=lambda: True)
+    found = collector.collect(bench.db, bench.blobs, Rules(), stop=lambda: True)
     assert (found.orphans, found.place) == (1, "files/file-0")
 
 

@@ -395,8 +395,7 @@ def test_work_goes_on_after_the_suspects_are_cleared(bench: Bench) -> None:
 def test_crashes_alone_are_counted_over_the_lives_of_workers(bench: Bench) -> None:
     bench.submit_planned(make_line("bad", "poison") + b"\n")
     lease = bench.claim(UnitKind.SHARD)
-    for _ in range(2):
-        shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0)
+    shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0, num_crashes=2)
     units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
     engine = ScriptedEngine()
     with Worker(bench, engine) as worker:
@@ -472,10 +471,12 @@ def test_line_that_was_alone_when_workers_died_gets_an_error_and_the_others_thei
     bench: Bench,
 ) -> None:
     batch = bench.submit_planned(make_lines(5))
-    for _ in range(SOLO_CRASHES):
+    for num_crashes in range(SOLO_CRASHES):
         lease = bench.claim(UnitKind.SHARD)
         ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
-        shards.report_worker_death(bench.db, lease, suspects=[[3]], died=shard.trial)
+        shards.report_worker_death(
+            bench.db, lease, suspects=[[3]], died=shard.trial, num_crashes=num_crashes
+        )
         shards.begin_trial(bench.db, lease, positions=[3])
         lose_leases(bench)
         let_time_pass(bench)
