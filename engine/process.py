@@ -24,7 +24,6 @@ from jobs.domain.result import LineError, Result
 
 _POLL_SECONDS = 0.005
 _WAIT_SECONDS = 0.2
-_ABORT_SECONDS = 0.1
 _LOG_TAIL_BYTES = 2000
 
 
@@ -181,7 +180,6 @@ class ProcessEngine:
         self._fatal: wire.Fatal | None = None
         self._session_over = True
         self._is_ended = False
-        self._abort_at = 0.0
         self.last_progress = time.monotonic()
         self._guardian = _Guardian()  # before the engine, which is never without
         ours, theirs = socket.socketpair()
@@ -324,11 +322,6 @@ class ProcessEngine:
         self._send(wire.End())
 
     def _drop_aborted(self, source: Source) -> None:
-        """Let go of what nobody waits for; a walk over all in flight, so not at every turn."""
-        now = time.monotonic()
-        if now < self._abort_at:
-            return
-        self._abort_at = now + _ABORT_SECONDS
         aborted = [i for i in self._in_flight if source.is_aborted(i)]
         if aborted:
             self._abort(aborted)
