@@ -317,6 +317,33 @@ def test_shared_prefix_is_computed_once_and_counted(engine: HfEngine, ask: Ask) 
     assert results[12].usage.cached_tokens == 64
 
 
+@pytest.mark.parametrize("batch_tokens", [512, 64], ids=["at once", "in pieces"])
+def test_a_beginning_shared_by_requests_that_start_together_is_computed_once(
+    tiny_model: Path, ask: Ask, batch_tokens: int
+) -> None:
+    shared = prompts(160)[0]  # ten blocks, and three more tokens of each one's own
+    asked = [Request(id=i, prompt=(*shared, 7, 8, 10 + i), sampling=GREEDY) for i in range(8)]
+    engine = HfEngine(config_of(tiny_model, slots=8, batch_tokens=batch_tokens, num_blocks=128))
+    results = ask(engine, asked)
+    found = sorted(result.usage.cached_tokens for result in results.values())
+    assert found == [0, *[160] * 7]
+    for request in asked:
+        (alone,) = ask(HfEngine(config_of(tiny_model)), [request]).values()
+        assert results[request.id].text == alone.text
+    engine.close()
+
+
+def test_who_waits_for_a_shared_beginning_goes_on_when_its_leader_is_dropped(
+    tiny_model: Path, ask: Ask
+) -> None:
+    shared = prompts(400)[0]
+    asked = [Request(id=i, prompt=(*shared, 10 + i), sampling=GREEDY) for i in range(4)]
+    # A step takes 16 tokens, so the first is far from its end when it is dropped.
+    engine = HfEngine(config_of(tiny_model, batch_tokens=16))
+    assert set(ask(engine, asked, aborted=[0])) >= {1, 2, 3}
+    engine.close()
+
+
 def test_progress_counts_tokens(engine: HfEngine, ask: Ask) -> None:
     before = engine.progress()
     ask(engine, [Request(id=1, prompt=prompts(200)[0], sampling=GREEDY)])
