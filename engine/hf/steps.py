@@ -82,10 +82,18 @@ class _Scheduler(FIFOScheduler):
         )
 
     def _hold_back(self, candidates: Iterable[RequestState]) -> Iterator[RequestState]:
-        """Leave out who needs a block next that another one is about to compute."""
+        """Leave out who needs a block next that another one is about to compute.
+
+        Whoever comes behind takes the place only where the cache has room for both: else the
+        shared blocks would be gone when their turn comes.
+        """
         (allocator,) = self.cache.cache_allocators.values()
         cached = allocator.ledger.hash_to_block
         page = allocator.tokens_per_page
+        num_blocks = allocator.pool.count_free_blocks(allocator.index)
+        num_blocks += len(self.cache.pool.free_sectors) * allocator.blocks_per_sector
+        num_blocks += len(allocator.ledger.cached_blocks)  # given up when somebody needs them
+        reserved = 0
         coming: set[int] = set()
         for state in candidates:
             if state.status == RequestStatus.DECODING:
@@ -95,12 +103,17 @@ class _Scheduler(FIFOScheduler):
             if hashes is None:
                 hashes = self._hashes[state.request_id] = _hash_blocks(state.initial_tokens, page)
             missing = [one for one in hashes if one not in cached]
-            is_waiting = state.status == RequestStatus.PENDING and not state.is_cpu_offloaded
-            if is_waiting and missing and missing[0] in coming:
-                continue
+            needed = len(missing) + 1
+            if state.status == RequestStatus.PENDING and not state.is_cpu_offloaded:
+                if missing and missing[0] in coming:
+                    reserved += needed - sum(one in coming for one in missing)
+                    continue
+                if reserved and needed > num_blocks - reserved:
+                    return
             yield state
             if state.request_id in self.active_requests:
                 coming.update(missing)
+                num_blocks -= needed
 
 
 def _hash_blocks(prompt: list[int], page: int) -> list[int]:

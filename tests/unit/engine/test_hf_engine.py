@@ -333,6 +333,20 @@ def test_a_beginning_shared_by_requests_that_start_together_is_computed_once(
     engine.close()
 
 
+def test_groups_that_share_a_small_cache_compute_their_beginnings_once(
+    tiny_model: Path, ask: Ask
+) -> None:
+    # Ten blocks each, which with their answers fill the cache: were the leaders of all groups let
+    # in at once, they would be gone before the others of their groups find room.
+    shared = [tuple(20 + (31 * group + n) % 600 for n in range(160)) for group in range(6)]
+    asked = [Request(id=i, prompt=(*shared[i // 3], 10 + i), sampling=GREEDY) for i in range(6 * 3)]
+    engine = HfEngine(config_of(tiny_model, slots=16, batch_tokens=512, num_blocks=40))
+    results = ask(engine, asked)
+    computed = [i for i, result in sorted(results.items()) if not result.usage.cached_tokens]
+    assert computed == [0, 3, 6, 9, 12, 15]
+    engine.close()
+
+
 def test_who_waits_for_a_shared_beginning_goes_on_when_its_leader_is_dropped(
     tiny_model: Path, ask: Ask
 ) -> None:
