@@ -166,7 +166,7 @@ def measure(size: float) -> list[Row]:
         folder = Path(name)
         with running(folder / "fleet") as fleet:
             for number in range(rounds):
-                for model in RATES if number % 2 == 0 else reversed(RATES):
+                for model in list(RATES)[:: -1 if number % 2 else 1]:
                     found[model].append(measure_one(fleet, folder, model, seconds))
     return [_row(model, measured, seconds) for model, measured in found.items()]
 

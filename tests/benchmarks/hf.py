@@ -18,10 +18,10 @@ import torch
 from msgspec.structs import replace
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from engine.chat import PromptEncoder
@@ -40,7 +40,7 @@ SLOTS = 32
 
 def make_random_model(folder: Path) -> None:
     """Write a Llama of about 100 million random parameters with the demo model's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path())
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(
         LlamaConfig(
@@ -77,7 +77,7 @@ class Arms:
         )
         self._alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         self._alone.generation_config.eos_token_id = None
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self._encoder = PromptEncoder(tokenizer, vocab_size=len(tokenizer))
 
     def run(self, requests: Sequence[Request]) -> tuple[Took, list[Result]]:

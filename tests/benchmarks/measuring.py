@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from jobs.telemetry import configure_logging
+
 ROOT = Path(__file__).resolve().parents[2]
 First = TypeVar("First")
 Second = TypeVar("Second")
@@ -104,6 +106,7 @@ def main(measure: Callable[[float], list[Row]]) -> None:
     parser.add_argument("--size", type=float, default=1.0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    configure_logging(level="ERROR")
     rows = [row.summary() for row in measure(arguments.size)]
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows))

@@ -8,7 +8,7 @@ they arrive. Every run has its own texts, so that none finds the blocks of anoth
 import math
 from collections.abc import Sequence
 
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
@@ -18,6 +18,7 @@ from tests.benchmarks.local import ARRIVAL, Local, Spent, open_local, requests_o
 from tests.benchmarks.measuring import Row, main, num_pairs_at, pairs_of, scaled
 
 NUM_GROUPS = 8
+LONGEST_SHARED, ANSWER = 1200, 16
 SLOTS = 16
 PAGE = 32
 _SEEDS = 3
@@ -34,7 +35,7 @@ class Prompts:
     """The tokens of lines, as the engine sees them."""
 
     def __init__(self) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(model_path())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path())
         self._encoder = PromptEncoder(tokenizer, vocab_size=len(tokenizer))
 
     def encode(self, lines: Sequence[bytes]) -> list[list[int]]:
@@ -56,10 +57,10 @@ class Prompts:
         return total
 
 
-def blocks_for(num_groups: int, prompts: Prompts, lines: Sequence[bytes]) -> int:
-    """Return the cache that so many beginnings fill, with the rest of what runs at once."""
-    longest = max(map(len, prompts.encode(lines)))
-    shared, own = math.ceil(0.9 * longest / PAGE), math.ceil((0.1 * longest + 16) / PAGE) + 1
+def blocks_for(num_groups: int) -> int:
+    """Return the cache that so many of the longest beginnings fill, with what runs beside them."""
+    shared = math.ceil(LONGEST_SHARED / PAGE)
+    own = math.ceil((LONGEST_SHARED / 9 + ANSWER) / PAGE) + 1
     return num_groups * shared + SLOTS * own
 
 
@@ -91,13 +92,12 @@ def count(local: Local, prompts: Prompts, num_lines: int) -> tuple[list[float], 
 def measure(size: float) -> list[Row]:
     num_lines, num_pairs = scaled(128, size, least=24), num_pairs_at(5, size)
     prompts = Prompts()
-    sample = make(num_lines, 0)
     rows = []
     for num_groups, name, must, goal in (
         (NUM_GROUPS, "for all groups", 1.15, 1.05),
         (2, "for two groups", 1.4, 1.2),
     ):
-        num_blocks = blocks_for(num_groups, prompts, sample)
+        num_blocks = blocks_for(num_groups)
         note = (
             f"W3, {num_lines} prompts of {NUM_GROUPS} groups, 90 % shared, {num_blocks} blocks of "
             f"{PAGE} tokens, {SLOTS} slots"
