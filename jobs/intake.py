@@ -23,7 +23,7 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
-from jobs.domain.plan import Columns, Fold, RunOrder, emission_for, order
+from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import CHAT, ENDPOINTS, Capabilities, Line, custom_id_of, parse_line
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.telemetry import log
@@ -270,7 +270,6 @@ class _Reading:
         found = self._capabilities
         return order(
             self._columns,
-            emission=emission_for(found.engine if found is not None else ""),
             cache_tokens=found.cache_tokens if found is not None else 0,
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,

@@ -3,16 +3,23 @@
 Stands on private parts of transformers, which is why its version is pinned exactly.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+from transformers.generation.continuous_batching.cache_allocators.cache_allocator import (
+    compute_block_hash,
+)
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    RequestState,
+    RequestStatus,
+)
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.continuous_batching.utils import stream_context
 from typing_extensions import override
@@ -27,12 +34,23 @@ _CACHE_SHARE_OF_CPU_MEMORY = 0.25
 
 
 class _Scheduler(FIFOScheduler):
-    """Notes how much of each prompt was found in the cache."""
+    """Lets requests that begin alike wait for the first of them; notes what the cache held.
+
+    A block can be shared once the step that computes it has ended, so of siblings admitted in one
+    step each would compute the same blocks. All but one stay queued until the blocks they share
+    are there; others take their places meanwhile.
+    """
 
     @override
     def reset(self) -> None:
         super().reset()
-        self.cached_tokens: dict[str, int] = {}
+        self._cached_tokens: dict[str, int] = {}
+        self._hashes: dict[str, list[int]] = {}
+
+    def forget(self, key: str) -> int:
+        """Drop what is known of a sequence; return how much of its prompt was found cached."""
+        self._hashes.pop(key, None)
+        return self._cached_tokens.pop(key, 0)
 
     @override
     def _infer_request_tokens(
@@ -42,8 +60,69 @@ class _Scheduler(FIFOScheduler):
         tokens = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
         # A sequence that lost its blocks comes back with its answer as part of the prompt.
         if was_pending and state.position_offset and not state._true_initial_tokens:  # noqa: SLF001
-            self.cached_tokens[state.request_id] = state.position_offset
+            self._cached_tokens[state.request_id] = state.position_offset
         return tokens
+
+    @override
+    def _process_candidates(
+        self,
+        candidates: Iterable[RequestState],
+        token_budget: int,
+        cache_budget: int,
+        request_ids_to_remove_from_waiting: set[str],
+    ) -> tuple[list[FutureRequestState], bool, bool, int, int]:
+        if self.cache.use_prefix_sharing:
+            candidates = self._hold_back(candidates)
+        # They are gone through once, each before the next is asked for.
+        return super()._process_candidates(
+            cast("list[RequestState]", candidates),
+            token_budget,
+            cache_budget,
+            request_ids_to_remove_from_waiting,
+        )
+
+    def _hold_back(self, candidates: Iterable[RequestState]) -> Iterator[RequestState]:
+        """Leave out who needs a block next that another one is about to compute.
+
+        Whoever comes behind takes the place only where the cache has room for both: else the
+        shared blocks would be gone when their turn comes.
+        """
+        (allocator,) = self.cache.cache_allocators.values()
+        cached = allocator.ledger.hash_to_block
+        page = allocator.tokens_per_page
+        num_blocks = allocator.pool.count_free_blocks(allocator.index)
+        num_blocks += len(self.cache.pool.free_sectors) * allocator.blocks_per_sector
+        num_blocks += len(allocator.ledger.cached_blocks)  # given up when somebody needs them
+        reserved = 0
+        coming: set[int] = set()
+        for state in candidates:
+            if state.status == RequestStatus.DECODING:
+                yield state
+                continue
+            hashes = self._hashes.get(state.request_id)
+            if hashes is None:
+                hashes = self._hashes[state.request_id] = _hash_blocks(state.initial_tokens, page)
+            missing = [one for one in hashes if one not in cached]
+            needed = len(missing) + 1
+            if state.status == RequestStatus.PENDING and not state.is_cpu_offloaded:
+                if missing and missing[0] in coming:
+                    reserved += needed - sum(one in coming for one in missing)
+                    continue
+                if reserved and needed > num_blocks - reserved:
+                    return
+            yield state
+            if state.request_id in self.active_requests:
+                coming.update(missing)
+                num_blocks -= needed
+
+
+def _hash_blocks(prompt: list[int], page: int) -> list[int]:
+    """Return the hashes that the cache will know the whole blocks of a prompt by."""
+    hashes: list[int] = []
+    for start in range(0, len(prompt) - page + 1, page):
+        parent = hashes[-1] if hashes else None
+        hashes.append(compute_block_hash(parent, prompt[start : start + page]))
+    return hashes
 
 
 class Stepper:
@@ -112,7 +191,7 @@ class Stepper:
     def cancel(self, key: str) -> None:
         """Drop a sequence, running or queued, before the next step."""
         self._scheduler.set_request_cancellation(key)
-        self._scheduler.cached_tokens.pop(key, None)
+        self._scheduler.forget(key)
         # Offloading blocks new sequences until one ends; this one may have been the last to.
         self._scheduler.block_new_requests = False
 
@@ -132,7 +211,7 @@ class Stepper:
         if is_tainted:
             self._processor.cache.evict_cached_blocks()
         scheduler.block_new_requests = False
-        return scheduler.cached_tokens.pop(key, 0)
+        return scheduler.forget(key)
 
     def reset(self) -> None:
         """Forget every sequence."""

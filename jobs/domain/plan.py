@@ -2,16 +2,15 @@
 
     line ─► 37 bytes of columns ─► fold: who runs for whom ─► order: who runs when
 
-Pure: columns in, ranks out. What an engine gains from an order depends on the engine (see
-`Emission`), so the one that will serve the batch is named. Where nothing is gained the order is
-that of the file, and nobody has to write it down.
+Pure: columns in, ranks out. Groups run one after the other, which is right for engines that share
+a block from the moment it is scheduled, and for those that let siblings wait for it. Where nothing
+is gained the order is that of the file, and nobody has to write it down.
 
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
 import struct
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,20 +40,6 @@ _NO_KEY = bytes(16)
 
 Fold = Literal["determined", "all", "none"]
 """Which equal requests run once: those whose answer is determined (greedy or seeded), or all."""
-
-
-class Emission(StrEnum):
-    """In which order members of groups that share a prefix are handed to an engine.
-
-    SORTED: group after group; for engines that share blocks from the moment they are scheduled.
-    LEADER_AHEAD: each group's first member before the rest of the group in front, since blocks
-        are shared when they are computed, and the cache has room for two groups.
-    ROUND_ROBIN: one member of each group in turn; the same, with room for all groups.
-    """
-
-    SORTED = "sorted"
-    LEADER_AHEAD = "leader_ahead"
-    ROUND_ROBIN = "round_robin"
 
 
 class Columns:
@@ -129,15 +114,9 @@ class RunOrder:
         return self.rank is None
 
 
-def emission_for(engine: str) -> Emission:
-    """Return in which order an engine gains most from groups."""
-    return Emission.LEADER_AHEAD if engine == "hf" else Emission.SORTED
-
-
 def order(
     columns: Columns,
     *,
-    emission: Emission,
     cache_tokens: int = 0,
     by_prefix: bool = True,
     by_length: bool = True,
@@ -164,7 +143,7 @@ def order(
         fits = 0 < 2 * groups.distinct_bytes / _BYTES_PER_TOKEN < cache_tokens
         if shared < MIN_SHARED or fits:
             groups = None
-    places = _arrange(leaders, groups, buckets, emission=emission, cache_tokens=cache_tokens)
+    places = _arrange(leaders, groups, buckets)
     num_groups = groups.num_groups if groups is not None and places is not None else 0
     if places is None and leader is None:
         return RunOrder(rank=None, is_follower=None, num_leaders=len(leaders), shared=shared)
@@ -246,7 +225,6 @@ class _Groups:
         self.repeated_bytes = 0
         self.distinct_bytes = 0
         self.num_groups = 0
-        self.leaf_bytes = np.zeros(len(leaders), dtype=np.uint32)
         sizes = (*PREFIX_BYTES, PREFIX_BYTES[-1])
         before = 0
         for level, size in enumerate(sizes):
@@ -260,7 +238,6 @@ class _Groups:
             self.repeated_bytes += (num_shared - nodes) * (size - before)
             self.distinct_bytes += nodes * (size - before)
             self.num_groups = max(self.num_groups, nodes)
-            self.leaf_bytes[is_shared] = size
             step[~is_shared] = 0
             path = np.unique(path << np.uint64(32) | step, return_inverse=True)[1].astype(np.uint64)
             if level == 0:
@@ -275,9 +252,6 @@ def _arrange(
     leaders: "NDArray[np.uint32]",
     groups: _Groups | None,
     buckets: "NDArray[np.int8] | None",
-    *,
-    emission: Emission,
-    cache_tokens: int,
 ) -> "NDArray[np.int64] | None":
     """Return the order of the leaders, or None where it is the one they have."""
     num = len(leaders)
@@ -288,8 +262,7 @@ def _arrange(
     else:
         turn = _turns(groups.top, buckets)
         # Leaves in the order of their top groups, then of the tree, then of the file.
-        leaf_order = np.lexsort((np.arange(num), groups.leaf, turn))
-        places = _emit(leaf_order, groups, turn, emission=emission, cache_tokens=cache_tokens)
+        places = np.lexsort((np.arange(num), groups.leaf, turn))
     return None if bool((places == np.arange(num)).all()) else places
 
 
@@ -305,29 +278,3 @@ def _turns(top: "NDArray[np.int64]", buckets: "NDArray[np.int8] | None") -> "NDA
     place = np.empty(len(first), dtype=np.int64)
     place[ranked] = np.arange(len(first))
     return place[node]
-
-
-def _emit(
-    leaf_order: "NDArray[np.int64]",
-    groups: _Groups,
-    turn: "NDArray[np.int64]",
-    *,
-    emission: Emission,
-    cache_tokens: int,
-) -> "NDArray[np.int64]":
-    if emission is Emission.SORTED:
-        return leaf_order
-    leaf, top = groups.leaf[leaf_order], turn[leaf_order]
-    is_new = np.ones(len(leaf_order), dtype=np.bool_)
-    is_new[1:] = (leaf[1:] != leaf[:-1]) | (top[1:] != top[:-1])
-    group = np.cumsum(is_new) - 1
-    first = np.flatnonzero(is_new)
-    member = np.arange(len(leaf_order)) - first[group]
-    largest = int(groups.leaf_bytes.max(initial=0)) // _BYTES_PER_TOKEN
-    window = cache_tokens // 2 // max(1, largest)
-    if emission is Emission.ROUND_ROBIN or window > 2:  # noqa: PLR2004  else leaders go ahead
-        window = window or int(group.max(initial=0)) + 1
-        return leaf_order[np.lexsort((group, member, group // window))]
-    # The leader of the next group comes before the followers of this one.
-    place = 2 * group + 3 * (member > 0)
-    return leaf_order[np.lexsort((member, place))]

@@ -1,29 +1,21 @@
-"""The Hugging Face engine against one request at a time by `model.generate`.
+"""C7 and C9: the Hugging Face engine against one request at a time, and with a schema each.
 
-    python tests/benchmarks/hf.py [--model FOLDER] [--requests 64] [--pairs 3] [--json FILE]
-
-Prompts of 8 to 256 tokens and answers of 8 to 128, both log-uniform, greedy, exact lengths, 32
-slots, bfloat16, one torch thread. Pairs of both are interleaved; what counts is the CPU time of
-the process, since a shared machine's clock lies. Then the same prompts with a schema on each
-answer, every schema different, against free answers of the same number of tokens. Without
---model: the demo model where it is, and a random one of about 100 million parameters.
+C7 is the engine over `model.generate` on one prompt after the other, answers greedy and of exact
+length, for the demo model and a random one of about 100 million parameters. C9 is answers held to
+a schema, every schema different, over free answers of the same number of tokens. One torch
+thread, bfloat16; processor time of the process.
 """
 
-import argparse
-import gc
-import json
 import math
-import random
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from msgspec.structs import replace
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -32,36 +24,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from engine.chat import PromptEncoder
 from engine.config import HfConfig
+from engine.demo import model_path
 from engine.hf.engine import HfEngine
-from jobs.domain.request import Constraint, Request, SamplingParams
+from jobs.domain.request import Request
+from jobs.domain.result import Result
+from tests.benchmarks import workloads
+from tests.benchmarks.local import requests_of
+from tests.benchmarks.measuring import Row, main, num_pairs_at, pairs_of, scaled
 from tests.sources import ListSource
 
-DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
-
-
-def make_workload(num_requests: int, vocab_size: int) -> list[tuple[tuple[int, ...], int]]:
-    """Return prompts and the lengths of their answers."""
-    rng = random.Random(1)
-
-    def draw(low: int, high: int) -> int:
-        return round(math.exp(rng.uniform(math.log(low), math.log(high))))
-
-    return [
-        (
-            tuple(rng.randrange(vocab_size // 2, vocab_size) for _ in range(draw(8, 256))),
-            draw(8, 128),
-        )
-        for _ in range(num_requests)
-    ]
+SLOTS = 32
 
 
 def make_random_model(folder: Path) -> None:
-    """Write a Llama of 100 million random parameters and a tokenizer of single bytes."""
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")  # noqa: S106 -- no password
+    """Write a Llama of about 100 million random parameters with the demo model's tokenizer."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path())
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(
         LlamaConfig(
@@ -72,161 +51,143 @@ def make_random_model(folder: Path) -> None:
             num_attention_heads=12,
             num_key_value_heads=4,
             tie_word_embeddings=True,
-            max_position_embeddings=1024,
-            eos_token_id=fast.eos_token_id,
+            max_position_embeddings=2048,
+            eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
             pad_token_id=None,
         )
     )
     model.to(torch.bfloat16)
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def _byte_vocabulary() -> dict[str, int]:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    return {letter: place for place, letter in enumerate(alphabet)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    cpu: float
+    tokens: int
 
 
-def make_schemas(num_requests: int, *, first: int = 0) -> list[Constraint]:
-    """Return schemas that are all different and hold about 30 to 60 tokens of JSON."""
-    return [
-        Constraint(
-            "json_schema",
-            json.dumps(
-                {
-                    "type": "object",
-                    "properties": {
-                        f"name_{i}": {"type": "string", "pattern": "^[a-z]{12,20}$"},
-                        "kind": {"enum": [f"alpha{i}", f"beta{i}"]},
-                        "count": {"type": "integer", "minimum": 0, "maximum": 9999},
-                        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 4},
-                    },
-                    "required": [f"name_{i}", "kind", "count", "tags"],
-                    "additionalProperties": False,
-                }
-            ),
+class Arms:
+    """A model in the engine, and by itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._engine = HfEngine(
+            HfConfig(model=str(folder), slots=SLOTS, num_blocks=1024, device="cpu")
         )
-        for i in range(first, first + num_requests)
-    ]
+        self._alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self._alone.generation_config.eos_token_id = None
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        self._encoder = PromptEncoder(tokenizer, vocab_size=len(tokenizer))
 
-
-def measure(folder: Path, *, num_requests: int, num_pairs: int) -> dict[str, object]:
-    """Return the ratios for one model."""
-    engine = HfEngine(HfConfig(model=str(folder), slots=32, num_blocks=640, device="cpu"))
-    alone: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    alone.generation_config.eos_token_id = None
-    workload = make_workload(num_requests, alone.config.vocab_size)
-    num_tokens = sum(length for _, length in workload)
-
-    def run_engine(requests: Sequence[Request]) -> tuple[float, int]:
+    def run(self, requests: Sequence[Request]) -> tuple[Took, list[Result]]:
         start = time.process_time()
-        said = sum(r.usage.completion_tokens for r in engine.generate(ListSource(requests)))
-        return time.process_time() - start, said
+        results = list(self._engine.generate(ListSource(requests)))
+        spent = time.process_time() - start
+        return Took(cpu=spent, tokens=sum(r.usage.completion_tokens for r in results)), results
 
     @torch.inference_mode()
-    def run_alone() -> float:
+    def run_alone(self, requests: Sequence[Request]) -> Took:
+        tokens = 0
         start = time.process_time()
-        for prompt, length in workload:
-            given = torch.tensor([prompt])
-            alone.generate(
+        for request in requests:
+            given = torch.tensor([self._encoder.encode(request)])
+            said = self._alone.generate(
                 given,
                 attention_mask=torch.ones_like(given),
                 generation_config=GenerationConfig(
-                    max_new_tokens=length, do_sample=False, eos_token_id=None, pad_token_id=0
+                    max_new_tokens=request.sampling.max_tokens,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
                 ),
             )
-        return time.process_time() - start
+            tokens += said.shape[1] - given.shape[1]
+        return Took(cpu=time.process_time() - start, tokens=tokens)
 
-    greedy = [
-        Request(
-            id=i,
-            prompt=prompt,
-            sampling=SamplingParams(max_tokens=length, temperature=0, ignore_eos=True),
-        )
-        for i, (prompt, length) in enumerate(workload)
-    ]
-    run_engine(greedy[:4])
-    ratios: list[float] = []
-    speeds: list[float] = []
-    for _ in range(num_pairs):
-        slow = run_alone()
-        fast, said = run_engine(greedy)
-        if said != num_tokens:
-            raise SystemExit(f"the engine made {said} tokens instead of {num_tokens}")
-        ratios.append(slow / fast)
-        speeds.append(num_tokens / fast)
-    kept_ratios: list[float] = []
+
+def batched(arms: Arms, name: str, *, num_requests: int, shrink: float, num_pairs: int) -> Row:
+    """Return C7 for one model."""
+    asked = requests_of(list(workloads.chat(num_requests, shrink=shrink)))
+    arms.run(asked[:4])
+    pairs = pairs_of(
+        lambda _: arms.run(asked)[0],
+        lambda _: arms.run_alone(asked),
+        num_pairs=num_pairs,
+    )
+    for together, alone in pairs:
+        assert together.tokens == alone.tokens
+    speed = sorted(together.tokens / together.cpu for together, _ in pairs)[len(pairs) // 2]
+    return Row(
+        id=f"C7 {name}",
+        what=f"hf engine ÷ one at a time, {name}",
+        values=[alone.cpu / together.cpu for together, alone in pairs],
+        must=4,
+        goal=7,
+        note=f"W1 x {shrink}, {num_requests} requests, {pairs[0][0].tokens} answer tokens, {SLOTS} "
+        f"slots, {speed:.0f} tokens per second of processor time",
+    )
+
+
+def constrained(arms: Arms, *, num_requests: int, num_pairs: int) -> Row:
+    """Return C9."""
+    values, tokens, misfits = [], 0, 0
     for pair in range(num_pairs):
         # Every schema is new to the engine, as in a batch where all differ.
-        schemas = make_schemas(num_requests, first=pair * num_requests)
-        held = [
-            Request(
-                id=i,
-                prompt=prompt,
-                constraint=constraint,
-                sampling=SamplingParams(temperature=1.0, seed=i, max_tokens=200),
-            )
-            for i, ((prompt, _), constraint) in enumerate(zip(workload, schemas, strict=True))
-        ]
-        lengths: dict[int, int] = {}
-        start = time.process_time()
-        for result in engine.generate(ListSource(held)):
-            lengths[result.id] = result.usage.completion_tokens
-        constrained = time.process_time() - start
+        held = requests_of(list(workloads.schemas(num_requests, seed=pair, shrink=0.5)))
+        took, results = arms.run(held)
+        lengths = {result.id: result.usage.completion_tokens for result in results}
+        misfits += sum(result.constraint != "enforced" for result in results)
         free = [
-            Request(
-                id=i,
-                prompt=prompt,
-                sampling=SamplingParams(
-                    temperature=1.0, seed=i, max_tokens=lengths[i], ignore_eos=True
-                ),
+            replace(
+                request,
+                constraint=None,
+                sampling=replace(request.sampling, max_tokens=lengths[request.id], ignore_eos=True),
             )
-            for i, (prompt, _) in enumerate(workload)
+            for request in held
         ]
-        kept_ratios.append(run_engine(free)[0] / constrained)
-    parameters = sum(p.numel() for p in alone.parameters())
-    return {
-        "model": str(folder),
-        "parameters": parameters,
-        "requests": num_requests,
-        "output_tokens": num_tokens,
-        "engine_over_one_by_one": statistics.median(ratios),
-        "engine_over_one_by_one_all": [round(ratio, 2) for ratio in ratios],
-        "engine_tokens_per_cpu_second": statistics.median(speeds),
-        "constrained_over_free": statistics.median(kept_ratios),
-        "constrained_over_free_all": [round(ratio, 3) for ratio in kept_ratios],
-    }
+        free_took, _ = arms.run(free)
+        assert free_took.tokens == took.tokens
+        values.append(free_took.cpu / took.cpu)
+        tokens = took.tokens
+    return Row(
+        id="C9",
+        what="constrained ÷ free, every schema different",
+        values=values,
+        must=0.93,
+        goal=0.98,
+        note=f"W8, {num_requests} requests, {tokens} tokens, {SLOTS} slots, demo model (its steps "
+        f"are short, so masks weigh most); {misfits} answers without full enforcement",
+    )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, action="append")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def measure(size: float) -> list[Row]:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = list(arguments.model or [])
-        if not folders:
-            if (DEMO / "config.json").exists():
-                folders.append(DEMO)
-            random_model = Path(temporary) / "random-100m"
-            make_random_model(random_model)
-            folders.append(random_model)
-        found = []
-        for folder in folders:
-            found.append(
-                measure(folder, num_requests=arguments.requests, num_pairs=arguments.pairs)
+    demo = Arms(model_path())
+    rows = [
+        batched(
+            demo,
+            "demo model",
+            num_requests=scaled(128, size, least=8),
+            shrink=0.3,
+            num_pairs=num_pairs_at(3, size),
+        ),
+        constrained(demo, num_requests=scaled(64, size, least=8), num_pairs=num_pairs_at(5, size)),
+    ]
+    del demo
+    with tempfile.TemporaryDirectory() as folder:
+        make_random_model(Path(folder))
+        rows.append(
+            batched(
+                Arms(Path(folder)),
+                "100M parameters",
+                num_requests=scaled(48, math.sqrt(size), least=4),
+                shrink=0.2,
+                num_pairs=num_pairs_at(3, size),
             )
-            sys.stdout.write(json.dumps(found[-1], indent=2) + "\n")
-            sys.stdout.flush()
-            gc.collect()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        )
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)

@@ -1,8 +1,4 @@
-"""Peak memory of every process of `batchctl run`: many lines against few, simulated engine.
-
-Prints the ratio for each process; also the CPU time per request of the control plane.
-Usage: python -m tests.benchmarks.memory [MANY] [FEW]
-"""
+"""C10: peak memory of every process of `batchctl run`, many lines against few, simulated engine."""
 
 import json
 import os
@@ -13,6 +9,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from tests.benchmarks.measuring import Row, main, scaled
 
 CHAT = "/v1/chat/completions"
 _SAMPLE_SECONDS = 0.1
@@ -34,7 +32,7 @@ def role_of(process: psutil.Process) -> str:
     return next((name for name in ("engine.host", "engine.sandbox") if name in command), "batchctl")
 
 
-def measure(num_lines: int) -> tuple[dict[str, int], dict[str, float]]:
+def measure_one(num_lines: int) -> tuple[dict[str, int], dict[str, float]]:
     """Return the peak resident bytes and the CPU seconds of each process, by role."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.jsonl"
@@ -68,24 +66,30 @@ def measure(num_lines: int) -> tuple[dict[str, int], dict[str, float]]:
         return peaks, seconds
 
 
-def main(many: int, few: int) -> None:
-    few_peaks, few_seconds = measure(few)
-    many_peaks, many_seconds = measure(many)
-    for role in sorted(many_peaks):
-        if role not in few_peaks:
-            continue
-        ratio = many_peaks[role] / few_peaks[role]
-        print(
-            f"peak memory of {role}: {few_peaks[role] / 2**20:.0f} MiB at {few} lines, "
-            f"{many_peaks[role] / 2**20:.0f} MiB at {many}: ratio {ratio:.2f} (must 1.2)"
+def measure(size: float) -> list[Row]:
+    """Return C10 for each process, and what the control plane's costs for each request."""
+    many, few = scaled(1_000_000, size, least=2000), scaled(10_000, size, least=500)
+    few_peaks, few_seconds = measure_one(few)
+    many_peaks, many_seconds = measure_one(many)
+    rows = []
+    for role in sorted(set(many_peaks) & set(few_peaks)):
+        spent = (many_seconds[role] - few_seconds.get(role, 0)) / (many - few) * 1e6
+        rows.append(
+            Row(
+                id=f"C10 {role}",
+                what=f"peak memory of {role}, {many:,} lines ÷ {few:,}",
+                values=[many_peaks[role] / few_peaks[role]],
+                must=1.3,
+                goal=1.1,
+                less=True,
+                exact=True,
+                note=f"`batchctl run`, simulated engine: {few_peaks[role] / 2**20:.0f} and "
+                f"{many_peaks[role] / 2**20:.0f} MiB resident; {spent:.0f} µs of processor time "
+                "per request",
+            )
         )
-    for role in sorted(many_seconds):
-        per_line = (many_seconds[role] - few_seconds.get(role, 0)) / (many - few) * 1e6
-        print(f"CPU of {role}: {per_line:.1f} us per request, all in")
+    return rows
 
 
 if __name__ == "__main__":
-    main(
-        int(sys.argv[1]) if len(sys.argv) > 1 else 200_000,
-        int(sys.argv[2]) if len(sys.argv) > 2 else 10_000,
-    )
+    main(measure)

@@ -317,6 +317,47 @@ def test_shared_prefix_is_computed_once_and_counted(engine: HfEngine, ask: Ask) 
     assert results[12].usage.cached_tokens == 64
 
 
+@pytest.mark.parametrize("batch_tokens", [512, 64], ids=["at once", "in pieces"])
+def test_a_beginning_shared_by_requests_that_start_together_is_computed_once(
+    tiny_model: Path, ask: Ask, batch_tokens: int
+) -> None:
+    shared = prompts(160)[0]  # ten blocks, and three more tokens of each one's own
+    asked = [Request(id=i, prompt=(*shared, 7, 8, 10 + i), sampling=GREEDY) for i in range(8)]
+    engine = HfEngine(config_of(tiny_model, slots=8, batch_tokens=batch_tokens, num_blocks=128))
+    results = ask(engine, asked)
+    found = sorted(result.usage.cached_tokens for result in results.values())
+    assert found == [0, *[160] * 7]
+    for request in asked:
+        (alone,) = ask(HfEngine(config_of(tiny_model)), [request]).values()
+        assert results[request.id].text == alone.text
+    engine.close()
+
+
+def test_groups_that_share_a_small_cache_compute_their_beginnings_once(
+    tiny_model: Path, ask: Ask
+) -> None:
+    # Ten blocks each, which with their answers fill the cache: were the leaders of all groups let
+    # in at once, they would be gone before the others of their groups find room.
+    shared = [tuple(20 + (31 * group + n) % 600 for n in range(160)) for group in range(6)]
+    asked = [Request(id=i, prompt=(*shared[i // 3], 10 + i), sampling=GREEDY) for i in range(6 * 3)]
+    engine = HfEngine(config_of(tiny_model, slots=16, batch_tokens=512, num_blocks=40))
+    results = ask(engine, asked)
+    computed = [i for i, result in sorted(results.items()) if not result.usage.cached_tokens]
+    assert computed == [0, 3, 6, 9, 12, 15]
+    engine.close()
+
+
+def test_who_waits_for_a_shared_beginning_goes_on_when_its_leader_is_dropped(
+    tiny_model: Path, ask: Ask
+) -> None:
+    shared = prompts(400)[0]
+    asked = [Request(id=i, prompt=(*shared, 10 + i), sampling=GREEDY) for i in range(4)]
+    # A step takes 16 tokens, so the first is far from its end when it is dropped.
+    engine = HfEngine(config_of(tiny_model, batch_tokens=16))
+    assert set(ask(engine, asked, aborted=[0])) >= {1, 2, 3}
+    engine.close()
+
+
 def test_progress_counts_tokens(engine: HfEngine, ask: Ask) -> None:
     before = engine.progress()
     ask(engine, [Request(id=1, prompt=prompts(200)[0], sampling=GREEDY)])

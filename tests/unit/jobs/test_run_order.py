@@ -14,7 +14,6 @@ from jobs import finalizer
 from jobs.audit import audit
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BlobCorrupt
-from jobs.domain.request import Capabilities
 from jobs.domain.shard import RUN_ORDER_FORMAT, UnitKind, count_bits
 from jobs.domain.suspects import CAREFUL_STALLS
 from jobs.feed import FeedSettings
@@ -29,7 +28,6 @@ from tests.builders import (
     Worker,
     await_set,
     await_true,
-    describe,
     ids_of,
     make_line,
     make_lines,
@@ -98,23 +96,6 @@ def test_groups_run_together_and_answers_come_back_in_the_order_of_the_file(
     assert ids_of(output) == ids_in(lines)
     for line, content in zip(lines, contents_of(output), strict=True):
         assert content == "re: " + json.loads(line)["body"]["messages"][0]["content"]
-
-
-def test_an_engine_that_shares_late_gets_leaders_first(bench: Bench) -> None:
-    def as_hf(name: str) -> Capabilities:
-        found = describe(name)
-        return Capabilities(
-            model=found.model, engine="hf", parameters=found.parameters, fingerprint="x"
-        )
-
-    bench.submit(join(shuffled_groups(3, 3)))
-    bench.plan(describe=as_hf)
-    engine = ScriptedEngine(slots=1)
-    with Worker(bench, engine) as worker:
-        worker.result()
-    groups = [text.split(" ")[1] for text in engine.asked]
-    first, second, third = dict.fromkeys(groups)
-    assert groups == [first, second, first, first, third, second, second, third, third]
 
 
 def test_equal_requests_run_once_and_each_gets_its_answer(bench: Bench) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.domain.plan import MAX_FOLLOWERS, Columns, Emission, RunOrder, emission_for, order
+from jobs.domain.plan import MAX_FOLLOWERS, Columns, RunOrder, order
 
 SHARED = 1200
 
@@ -61,19 +61,19 @@ def groups_of(found: RunOrder, prompts: list[str]) -> list[str]:
 
 def test_lines_that_share_nothing_stay_as_they_are() -> None:
     prompts = [f"{hashlib.sha256(str(n).encode()).hexdigest() * 20} {n}" for n in range(50)]
-    assert order(make_columns(prompts), emission=Emission.SORTED).is_arrival
-    assert order(make_columns([]), emission=Emission.SORTED).is_arrival
+    assert order(make_columns(prompts)).is_arrival
+    assert order(make_columns([])).is_arrival
 
 
 def test_one_beginning_of_all_lines_is_no_reason_for_another_order() -> None:
-    found = order(make_columns(grouped(1, 30)), emission=Emission.SORTED)
+    found = order(make_columns(grouped(1, 30)))
     assert found.is_arrival
     assert found.shared > 0.5
 
 
 def test_groups_run_one_after_the_other_in_the_order_they_arrive() -> None:
     prompts = grouped(5, 8)
-    found = order(make_columns(prompts), emission=Emission.SORTED)
+    found = order(make_columns(prompts))
     ran = groups_of(found, prompts)
     first = list(dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts))
     assert ran == [group for group in first for _ in range(8)]
@@ -82,38 +82,21 @@ def test_groups_run_one_after_the_other_in_the_order_they_arrive() -> None:
     assert inside == sorted(inside)
 
 
-def test_leaders_go_ahead_of_the_group_in_front() -> None:
-    prompts = grouped(3, 3)
-    found = order(make_columns(prompts), emission=Emission.LEADER_AHEAD)
-    a, b, c = dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts)
-    assert groups_of(found, prompts) == [a, b, a, a, c, b, b, c, c]
-
-
-def test_groups_take_turns_as_far_as_the_cache_has_room() -> None:
-    prompts = grouped(4, 3)
-    found = order(make_columns(prompts), emission=Emission.ROUND_ROBIN)
-    names = list(dict.fromkeys(prompt.split(" ", 1)[0] for prompt in prompts))
-    assert groups_of(found, prompts) == names * 3
-    # Room for three prefixes of 256 tokens: three groups take turns, then the last one runs.
-    some = order(make_columns(prompts), emission=Emission.ROUND_ROBIN, cache_tokens=3 * 2 * 256)
-    assert groups_of(some, prompts) == names[:3] * 3 + names[3:] * 3
-
-
 def test_a_cache_that_holds_every_group_needs_no_order() -> None:
     columns = make_columns(grouped(4, 5))
-    assert order(columns, emission=Emission.SORTED, cache_tokens=10**6).is_arrival
-    assert not order(columns, emission=Emission.SORTED, cache_tokens=1000).is_arrival
+    assert order(columns, cache_tokens=10**6).is_arrival
+    assert not order(columns, cache_tokens=1000).is_arrival
 
 
 def test_long_answers_go_first_in_three_classes() -> None:
     lengths = [16, 4000, 200] * 20
-    found = order(make_columns(["x"] * 60, lengths=lengths), emission=Emission.SORTED)
+    found = order(make_columns(["x"] * 60, lengths=lengths))
     ran = [lengths[n] for n in sequence(found)]
     assert ran == [4000] * 20 + [200] * 20 + [16] * 20
     alike = make_columns(["x"] * 60, lengths=[100] * 60)
-    assert order(alike, emission=Emission.SORTED).is_arrival
+    assert order(alike).is_arrival
     unknown = make_columns(["x"] * 60, lengths=[0] * 40 + [16, 4000] * 10)
-    assert order(unknown, emission=Emission.SORTED).is_arrival
+    assert order(unknown).is_arrival
 
 
 def test_a_group_goes_where_its_longest_answer_belongs() -> None:
@@ -121,13 +104,13 @@ def test_a_group_goes_where_its_longest_answer_belongs() -> None:
     lengths = [16] * 12
     late = prompts[-1].split(" ", 1)[0]
     lengths[-1] = 4000
-    found = order(make_columns(prompts, lengths=lengths), emission=Emission.SORTED)
+    found = order(make_columns(prompts, lengths=lengths))
     assert groups_of(found, prompts)[:4] == [late] * 4
 
 
 def test_equal_lines_run_once_and_the_first_one_leads() -> None:
     keys = ["a", "b", "a", None, None, "b", "a"]
-    found = order(make_columns(["x"] * 7, keys=keys), emission=Emission.SORTED)
+    found = order(make_columns(["x"] * 7, keys=keys))
     assert sequence(found) == [0, 1, 3, 4]
     assert found.num_leaders == 4
     assert found.rank is not None
@@ -136,7 +119,7 @@ def test_equal_lines_run_once_and_the_first_one_leads() -> None:
 
 def test_a_line_leads_a_bounded_number_of_others() -> None:
     num = 3 * (MAX_FOLLOWERS + 1) + 5
-    found = order(make_columns(["x"] * num, keys=["a"] * num), emission=Emission.SORTED)
+    found = order(make_columns(["x"] * num, keys=["a"] * num))
     assert found.num_leaders == 4
     assert found.rank is not None
     assert np.bincount(found.rank).tolist() == [MAX_FOLLOWERS + 1] * 3 + [5]
@@ -144,13 +127,8 @@ def test_a_line_leads_a_bounded_number_of_others() -> None:
 
 def test_both_can_be_switched_off() -> None:
     columns = make_columns(grouped(4, 5), lengths=[16, 4000] * 10)
-    found = order(columns, emission=Emission.SORTED, by_prefix=False, by_length=False)
+    found = order(columns, by_prefix=False, by_length=False)
     assert found.is_arrival
-
-
-def test_each_engine_gets_the_order_that_helps_it() -> None:
-    assert emission_for("vllm") is Emission.SORTED
-    assert emission_for("hf") is Emission.LEADER_AHEAD
 
 
 @given(
@@ -158,17 +136,16 @@ def test_each_engine_gets_the_order_that_helps_it() -> None:
         st.tuples(st.integers(0, 6), st.one_of(st.none(), st.integers(0, 5)), st.integers(0, 5000)),
         max_size=60,
     ),
-    emission=st.sampled_from(list(Emission)),
     cache_tokens=st.sampled_from([0, 300, 3000]),
 )
 def test_every_line_runs_once_or_follows_an_equal_one(
-    kinds: list[tuple[int, int | None, int]], emission: Emission, cache_tokens: int
+    kinds: list[tuple[int, int | None, int]], cache_tokens: int
 ) -> None:
     texts = grouped(7, 1)
     prompts = [texts[group] + str(number) for number, (group, _, _) in enumerate(kinds)]
     keys = [None if key is None else str(key) for _, key, _ in kinds]
     columns = make_columns(prompts, keys=keys, lengths=[length for _, _, length in kinds])
-    found = order(columns, emission=emission, cache_tokens=cache_tokens)
+    found = order(columns, cache_tokens=cache_tokens)
     if found.rank is None:
         assert len({key for key in keys if key}) == sum(key is not None for key in keys)
         return
