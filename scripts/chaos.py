@@ -177,11 +177,14 @@ class Monkey:
         targets = self._targets(kind)
         if not targets:
             return False
+        num_killed = 0
         for one in rng.choice(targets):
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-        self._tally.note(self._tally.kills, kind)
-        return True
+                num_killed += 1
+        if num_killed:
+            self._tally.note(self._tally.kills, kind)
+        return num_killed > 0
 
     def pause(self, kind: str, rng: random.Random) -> bool:
         """Stop something of this kind for a while; return whether there was something."""
@@ -194,17 +197,22 @@ class Monkey:
         ]
         if not targets:
             return False
-        self.stop(rng.choice(targets), seconds=rng.uniform(0.2, _LONGEST_PAUSE_SECONDS), kind=kind)
-        return True
+        seconds = rng.uniform(0.2, _LONGEST_PAUSE_SECONDS)
+        return self.stop(rng.choice(targets), seconds=seconds, kind=kind)
 
-    def stop(self, group: Sequence[psutil.Process], *, seconds: float, kind: str) -> None:
-        """Stop processes, which go on after so many seconds."""
+    def stop(self, group: Sequence[psutil.Process], *, seconds: float, kind: str) -> bool:
+        """Stop processes, which go on after so many seconds; return whether there was one."""
+        stopped = []
         for one in group:
             with suppress(psutil.NoSuchProcess):
                 one.suspend()
+                stopped.append(one)
+        if not stopped:
+            return False
         with self._lock:
-            self._paused.append((time.monotonic() + seconds, list(group)))
+            self._paused.append((time.monotonic() + seconds, stopped))
         self._tally.note(self._tally.pauses, kind)
+        return True
 
     def let_go(self, *, everybody: bool = False) -> None:
         """Let those go on whose time has come."""
@@ -329,30 +337,41 @@ class Customer:
     def _buy(self, client: Client) -> None:
         waiting = list(self._jobs)
         unfinished: list[Job] = []
-        uncancelled = [job for job in self._jobs if job.fate == "cancelled"]
-        while (waiting or uncancelled) and not self._ending.wait(_LOOK_SECONDS):
+        to_be_stopped = [job for job in self._jobs if job.fate != "completed"]
+        while (waiting or to_be_stopped) and not self._ending.wait(_LOOK_SECONDS):
             if waiting and len(unfinished) < _NUM_UNFINISHED:
                 job = waiting.pop(0)
                 self._submit(client, job)
                 unfinished.append(job)
             for job in unfinished[:]:
                 batch = client.get_batch(job.batch_id)
-                if batch.status in TERMINAL_STATUSES:
+                if job.fate == "expired" and batch.is_terminal and not batch.request_counts.total:
+                    # Its window ended before its lines were known: nothing was accepted.
+                    job.unplanned.append(job.batch_id)
+                    job.window_seconds *= 2
+                    self._submit(client, job)
+                elif batch.is_terminal:
                     unfinished.remove(job)
-                elif job in uncancelled and batch.request_counts.completed > job.num_lines / 10:
+                    if job in to_be_stopped:
+                        to_be_stopped.remove(job)
+                elif (
+                    job.fate == "cancelled"
+                    and job in to_be_stopped
+                    and batch.request_counts.completed > job.num_lines / 10
+                ):
                     client.cancel_batch(job.batch_id)
-                    uncancelled.remove(job)
-            self.has_submitted = not waiting
+                    to_be_stopped.remove(job)
+        self.has_submitted = not self._ending.is_set()
 
     def _submit(self, client: Client, job: Job) -> None:
         job.write()
         # The same key at each try, so that a try whose answer was lost makes no second batch.
-        key = f"chaos-{job.number}"
+        key = f"chaos-{job.number}-{len(job.unplanned)}"
         file = client.upload(Upload.from_path(job.path), idempotency_key=f"{key}-file")
         job.batch_id = client.create_batch(
             input_file_id=file.id,
             endpoint="/v1/chat/completions",
-            completion_window=job.window,
+            completion_window=f"{job.window_seconds}s",
             idempotency_key=key,
             priority=job.priority,
         ).id
@@ -504,8 +523,10 @@ class Run:
             monkey.let_go()
             if self._look(books, customer):
                 return
-            is_due = self._num_done > _SPREAD * self.num_lines * (num_cards - len(deck)) / num_cards
-            if not (deck and is_due and self._num_done and time.monotonic() > next_at):
+            if not (deck and self._num_done and time.monotonic() > next_at):
+                continue
+            share = (num_cards - len(deck)) / num_cards
+            if self._num_done < _SPREAD * self.num_lines * share:
                 continue
             next_at = time.monotonic() + self._rng.uniform(0.0, _LONGEST_GAP_SECONDS)
             self._play(deck, monkey)
@@ -554,14 +575,15 @@ class Run:
             self._told_at = now
             tell(
                 f"{self._num_done:,} of {self.num_lines:,} lines, "
-                f"{num_ended} of {len(self.jobs)} batches, {self.tally.kills.total()} kills, "
+                f"{num_ended} of {max(len(rows), len(self.jobs))} batches, "
+                f"{self.tally.kills.total()} kills, "
                 f"{self.tally.pauses.total()} pauses, {self.seconds:.0f} s"
             )
         if now - self._moved_at > _STUCK_SECONDS:
             raise Failed(f"nothing has moved for {_STUCK_SECONDS:.0f} s: {rows}")
         if now > self._until:
             raise Failed(f"it has not ended in {self.seconds / 60:.0f} minutes: {rows}")
-        return customer.has_submitted and num_ended == len(self.jobs)
+        return customer.has_submitted and num_ended == len(rows)
 
     def _settle(self, books: Books, url: str) -> None:
         """Wait until the API and the database answer again, now that nobody harms them."""
@@ -661,7 +683,7 @@ def make_jobs(num_lines: int, folder: Path) -> Iterator[Job]:
         if job.fate == "cancelled":
             job.num_lines, job.content = slow, "[[tokens=100]]"
         elif job.fate == "expired":
-            job.num_lines, job.window, job.content = slow, "20s", "[[tokens=800]]"
+            job.num_lines, job.window_seconds, job.content = slow, 20, "[[tokens=800]]"
         elif number == _NUM_BATCHES - 1:
             job.num_lines = num_lines - 2 * slow - each * (_NUM_BATCHES - 3)
         yield job
@@ -734,6 +756,7 @@ def report(run: Run, findings: Findings, generated: int) -> dict[str, object]:
         "finalizers_hit": run.num_in_the_middle,
         "tokens_generated": generated,
         "tokens_not_kept": repeated,
+        "ended_by_themselves": run.own_deaths,
         "lost": len(findings.lost),
         "doubled": len(findings.doubled),
         "problems": findings.problems,

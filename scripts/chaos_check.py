@@ -30,9 +30,10 @@ class Job:
     fate: Fate
     path: Path
     priority: int = 0
-    window: str = "24h"
+    window_seconds: int = 86_400
     content: str = "tell"
     batch_id: str = ""
+    unplanned: list[str] = field(default_factory=list)  # whose window ended before they were read
 
     def custom_id(self, index: int) -> str:
         """Return the id of a line."""
@@ -142,7 +143,7 @@ def check(books: Books, client: Client, jobs: Sequence[Job], folder: Path) -> Fi
     """Download the files of every batch into `folder` and compare all that is known of it."""
     findings = Findings()
     folder.mkdir(exist_ok=True)
-    known = {job.batch_id for job in jobs}
+    known = {one for job in jobs for one in (job.batch_id, *job.unplanned)}
     made = {str(row[0]) for row in books.rows("SELECT id FROM batches")}
     findings.expect(found=made - known, wanted=set(), what="batches that nobody asked for")
     for job in jobs:
