@@ -26,7 +26,6 @@ MAX_FOLLOWERS = 255
 MIN_SHARED = 0.1
 """Share of the prompts' bytes that must be repeated before grouping is worth another order."""
 _MIN_STEM_BYTES = 64
-_BYTES_PER_TOKEN = 4
 _MIN_SPREAD = 2
 """Answers are told apart by length when the longest third is so many doublings above the rest."""
 _PARTS = 16
@@ -140,7 +139,9 @@ def order(
     if by_prefix:
         groups = _Groups(rows["prefixes"], leaders)
         shared = groups.repeated_bytes / max(1, columns.num_bytes)
-        fits = 0 < 2 * groups.distinct_bytes / _BYTES_PER_TOKEN < cache_tokens
+        # A token is a byte at least, and what is shared goes on for up to as long again behind
+        # the longest beginning that was compared.
+        fits = 0 < 2 * groups.distinct_bytes < cache_tokens
         if shared < MIN_SHARED or fits:
             groups = None
     places = _arrange(leaders, groups, buckets)

@@ -24,10 +24,11 @@ PAGE = 32
 _SEEDS = 3
 
 
-def make(num_lines: int, seed: int, *, share: float = 0.9) -> list[bytes]:
-    # Of one length as text whatever the seed is, so that both arms of a pair are as much work.
+def make(num_lines: int, seed: int, *, is_planned: bool, share: float = 0.9) -> list[bytes]:
+    """Return lines for one arm of a pair: as long as those of the other, and of other texts."""
+    salt = 2 if is_planned else 1
     return list(
-        workloads.shared_prefix(num_lines, seed=1000 + seed, share=share, num_groups=NUM_GROUPS)
+        workloads.shared_prefix(num_lines, seed=seed, salt=salt, share=share, num_groups=NUM_GROUPS)
     )
 
 
@@ -83,7 +84,8 @@ def count(local: Local, prompts: Prompts, num_lines: int) -> tuple[list[float], 
     """Return computed ÷ least, in the planner's order and as they arrive."""
     planned, arrived = [], []
     for seed in range(_SEEDS):
-        lines, others = make(num_lines, 2 * seed), make(num_lines, 2 * seed + 1)
+        lines = make(num_lines, seed, is_planned=True)
+        others = make(num_lines, seed, is_planned=False)
         planned.append(computed(local.run(lines)) / prompts.minimum(lines))
         arrived.append(computed(local.run(others, limits=ARRIVAL)) / prompts.minimum(others))
     return planned, arrived
@@ -129,7 +131,7 @@ def compare(local: Local, num_lines: int, num_pairs: int, note: str) -> list[Row
     ):
 
         def arm(seed: int, *, is_planned: bool, share: float = share) -> Spent:
-            lines = make(num_lines, 100 + 2 * seed + is_planned, share=share)
+            lines = make(num_lines, 100 + seed, is_planned=is_planned, share=share)
             return local.run(lines, limits=None if is_planned else ARRIVAL)
 
         pairs = pairs_of(

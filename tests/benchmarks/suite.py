@@ -199,8 +199,8 @@ def main() -> None:
                 failed = True
             else:
                 rows.append(row)
-    if arguments.size == 1:
-        write(rows)
+        if arguments.size == 1:
+            write(rows)
     print(render(sorted(rows, key=order_of)))
     sys.exit(int(failed))
 

@@ -83,17 +83,17 @@ def shared_prefix(
     share: float = 0.9,
     num_groups: int = 8,
     answer: int = 16,
+    salt: int = 0,
 ) -> Iterator[bytes]:
     """W3: groups with 384 to 1,200 tokens in common, `share` of each prompt; zipf sizes, shuffled.
 
-    With share 0 the prompts are as long, and have nothing in common.
+    With share 0 the prompts are as long, and have nothing in common. Two salts of equally many
+    digits make prompts of the same lengths that share nothing with one another.
     """
     rng = random.Random(f"W3 {seed}")
     lengths = [rng.uniform(384, 1200) * shrink for _ in range(num_groups)]
     beginnings = [
-        # The number keeps runs of several seeds from sharing anything with one another.
-        f"{seed}.{group} {_words(rng, length)}"
-        for group, length in enumerate(lengths)
+        f"{salt}.{seed}.{group} {_words(rng, length)}" for group, length in enumerate(lengths)
     ]
     weights = [1 / (1 + group) for group in range(num_groups)]
     for number in range(num_lines):
@@ -104,7 +104,11 @@ def shared_prefix(
             yield _line(number, model, own, answer, system=beginnings[group])
         else:
             yield _line(
-                number, model, "go on", answer, system=f"{seed}.{number} {_words(rng, length)}"
+                number,
+                model,
+                "go on",
+                answer,
+                system=f"{salt}.{seed}.{number} {_words(rng, length)}",
             )
 
 

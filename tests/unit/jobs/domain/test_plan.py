@@ -88,6 +88,11 @@ def test_a_cache_that_holds_every_group_needs_no_order() -> None:
     assert not order(columns, cache_tokens=1000).is_arrival
 
 
+def test_groups_fit_a_cache_only_where_they_do_with_a_token_for_each_byte() -> None:
+    prompts = grouped(4, 5)
+    assert not order(make_columns(prompts), cache_tokens=4 * SHARED).is_arrival
+
+
 def test_long_answers_go_first_in_three_classes() -> None:
     lengths = [16, 4000, 200] * 20
     found = order(make_columns(["x"] * 60, lengths=lengths))
