@@ -18,7 +18,7 @@ from tests.benchmarks.suite import OUTPUT, Summary, bound, verdict
 PAGE = ROOT / "docs" / "performance.md"
 FOLDER = ROOT / "docs" / "performance"
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
-_LEFT, _WIDTH, _RIGHT = 430, 420, 110
+_LEFT, _WIDTH, _RIGHT = 520, 420, 80
 _ROW, _TOP = 26, 34
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#444}.value{fill:#111;font-weight:600}"
@@ -127,7 +127,8 @@ def main() -> None:
             continue
         drawn = [row for row in chosen if row["must"] is not None or row["goal"] is not None]
         (FOLDER / f"{name}.svg").write_text(draw(drawn))
-        text = replace_between(text, name, table(chosen))
+        image = f"![each row against what it must reach](performance/{name}.svg)"
+        text = replace_between(text, name, f"{image}\n\n{table(chosen)}")
     PAGE.write_text(text)
 
 
