@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
   --ignore=tests/vllm --ignore=tests/remote --ignore=tests/airflow
 
-.PHONY: help install demo fleet chaos test test-all check bench bench-memory bench-peers clean
+.PHONY: help install demo fleet chaos test test-all check bench bench-control bench-memory bench-peers clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -43,6 +43,11 @@ check: ## style, types and the direction of imports
 bench: ## what is measured against what it must reach, in half an hour; BENCH_ANYWAY=1 on a busy machine
 	@sh scripts/bootstrap.sh test
 	@PYTHONPATH=. .venv/bin/python -m tests.benchmarks.suite
+
+bench-control: ## commits and claims per second, CPU per request, how long a killed worker's work waits
+	@sh scripts/bootstrap.sh test
+	@PYTHONPATH=. .venv/bin/python -m tests.benchmarks.control_plane
+	@PYTHONPATH=. .venv/bin/python -m tests.benchmarks.resume
 
 bench-memory: ## the same for memory: a million lines against ten thousand
 	@sh scripts/bootstrap.sh test

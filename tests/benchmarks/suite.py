@@ -30,7 +30,7 @@ OUTPUT = ROOT / "build" / "bench.json"
 PARTS = {
     "end_to_end": ("C1",),
     "fleet": ("C2",),
-    "control_plane": ("C3",),
+    "cpu": ("C3",),
     "ingest": ("C4",),
     "prefixes": ("C5", "C6"),
     "hf": ("C7", "C9"),
