@@ -73,7 +73,8 @@ def test_killing_the_engine_alone_costs_only_what_was_in_flight(bench: Bench) ->
     assert process.wait(timeout=120) == 0, bench.stderr()
     assert bench.custom_ids() == [f"r{n}" for n in range(2000)]
     repeated = bench.generated_tokens() - bench.usage_tokens()
-    assert 0 <= repeated <= 32 * 16, "at most what the slots held"
+    # And the token by which the new engine shows that it works.
+    assert 0 <= repeated <= 32 * 16 + 1, "at most what the slots held"
 
 
 def test_ctrl_c_while_the_model_loads_ends_at_once(bench: Bench) -> None:

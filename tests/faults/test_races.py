@@ -102,7 +102,7 @@ def test_a_worker_that_wakes_when_its_shards_are_somebody_elses_writes_nothing_m
     fleet = make_fleet(NOBODY, step_seconds=0.02, slots=8)
     fleet.start("control", role="control", celery=False)
     sleeper = fleet.start("sleeper", role="engine", celery=False)
-    batch = fleet.submit(240)
+    batch = fleet.submit(600)
     lease_seconds = fleet.settings().leases.lease_seconds
     for number in range(2):
         before = fleet.num_done(batch.id)
@@ -123,7 +123,7 @@ def test_a_worker_that_wakes_when_its_shards_are_somebody_elses_writes_nothing_m
         if fleet.get(batch.id).status is not BatchStatus.IN_PROGRESS:
             break
     fleet.wait_done(batch.id)
-    assert_sound(fleet, batch.id, 240)
+    assert_sound(fleet, batch.id, 600)
 
 
 def leased(fleet: Fleet) -> set[tuple[str, int]]:

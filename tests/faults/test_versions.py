@@ -16,6 +16,7 @@ NOBODY = "redis://127.0.0.1:1/0"
 NEXT = """
 import jobs.domain.shard as shard
 shard.FORMAT_VERSION += 1
+shard.PLAIN_FORMAT = shard.FORMAT_VERSION
 from jobs.worker.process import main
 main()
 """

@@ -82,9 +82,10 @@ LACKS = (
         name="a claim does not ask for a pending unit",
         module="units.py",
         lines={
-            "            units.c.state == sa.literal_column(f\"'{UnitState.PENDING}'\"),"
-            "  # as the index says it\n": "",
-            "(candidate.c.id)), units.c.state == UnitState.PENDING)": "(candidate.c.id)))",
+            "            _is_pending(units),\n            _is_one_of(units.c.kind, [str": (
+                "            _is_one_of(units.c.kind, [str"
+            ),
+            "scalar_subquery(), _STILL_PENDING)": "scalar_subquery())",
         },
     ),
     Lack(
