@@ -180,7 +180,7 @@ async def create_file(
         if recorded.id != file.id:
             _delete_blob(context, file)
             same = (recorded.sha256, recorded.purpose) == (file.sha256, file.purpose)
-            if not same or recorded.deleted_at is not None:
+            if not same:
                 raise key_reused("file")
         return recorded
 
