@@ -382,7 +382,7 @@ def test_a_claim_chooses_its_unit_once_and_along_an_index(postgres_url: str) -> 
             asked.append((statement, parameters))
 
         sa.event.listen(db.engine, "before_cursor_execute", note)
-        bench.must_claim(UnitKind.SHARD)
+        assert bench.claim(UnitKind.SHARD, model_keys=["demo"]) is not None
         sa.event.remove(db.engine, "before_cursor_execute", note)
         statement, parameters = next(one for one in asked if "SKIP LOCKED" in one[0])
         with db.read() as tx:

@@ -527,9 +527,10 @@ def test_nothing_more_is_claimed_while_the_engine_starts_again(bench: Bench) -> 
 
     with Worker(bench, engine, start=start) as worker:
         await_set(begun)
-        # Whoever looks ahead would have six shards by then; one may have been under way.
+        # Whoever looks ahead would have six shards by then; the engine died of the first one, and
+        # another may have been under way.
         threading.Event().wait(0.5)
-        assert bench.states(batch).count(UnitState.LEASED) <= 1
+        assert bench.states(batch).count(UnitState.LEASED) <= 2
         may_go_on.set()
         worker.result()
     with Worker(bench, engine) as worker:
