@@ -94,6 +94,9 @@ def watch(fleet: Fleet, lost: dict[str, Lost], killed_at: float) -> None:
             rows = connection.execute(query, {"ids": list(lost)}).all()
         for row in rows:
             one = lost[row.id]
+            if row.state == "done" and row.epoch == one.epoch:
+                del lost[row.id]  # its last commit was under way in the database
+                continue
             if row.epoch > one.epoch and one.reaped is None:
                 one.reaped = time.time() - killed_at
             if row.epoch < one.epoch + 2:
