@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from engine.speech import Speech, ToolCall, split_reasoning, take_apart
+from engine.tools import Speech, ToolCall, split_reasoning, take_apart
 
 TOOLS = {
     "get_weather": {
