@@ -8,10 +8,13 @@ import xxhash
 
 from engine.base import Engine, Source
 from engine.config import AskingConfig
+from engine.constraints import BoundedCache
 from engine.sampling import is_greedy
 from engine.sandbox import Sandbox
+from engine.tools import Offer, judge, open_offer, take_apart
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
+from jobs.domain.tools import Tools
 
 _CHECK_SECONDS = 1
 """Of processor time, to hold one answer against its constraint where that is not sure to be quick;
@@ -49,7 +52,7 @@ class _Queue:
                 self._is_closed = True
             else:
                 for request in fresh:
-                    if request.constraint is not None:
+                    if request.constraint is not None or request.tools is not None:
                         self.asked[request.id] = _Asked(request)
                 taken.extend(fresh)
         # An answer that is still out may have to be asked for again.
@@ -80,6 +83,7 @@ class Asking:
         self._engine = engine
         self._config = config
         self._sandbox = Sandbox(cpu_seconds=_CHECK_SECONDS, wall_seconds=4 * _CHECK_SECONDS)
+        self._offers: BoundedCache[Offer] = BoundedCache(max_entries=1024, max_bytes=64 << 20)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -122,25 +126,50 @@ class Asking:
         """Return the final result, or None when the question was asked again."""
         request = asked.request
         constraint = request.constraint
-        if constraint is None:
-            return result
         asked.attempts += 1
         asked.usage += result.usage
-        kept = result.constraint or "validated"
+        kept = None if constraint is None else result.constraint or "validated"
         counted = msgspec.structs.replace(
             result, usage=asked.usage, attempts=asked.attempts, constraint=kept
         )
         if result.error is not None:
             return counted
-        reason = self._sandbox.validate(constraint, result.text)
+        if request.tools is not None:
+            reason, answer = self._judge_calls(request.tools, counted)
+        else:
+            reason, answer = None, counted
+            if constraint is not None:
+                reason = self._sandbox.validate(constraint, result.text)
         if reason is None:
-            return counted
+            return answer
         sampling = self._engine.resolve_sampling(request)
         unchanging = is_greedy(sampling)
         if unchanging or asked.attempts >= self._config.max_asks:
             return msgspec.structs.replace(counted, error=_failure(counted, reason, unchanging))
         queue.ask_again(_with_another_seed(request, sampling.seed, asked.attempts))
         return None
+
+    def _judge_calls(self, tools: Tools, result: Result) -> tuple[str | None, Result]:
+        """Return what is wrong with an answer that may call tools, and the answer taken apart."""
+        key = xxhash.xxh3_128_digest(tools.spec.encode())
+        offer = self._offers.find(key)
+        if offer is None:
+            offer = self._offers.keep(key, open_offer(tools), weight=16 * len(tools.spec) + 512)
+        if result.tool_calls:  # the engine told them apart
+            complaint, answer = "", result
+        else:
+            speech = take_apart(result.text, tools=offer.schemas)
+            complaint = speech.complaint
+            answer = msgspec.structs.replace(
+                result,
+                text=speech.content,
+                reasoning=speech.reasoning or result.reasoning,
+                tool_calls=speech.tool_calls,
+            )
+        reason = complaint or judge(
+            answer.tool_calls, tools, offer, validate=self._sandbox.validate
+        )
+        return reason, answer
 
 
 def _failure(result: Result, reason: str, unchanging: bool) -> LineError:  # noqa: FBT001

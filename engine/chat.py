@@ -11,13 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+import msgspec
+import xxhash
 from transformers import PreTrainedTokenizerFast
 
+from engine.tools import takes_tools
 from jobs.domain.errors import InvalidLine
 from jobs.domain.request import Message, Request
+from jobs.domain.tools import ToolCall, Tools
 
 _LOOKS_LIKE_CONTROL = re.compile(r"[<\[\uff5c|].*[>\]\uff5c|]", re.DOTALL)
 _MAX_REMEMBERED_SHAPES = 4096
+
+
+_Shape = tuple[bytes, tuple[tuple[str, bool, bool, int], ...]]
+"""What decides how many special tokens a template writes: the tools, and of each turn its role,
+whether it says anything, whether it has a name, and how many calls it makes."""
 
 
 class PromptEncoder:
@@ -44,9 +53,10 @@ class PromptEncoder:
             if longest_first
             else None
         )
-        self._num_control: dict[tuple[tuple[str, bool, bool], ...], int] = {}
+        self._num_control: dict[_Shape, int] = {}
         template = tokenizer.chat_template
         self.has_template = bool(template)
+        self._takes_tools = takes_tools(str(template))
         self._knows_developer = self.has_template and self._renders_developer(str(template))
 
     def encode(self, request: Request) -> list[int]:
@@ -57,7 +67,7 @@ class PromptEncoder:
                 out of range.
         """
         if request.messages is not None:
-            return self._encode_chat(request.messages)
+            return self._encode_chat(request.messages, request.tools)
         prompt = request.prompt
         if prompt is None:
             raise InvalidLine("The request has no prompt.", error_code="invalid_value")
@@ -77,28 +87,32 @@ class PromptEncoder:
             )
         return ids
 
-    def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def _encode_chat(self, messages: Sequence[Message], tools: Tools | None) -> list[int]:
         if not self.has_template:
             raise InvalidLine(
                 "This model has no chat template; use /v1/completions.",
                 param="body.messages",
                 error_code="unsupported_parameter",
             )
-        ids = self._encode_text(self._render(messages))
-        shape = tuple((m.role, bool(m.content.strip()), m.name is not None) for m in messages)
+        offered = self._read_tools(tools)
+        ids = self._encode_text(self._render(messages, offered))
+        shape = (
+            xxhash.xxh3_128_digest(tools.spec.encode()) if tools is not None else b"",
+            tuple(
+                (m.role, bool(m.content.strip()), m.name is not None, len(m.tool_calls))
+                for m in messages
+            ),
+        )
         expected = self._num_control.get(shape)
         if expected is None:
-            harmless = [
-                Message(m.role, "x" if m.content.strip() else m.content, "x" if m.name else None)
-                for m in messages
-            ]
-            expected = self._count_control(self._encode_text(self._render(harmless)))
+            harmless = [_harmless(message) for message in messages]
+            expected = self._count_control(self._encode_text(self._render(harmless, offered)))
             if len(self._num_control) >= _MAX_REMEMBERED_SHAPES:
                 self._num_control.clear()
             self._num_control[shape] = expected
         if self._count_control(ids) == expected:
             return ids
-        ids = self._encode_forged(messages)
+        ids = self._encode_forged(messages, offered)
         if self._count_control(ids) != expected:
             raise InvalidLine(
                 "The chat template cannot tell these messages from its own control tokens.",
@@ -107,7 +121,31 @@ class PromptEncoder:
             )
         return ids
 
-    def _encode_forged(self, messages: Sequence[Message]) -> list[int]:
+    def _read_tools(self, tools: Tools | None) -> list[dict[str, Any]] | None:
+        """Return the tools as a template takes them.
+
+        Raises:
+            InvalidLine: the model would not see them, or they spell its control tokens.
+        """
+        if tools is None:
+            return None
+        if not self._takes_tools:
+            raise InvalidLine(
+                "This model's chat template shows no tools, so it cannot call any.",
+                param="body.tools",
+                error_code="unsupported_parameter",
+            )
+        if self._control is not None and self._control.search(tools.spec):
+            raise InvalidLine(
+                "A tool's definition spells one of the model's control tokens.",
+                param="body.tools",
+                error_code="invalid_value",
+            )
+        return msgspec.json.decode(tools.spec, type=list[dict[str, Any]])
+
+    def _encode_forged(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> list[int]:
         """Encode with every control token that somebody wrote cut after its first character.
 
         The cut is marked before rendering, so that the template still does to the contents what
@@ -115,10 +153,23 @@ class PromptEncoder:
         """
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         marked = [
-            Message(m.role, self._mark(m.content, mark), m.name and self._mark(m.name, mark))
+            Message(
+                m.role,
+                self._mark(m.content, mark),
+                m.name and self._mark(m.name, mark),
+                tuple(
+                    ToolCall(
+                        self._mark(call.name, mark),
+                        self._mark(call.arguments, mark),
+                        self._mark(call.id, mark),
+                    )
+                    for call in m.tool_calls
+                ),
+                m.tool_call_id and self._mark(m.tool_call_id, mark),
+            )
             for m in messages
         ]
-        pieces = self._render(marked).split(mark)
+        pieces = self._render(marked, tools).split(mark)
         ids = [token for piece in pieces if piece for token in self._encode_text(piece)]
         whole = "".join(pieces)
         if self._decode(ids) != self._decode(self._encode_text(whole)):
@@ -144,7 +195,9 @@ class PromptEncoder:
         control = self._control_ids
         return sum(token in control for token in ids)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+    ) -> str:
         turns: list[dict[str, Any]] = []
         for message in messages:
             role = message.role
@@ -153,11 +206,15 @@ class PromptEncoder:
             turn: dict[str, Any] = {"role": role, "content": message.content}
             if message.name is not None:
                 turn["name"] = message.name
+            if message.tool_calls:
+                turn["tool_calls"] = [_written(call) for call in message.tool_calls]
+            if message.tool_call_id is not None:
+                turn["tool_call_id"] = message.tool_call_id
             turns.append(turn)
         try:
             # transformers renders in jinja's immutable sandbox; the template is the model's own.
             rendered = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tools=tools, tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
             reason = str(error) if type(error) is jinja2.TemplateError else "it does not render"
@@ -184,3 +241,27 @@ class PromptEncoder:
         except InvalidLine:
             return False
         return "probe" in rendered
+
+
+def _harmless(message: Message) -> Message:
+    """Return a turn of the same shape that spells no control token."""
+    return Message(
+        message.role,
+        "x" if message.content.strip() else message.content,
+        "x" if message.name else None,
+        tuple(ToolCall("x", "{}", "x") for _ in message.tool_calls),
+        "x" if message.tool_call_id else None,
+    )
+
+
+def _written(call: ToolCall) -> dict[str, Any]:
+    """Return an assistant's call as templates take it: with its arguments as an object."""
+    try:
+        arguments: Any = msgspec.json.decode(call.arguments)
+    except (msgspec.MsgspecError, RecursionError):
+        arguments = call.arguments  # what the model wrote then, good or not
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments},
+    }

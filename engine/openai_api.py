@@ -18,6 +18,7 @@ from engine.config import GenerationDefaults
 from engine.sampling import longest_answer
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
 from jobs.domain.result import FinishReason, LineError, Usage
+from jobs.domain.tools import ToolCall, Tools
 
 Level = Literal["strict", "plain", "none"]
 """How a constraint is sent: held strictly, only named, or not at all."""
@@ -60,6 +61,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     usage: Usage
     refused: Literal["", "content_filter", "refusal"] = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,9 +106,23 @@ class _Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
 class _Said(msgspec.Struct):
     content: Any = None
     refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -184,18 +201,49 @@ def build_body(
         "ignore_eos": asked.ignore_eos or None,
     }
     body |= {name: value for name, value in fields.items() if value is not None}
-    body |= constraint_fields
+    if request.tools is not None:
+        # The server writes calls in the form that its model learned; what is forced is its job.
+        body |= _tool_fields(request.tools)
+    else:
+        body |= constraint_fields
     if streams:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return _encoder.encode(body)
 
 
-def messages_of(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _tool_fields(tools: Tools) -> dict[str, Any]:
+    fields: dict[str, Any] = {"tools": msgspec.Raw(tools.spec.encode())}
+    if tools.choice in {"auto", "required"}:
+        fields["tool_choice"] = tools.choice
+    else:
+        fields["tool_choice"] = {"type": "function", "function": {"name": tools.choice}}
+    if not tools.is_parallel:
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return a conversation as a body holds it."""
-    return [
-        {"role": m.role, "content": m.content, **({"name": m.name} if m.name else {})}
-        for m in messages
-    ]
+    return [_turn_of(message) for message in messages]
+
+
+def _turn_of(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        turn["name"] = message.name
+    if message.tool_calls:
+        turn["content"] = message.content or None
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
 
 
 def estimate_tokens(request: Request) -> int:
@@ -292,7 +340,40 @@ def read_answer(body: bytes, *, content_type: str) -> Answer | Trouble | Refusal
     choice = reply.choices[0]
     said = choice.message or _Said()
     text = choice.text if choice.text is not None else _text_of(said.content)
-    return _conclude(text, said.refusal, choice.finish_reason, reply.usage)
+    calls = _Calls()
+    calls.add(said.tool_calls or ())
+    return _conclude(
+        text,
+        said.refusal,
+        choice.finish_reason,
+        reply.usage,
+        reasoning=said.reasoning or said.reasoning_content,
+        calls=calls,
+    )
+
+
+class _Calls:
+    """Puts tool calls together, whole ones or pieces that come one after the other."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[str]] = {}
+
+    def add(self, calls: Sequence[_Call]) -> None:
+        """Take what one message or delta holds of them."""
+        for number, call in enumerate(calls):
+            place = number if call.index is None else call.index
+            part = self._parts.setdefault(place, ["", "", ""])
+            function = call.function or _Function()
+            part[0] = part[0] or call.id or ""
+            part[1] = part[1] or function.name or ""
+            part[2] += function.arguments or ""
+
+    def whole(self) -> tuple[ToolCall, ...]:
+        """Return the calls in their order."""
+        parts = [self._parts[place] for place in sorted(self._parts)]
+        return tuple(
+            ToolCall(name, arguments or "{}", call_id) for call_id, name, arguments in parts
+        )
 
 
 class StreamReader:
@@ -303,6 +384,8 @@ class StreamReader:
         self._rest = b""
         self._texts: list[str] = []
         self._refusals: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls = _Calls()
         self._finish: str | None = None
         self._usage: _Usage | None = None
         self._is_done = False
@@ -325,7 +408,14 @@ class StreamReader:
         if not self._is_done and self._finish is None:
             return Trouble(kind="fault", code="half_answer", status=200, slows=True)
         refusal = "".join(self._refusals) or None
-        return _conclude("".join(self._texts), refusal, self._finish, self._usage)
+        return _conclude(
+            "".join(self._texts),
+            refusal,
+            self._finish,
+            self._usage,
+            reasoning="".join(self._reasoning) or None,
+            calls=self._calls,
+        )
 
     def _read_line(self, line: bytes) -> None:
         if not line.startswith(b"data:") or self._failure is not None:
@@ -347,6 +437,8 @@ class StreamReader:
             said = choice.delta or choice.message or _Said()
             self._texts.append(choice.text if choice.text is not None else _text_of(said.content))
             self._refusals.append(said.refusal or "")
+            self._reasoning.append(said.reasoning or said.reasoning_content or "")
+            self._calls.add(said.tool_calls or ())
             self._finish = choice.finish_reason or self._finish
 
 
@@ -484,7 +576,13 @@ def _text_of(content: object) -> str:
 
 
 def _conclude(
-    text: str, refusal: str | None, finish: str | None, usage: _Usage | None
+    text: str,
+    refusal: str | None,
+    finish: str | None,
+    usage: _Usage | None,
+    *,
+    reasoning: str | None,
+    calls: _Calls,
 ) -> Answer | Trouble:
     if finish == "error":  # vLLM and routers: the engine behind the server failed
         return Trouble(kind="fault", code="engine_error", status=200)
@@ -507,4 +605,6 @@ def _conclude(
         finish_reason="length" if is_cut else "stop",
         usage=counted,
         refused=refused,
+        reasoning=reasoning,
+        tool_calls=calls.whole(),
     )

@@ -13,33 +13,21 @@ Granite, GLM, Kimi, Phi, InternLM and gpt-oss render an assistant's own calls.
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from jobs.domain.nesting import is_nested_deeper
+from jobs.domain.reasoning import split_reasoning
+from jobs.domain.request import Constraint
+from jobs.domain.tools import ToolCall, Tools, schemas_of
 
-_THOUGHTS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
 _MAX_PYTHON_CHARS = 100_000
 _SPACE = " \t\r\n"
 _json = json.JSONDecoder()
 Schemas = Mapping[str, Mapping[str, Any]]
 """The parameters' JSON schema of each tool on offer, by the tool's name."""
-
-
-class ToolCall(msgspec.Struct, frozen=True, array_like=True):
-    """One tool to be called; `arguments` is the text of a JSON object, as in OpenAI's API."""
-
-    name: str
-    arguments: str
 
 
 class Speech(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,17 +50,21 @@ class _Malformed(Exception):
     """A marked call cannot be read; the text says what is wrong."""
 
 
-def take_apart(text: str, *, tools: Schemas, is_thinking: bool = False) -> Speech:
+def takes_tools(template: str) -> bool:
+    """Return whether a chat template shows the model what tools there are."""
+    return "tools" in template
+
+
+def take_apart(text: str, *, tools: Schemas) -> Speech:
     """Return an answer's parts.
 
     Args:
         tools: what was offered; empty: nothing is looked for, all is content.
-        is_thinking: whether the prompt ended inside of the model's reasoning already.
     """
     is_deep = is_nested_deeper(text.encode(errors="replace"))
     if "<|channel|>" in text:
         return _channels(text, {} if is_deep else tools)
-    reasoning, rest = split_reasoning(text, is_thinking=is_thinking)
+    reasoning, rest = split_reasoning(text)
     if not tools:
         return Speech(content=rest, reasoning=reasoning)
     if is_deep:
@@ -91,23 +83,51 @@ def take_apart(text: str, *, tools: Schemas, is_thinking: bool = False) -> Speec
     )
 
 
-def split_reasoning(text: str, *, is_thinking: bool = False) -> tuple[str | None, str]:
-    """Return what a model said to itself first, without its marks, and the rest.
+class Offer(msgspec.Struct, frozen=True):
+    """The tools of a request, ready to hold answers against them."""
+
+    schemas: Schemas
+    constraints: Mapping[str, Constraint]
+
+
+def open_offer(tools: Tools) -> Offer:
+    """Return what a request offers."""
+    schemas = schemas_of(tools)
+    return Offer(
+        schemas,
+        {
+            name: Constraint("json_schema", msgspec.json.encode(schema).decode())
+            for name, schema in schemas.items()
+        },
+    )
+
+
+def judge(
+    calls: Sequence[ToolCall],
+    tools: Tools,
+    offer: Offer,
+    *,
+    validate: Callable[[Constraint, str], str | None],
+) -> str | None:
+    """Return why calls are not what was asked for, or None where they are; quotes nothing.
 
     Args:
-        is_thinking: whether the prompt ended inside of the reasoning, so that its first mark is
-            not part of the text.
+        validate: says why a text breaks a constraint; see `engine.sandbox`.
     """
-    begun = text.lstrip(_SPACE)
-    for start, end in _THOUGHTS:
-        if begun.startswith(start):
-            thought, mark, rest = begun[len(start) :].partition(end)
-        elif is_thinking and end in text:
-            thought, mark, rest = text.partition(end)
-        else:
-            continue
-        return thought.strip(), rest.lstrip(_SPACE) if mark else ""
-    return (text.strip(), "") if is_thinking else (None, text)
+    if tools.is_forced and not calls:
+        return "it calls no tool"
+    if len(calls) > 1 and not (tools.is_parallel and tools.choice in {"auto", "required"}):
+        return "it calls more than one tool"
+    for call in calls:
+        constraint = offer.constraints.get(call.name)
+        if constraint is None:
+            return "it calls a tool that was not offered"
+        if tools.choice not in {"auto", "required", call.name}:
+            return "it calls another tool than the one that was asked for"
+        reason = validate(constraint, call.arguments)
+        if reason is not None:
+            return f"the arguments of a tool call do not fit: {reason}"
+    return None
 
 
 # --- one call, however it is written ---

@@ -346,7 +346,11 @@ class Traffic:
             )
         kept = None
         if job.request.constraint is not None:
-            is_held = job.level != "none" and self._config.native_constraints == "vllm"
+            is_held = (
+                job.level != "none"
+                and self._config.native_constraints == "vllm"
+                and job.request.tools is None
+            )
             kept = "enforced" if is_held else "validated"
         return Result(
             id=job.request.id,
@@ -355,6 +359,8 @@ class Traffic:
             usage=answer.usage,
             error=error,
             constraint="enforced" if kept == "enforced" else "validated" if kept else None,
+            reasoning=answer.reasoning,
+            tool_calls=answer.tool_calls,
         )
 
     def _refused(self, job: _Job, refusal: Refusal) -> Result:

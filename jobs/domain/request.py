@@ -12,6 +12,7 @@ import msgspec
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
+from jobs.domain.tools import ToolCall, Tools
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -31,7 +32,7 @@ CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
     "choice",
     "grammar",
 )
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -47,11 +48,17 @@ class Constraint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True):
-    """One turn of a conversation; content parts are already joined."""
+    """One turn of a conversation; content parts are already joined.
+
+    `tool_calls` is what an assistant's turn wanted called, `tool_call_id` says which of them a
+    tool's turn answers.
+    """
 
     role: Role
     content: str
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -80,6 +87,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt: str | tuple[int, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     constraint: Constraint | None = None
+    tools: Tools | None = None
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):

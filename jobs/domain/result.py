@@ -4,6 +4,9 @@ from typing import Literal
 
 import msgspec
 
+from jobs.domain.reasoning import split_reasoning
+from jobs.domain.tools import ToolCall
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -44,6 +47,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         attempts: how many times the model was asked.
         constraint: how the answer's constraint was kept: "enforced" while generating and
             validated after, "validated" only after, or None where there was none.
+        reasoning: what the model said to itself before, where that was told apart.
+        tool_calls: what it wants called.
     """
 
     id: int
@@ -53,6 +58,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     error: LineError | None = None
     attempts: int = 1
     constraint: Literal["enforced", "validated"] | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 _CHAT = "/v1/chat/completions"
@@ -115,8 +122,8 @@ def render_result(
         if endpoint == _CHAT:
             choice: dict[str, object] = {
                 "index": 0,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "finish_reason": result.finish_reason,
+                "message": _message(result, request_id),
+                "finish_reason": "tool_calls" if result.tool_calls else result.finish_reason,
                 "logprobs": None,
             }
             body = {"id": f"chatcmpl-{request_id}", "object": "chat.completion"}
@@ -137,3 +144,24 @@ def render_result(
     line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
     line["error"] = None
     return _encode(line)
+
+
+def _message(result: Result, request_id: str) -> dict[str, object]:
+    """Return what an assistant said, as OpenAI spells it, and `reasoning` as vLLM does."""
+    reasoning, text = result.reasoning, result.text
+    if reasoning is None:
+        reasoning, text = split_reasoning(text)
+    message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
+    if reasoning is not None:
+        message["reasoning"] = reasoning
+    if result.tool_calls:
+        message["content"] = text or None
+        message["tool_calls"] = [
+            {
+                "id": call.id or f"call_{request_id}_{number}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for number, call in enumerate(result.tool_calls)
+        ]
+    return message

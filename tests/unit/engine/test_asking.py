@@ -1,13 +1,15 @@
 from collections.abc import Callable, Generator
 
 import msgspec
+import pytest
 
 from engine.asking import Asking
 from engine.base import Source
 from engine.config import AskingConfig
 from engine.sampling import OPENAI_DEFAULTS
-from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
+from jobs.domain.request import Capabilities, Constraint, Message, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.tools import ToolCall, Tools
 
 Ask = Callable[..., dict[int, Result]]
 DIGITS = Constraint("regex", r"\d+")
@@ -144,3 +146,57 @@ def test_aborted_question_is_not_asked_again_and_does_not_keep_the_engine(ask: A
     assert 1 not in results or results[1].error is not None
     assert results[2].attempts == 3
     assert sum(request.id == 1 for request in parrot.heard) == 1
+
+
+WEATHER = Tools(
+    '[{"type":"function","function":{"name":"get_weather","parameters":{"type":"object",'
+    '"properties":{"city":{"type":"string"}},"required":["city"]}}}]'
+)
+GOOD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": "Bern"}}</tool_call>'
+
+
+def offering(choice: str = "auto", **sampling: object) -> Request:
+    return Request(
+        id=1,
+        messages=(Message("user", "?"),),
+        tools=msgspec.structs.replace(WEATHER, choice=choice),
+        sampling=msgspec.convert(sampling, SamplingParams),
+    )
+
+
+def test_a_call_is_told_apart_from_the_words_around_it(ask: Ask) -> None:
+    parrot = Parrot(f"<think>Hm.</think>I look.\n{GOOD_CALL}")
+    result = ask(Asking(parrot, AskingConfig()), [offering()])[1]
+    assert result.tool_calls == (ToolCall("get_weather", '{"city": "Bern"}'),)
+    assert (result.text, result.reasoning, result.error) == ("I look.", "Hm.", None)
+    assert result.constraint is None
+
+
+def test_a_model_may_answer_without_calling_anything(ask: Ask) -> None:
+    result = ask(Asking(Parrot("Sunny."), AskingConfig()), [offering()])[1]
+    assert (result.text, result.tool_calls, result.attempts) == ("Sunny.", (), 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "choice"),
+    [
+        ('<tool_call>{"name": "get_weather", "arguments": {"town": "Bern"}}</tool_call>', "auto"),
+        ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "auto"),
+        ("<tool_call>{", "auto"),
+        ("Sunny.", "required"),
+        ("Sunny.", "get_weather"),
+        (GOOD_CALL + GOOD_CALL, "get_weather"),
+    ],
+)
+def test_a_bad_call_is_asked_for_again(ask: Ask, bad: str, choice: str) -> None:
+    result = ask(Asking(Parrot(bad, GOOD_CALL), AskingConfig()), [offering(choice)])[1]
+    assert (result.attempts, len(result.tool_calls), result.error) == (2, 1, None)
+
+
+def test_a_call_that_stays_bad_is_an_error_that_keeps_the_text(ask: Ask) -> None:
+    bad = '<tool_call>{"name": "get_weather", "arguments": {"city": 3}}</tool_call>'
+    result = ask(Asking(Parrot(bad), AskingConfig(max_asks=2)), [offering()])[1]
+    assert result.error is not None
+    assert result.error.code == "schema_mismatch"
+    assert "arguments of a tool call" in result.error.message
+    assert (result.text, result.tool_calls, result.attempts) == (bad, (), 2)

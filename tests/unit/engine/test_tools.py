@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from engine.tools import Speech, ToolCall, split_reasoning, take_apart
+from engine.tools import Speech, take_apart
+from jobs.domain.reasoning import split_reasoning
+from jobs.domain.tools import ToolCall
 
 TOOLS = {
     "get_weather": {
@@ -137,23 +139,21 @@ def test_without_tools_nothing_is_looked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_thinking", "parts"),
+    ("text", "parts"),
     [
-        ("<think>\nHm.\n</think>\n\nYes.", False, ("Hm.", "Yes.")),
-        ("Hm.\n</think>\n\nYes.", True, ("Hm.", "Yes.")),
-        ("<think>Hm.", False, ("Hm.", "")),
-        ("Hm.", True, ("Hm.", "")),
-        ("[THINK]Hm.[/THINK]Yes.", False, ("Hm.", "Yes.")),
-        ("Yes, </think> is a mark.", False, (None, "Yes, </think> is a mark.")),
-        ("Write <think> first.", False, (None, "Write <think> first.")),
+        ("<think>\nHm.\n</think>\n\nYes.", ("Hm.", "Yes.")),
+        ("Hm.\n</think>\n\nYes.", ("Hm.", "Yes.")),
+        ("<think>Hm.", ("Hm.", "")),
+        ("[THINK]Hm.[/THINK]Yes.", ("Hm.", "Yes.")),
+        (
+            "Write <think> first and </think> last.",
+            (None, "Write <think> first and </think> last."),
+        ),
+        ("Yes.", (None, "Yes.")),
     ],
 )
-def test_reasoning_is_set_apart(
-    text: str,
-    is_thinking: bool,  # noqa: FBT001
-    parts: tuple[str | None, str],
-) -> None:
-    assert split_reasoning(text, is_thinking=is_thinking) == parts
+def test_reasoning_is_set_apart(text: str, parts: tuple[str | None, str]) -> None:
+    assert split_reasoning(text) == parts
 
 
 def test_calls_are_looked_for_behind_the_reasoning_only() -> None:
