@@ -94,7 +94,7 @@ class PromptEncoder:
                 param="body.messages",
                 error_code="unsupported_parameter",
             )
-        offered = self._read_tools(tools)
+        offered: Any = self._read_tools(tools)
         ids = self._encode_text(self._render(messages, offered))
         shape = (
             xxhash.xxh3_128_digest(tools.spec.encode()) if tools is not None else b"",
@@ -196,7 +196,9 @@ class PromptEncoder:
         return sum(token in control for token in ids)
 
     def _render(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Any = None,  # noqa: ANN401 -- transformers takes functions as well
     ) -> str:
         turns: list[dict[str, Any]] = []
         for message in messages:

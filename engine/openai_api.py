@@ -370,9 +370,9 @@ class _Calls:
 
     def whole(self) -> tuple[ToolCall, ...]:
         """Return the calls in their order."""
-        parts = [self._parts[place] for place in sorted(self._parts)]
         return tuple(
-            ToolCall(name, arguments or "{}", call_id) for call_id, name, arguments in parts
+            ToolCall(name, arguments or "{}", call_id)
+            for _, (call_id, name, arguments) in sorted(self._parts.items())
         )
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import msgspec
 import pytest
 
@@ -53,7 +53,7 @@ def test_a_tool_may_be_called_unless_the_line_says_otherwise() -> None:
         ([], "required", "there are no tools"),
         ([NOW], "get_weather", "not among the tools"),
         (
-            [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)],
+            [NOW | {"function": {"name": f"f{i}"}} for i in range(129)],
             None,
             "at most",
         ),
@@ -74,9 +74,8 @@ def test_what_contradicts_itself_is_refused(
 
 def test_a_function_without_parameters_takes_none() -> None:
     schema = schemas_of(offer(NOW))["now"]
-    jsonschema.validate({}, schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"a": 1}, schema)
+    assert jsonschema_rs.is_valid(schema, {})
+    assert not jsonschema_rs.is_valid(schema, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -94,12 +93,12 @@ def test_a_function_without_parameters_takes_none() -> None:
 )
 def test_a_forced_answer_is_a_list_of_good_calls(answer: object, *, is_good: bool) -> None:
     schema = json.loads(forced_schema(offer(WEATHER, NOW, choice="required")))
-    assert jsonschema.Draft202012Validator(schema).is_valid(answer) is is_good
+    assert jsonschema_rs.is_valid(schema, answer) is is_good
 
 
 def test_a_named_function_is_called_once_and_no_other_is() -> None:
     schema = json.loads(forced_schema(offer(WEATHER, NOW, choice="now")))
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = jsonschema_rs.validator_for(schema)
     now = {"name": "now", "arguments": {}}
     assert validator.is_valid([now])
     assert not validator.is_valid([now, now])
@@ -109,4 +108,4 @@ def test_a_named_function_is_called_once_and_no_other_is() -> None:
 def test_without_parallel_calls_there_is_one() -> None:
     schema = json.loads(forced_schema(offer(NOW, choice="required", is_parallel=False)))
     now = {"name": "now", "arguments": {}}
-    assert not jsonschema.Draft202012Validator(schema).is_valid([now, now])
+    assert not jsonschema_rs.is_valid(schema, [now, now])
