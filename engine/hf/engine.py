@@ -39,6 +39,7 @@ class _Sequence:
         "constraint",
         "id",
         "ignores_eos",
+        "keeps_marks",
         "key",
         "max_tokens",
         "num_prompt",
@@ -66,6 +67,7 @@ class _Sequence:
         self.constraint = constraint
         self.stops = stops
         self.ignores_eos = ignores_eos
+        self.keeps_marks = request.tools is not None
         self.said: list[int] = []
 
 
@@ -312,7 +314,11 @@ class HfEngine:
         """Free a sequence's cache and return its result; `said` leaves out what is no text."""
         cached_tokens = stepper.end(sequence.key, is_tainted=error is not None)
         if text is None:
-            text = tokens.decode(self._loaded.tokenizer, sequence.said if said is None else said)
+            text = tokens.decode(
+                self._loaded.tokenizer,
+                sequence.said if said is None else said,
+                keeps_marks=sequence.keeps_marks,
+            )
         return Result(
             id=sequence.id,
             text=text,

@@ -7,9 +7,15 @@ import llguidance.hf
 from transformers import PreTrainedTokenizerFast
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, said: Sequence[int]) -> str:
-    """Return the text of an answer, without special tokens."""
-    text: str = tokenizer.backend_tokenizer.decode(list(said), skip_special_tokens=True)
+def decode(
+    tokenizer: PreTrainedTokenizerFast, said: Sequence[int], *, keeps_marks: bool = False
+) -> str:
+    """Return the text of an answer, without special tokens.
+
+    Args:
+        keeps_marks: leave them in: models that call tools mark their calls with them.
+    """
+    text: str = tokenizer.backend_tokenizer.decode(list(said), skip_special_tokens=not keeps_marks)
     return text
 
 

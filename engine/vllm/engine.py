@@ -119,9 +119,10 @@ class VllmEngine:
             if config.adapter is not None
             else None
         )
-        self._model_defaults = read_model_defaults(
-            arguments.read_object(folder / "generation_config.json")
-        )
+        generation_config = arguments.read_object(folder / "generation_config.json")
+        self._model_defaults = read_model_defaults(generation_config)
+        ends = generation_config.get("eos_token_id")
+        self._eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._constraints = Constraints(config.asking)
         self._steps: _StepCounter | None = None
         self._num_done = 0
@@ -331,9 +332,18 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Text is made once, in the end, unless it has to be watched for a stop string.
             detokenize=bool(sampling.stop),
+            skip_special_tokens=request.tools is None,
             skip_clone=True,
         )
         return _Running(request, prompt, params, kept)
+
+    def _decode(self, said: list[int], *, keeps_marks: bool) -> str:
+        if keeps_marks and said and said[-1] in self._eos:
+            del said[-1]
+        text: str = self._tokenizer.backend_tokenizer.decode(
+            said, skip_special_tokens=not keeps_marks
+        )
+        return text
 
     def _end(self, running: _Running, output: Any) -> Result:  # noqa: ANN401 -- vLLM's
         """Return the result of a request that vLLM has finished with."""
@@ -354,9 +364,7 @@ class VllmEngine:
             id=request.id,
             text=answer.text
             if running.params.detokenize
-            else self._tokenizer.backend_tokenizer.decode(
-                list(answer.token_ids), skip_special_tokens=True
-            ),
+            else self._decode(list(answer.token_ids), keeps_marks=request.tools is not None),
             finish_reason=reason or "stop",
             usage=Usage(
                 prompt_tokens=running.num_prompt,
