@@ -12,6 +12,7 @@ import msgspec
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
+from jobs.domain.pooling import Pooling
 from jobs.domain.tools import ToolCall, Tools
 
 CHAT = "/v1/chat/completions"
@@ -77,7 +78,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an engine is asked: a conversation or a prompt (text, or token ids), exactly one.
+    """What an engine is asked: a conversation, a prompt (text, or token ids), or texts to embed or
+    score; exactly one of them.
 
     `id` is unique in the life of the process that feeds the engine; never a caller's value.
     """
@@ -88,6 +90,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sampling: SamplingParams = SamplingParams()
     constraint: Constraint | None = None
     tools: Tools | None = None
+    pooling: Pooling | None = None
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):

@@ -38,7 +38,7 @@ class LineError(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an engine made of one request; final.
 
     Attributes:
@@ -49,6 +49,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             validated after, "validated" only after, or None where there was none.
         reasoning: what the model said to itself before, where that was told apart.
         tool_calls: what it wants called.
+        vectors: one for each text that was to be embedded: 32-bit floats, little-endian.
+        scores: one for each text that was to be scored.
     """
 
     id: int
@@ -60,6 +62,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     constraint: Literal["enforced", "validated"] | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    vectors: tuple[bytes, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 _CHAT = "/v1/chat/completions"

@@ -1,0 +1,370 @@
+"""Embeds and scores texts with a transformers encoder, many sequences of about one length at once.
+
+    take -> encode -> sort by length -> [ forward -> pool -> normalize ] -> Result
+                                          one batch of `batch_tokens`, padding included
+
+A model without a head for scores scores a pair by the cosine of its two embeddings, as vLLM does.
+
+Source: the files `modules.json` and `*_Pooling/config.json` of sentence-transformers.
+"""
+
+import json
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from engine.base import Source
+from engine.config import HfConfig
+from engine.hf import weights
+from engine.registry import describe_model, find_folder
+from engine.sampling import OPENAI_DEFAULTS
+from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory
+from jobs.domain.pooling import Pooling, Text
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import LineError, Result, Usage
+
+_IDLE_SECONDS = 0.002
+_AHEAD_BATCHES = 4
+_PADDING = 8
+"""Sequences are padded to a multiple of so many tokens."""
+
+PoolingMode = Literal["cls", "mean", "max", "last"]
+_MODES: dict[str, PoolingMode] = {
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "lasttoken": "last",
+}
+
+
+class PoolingSettings(msgspec.Struct, frozen=True):
+    """How a model's folder says that token vectors become one."""
+
+    mode: PoolingMode
+    normalize: bool
+    max_tokens: int | None
+
+
+def read_pooling_settings(folder: Path) -> PoolingSettings:
+    """Return what the files of sentence-transformers say, or what fits a model without them.
+
+    Raises:
+        EngineMisconfigured: the model pools in a way that is not known here.
+    """
+    modules = _read(folder / "modules.json") or []
+    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
+    extra = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if extra:
+        raise EngineMisconfigured(
+            f"{folder} puts {', '.join(sorted(extra))} behind its encoder, which is not built in; "
+            "serve it with vLLM."
+        )
+    mode: PoolingMode = "mean"
+    if "Pooling" in kinds:
+        described = _read(folder / str(kinds["Pooling"].get("path", "")) / "config.json") or {}
+        asked = [
+            name.removeprefix("pooling_mode_")
+            for name, is_on in described.items()
+            if name.startswith("pooling_mode_") and is_on is True
+        ]
+        if len(asked) != 1 or asked[0] not in _MODES:
+            raise EngineMisconfigured(
+                f"{folder} pools by {', '.join(sorted(asked)) or 'nothing'}, which is not built "
+                "in; serve it with vLLM."
+            )
+        mode = _MODES[asked[0]]
+    limits = _read(folder / "sentence_bert_config.json") or {}
+    return PoolingSettings(mode, "Normalize" in kinds or not modules, limits.get("max_seq_length"))
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401 -- any JSON
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise EngineMisconfigured(f"{path} cannot be read: {type(error).__name__}.") from error
+
+
+class _Part:
+    """One sequence of a request: a text to embed, or a pair to score."""
+
+    __slots__ = ("held", "ids", "number", "types")
+
+    def __init__(self, held: "_Held", number: int, ids: list[int], types: list[int]) -> None:
+        self.held = held
+        self.number = number
+        self.ids = ids
+        self.types = types
+
+
+class _Held:
+    """One request, and what there is of its answer."""
+
+    __slots__ = ("num_left", "num_tokens", "pooling", "request_id", "vectors")
+
+    def __init__(self, request_id: int, pooling: Pooling) -> None:
+        self.request_id = request_id
+        self.pooling = pooling
+        self.num_tokens = 0
+        self.num_left = 0
+        self.vectors: dict[int, torch.Tensor] = {}
+
+
+class HfPoolingEngine:
+    """A transformers encoder that embeds texts and scores pairs."""
+
+    def __init__(self, config: HfConfig, *, model: str | None = None) -> None:
+        """Load the model.
+
+        Args:
+            model: the name clients use; unset, the configuration's.
+
+        Raises:
+            EngineMisconfigured: the model cannot be loaded as configured.
+            EngineOutOfMemory: it does not fit.
+        """
+        self._config = config
+        self._capabilities = describe_model(config, model or config.model)
+        loaded = weights.load_encoder(config)
+        self._model: Any = loaded.model
+        self._tokenizer: PreTrainedTokenizerFast = loaded.tokenizer
+        self._backend = loaded.tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._device = loaded.device
+        self._scores = loaded.scores
+        self._settings = read_pooling_settings(find_folder(config))
+        self._context_tokens = self._capabilities.context_tokens
+        self._vocab_size = loaded.vocab_size
+        self._takes_types = "token_type_ids" in loaded.tokenizer.model_input_names
+        self._batch_tokens = max(config.batch_tokens, self._context_tokens)
+        self._num_done = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the model can do."""
+        return self._capabilities
+
+    @property
+    def num_slots(self) -> int:
+        """How many requests are worked on at once."""
+        return self._config.slots
+
+    def progress(self) -> int:
+        """Return the number of batches so far; any thread may ask."""
+        return self._num_done
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the number of tokens of a request's texts.
+
+        Raises:
+            InvalidLine: the request holds no texts.
+        """
+        held = self._encode(request)
+        return 0 if isinstance(held, Result) else sum(len(part.ids) for part in held)
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the defaults: nothing is sampled."""
+        del request
+        return OPENAI_DEFAULTS
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def generate(self, source: Source) -> Generator[Result]:
+        """Yield a result for each request of `source`, as they finish."""
+        if self._model is None:
+            raise EngineMisconfigured("The engine is closed.")
+        waiting: list[_Part] = []
+        is_open = True
+        while is_open or waiting:
+            if is_open and len(waiting) < _AHEAD_BATCHES * self._config.slots:
+                taken = source.take(self._config.slots)
+                is_open = taken is not None
+                for request in taken or ():
+                    parts = self._encode(request)
+                    if isinstance(parts, Result):
+                        yield parts
+                    else:
+                        waiting += parts
+                if is_open and not waiting:
+                    time.sleep(_IDLE_SECONDS)
+            waiting = [part for part in waiting if not source.is_aborted(part.held.request_id)]
+            if waiting:
+                yield from self._step(waiting)
+
+    def _step(self, waiting: list[_Part]) -> Iterator[Result]:
+        """Run one batch, taken out of `waiting`; yield the requests that it completed."""
+        batch = self._choose(waiting)
+        try:
+            vectors = self._forward(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise EngineOutOfMemory(
+                    "The device ran out of memory with one sequence; lower context_tokens."
+                ) from error
+            torch.cuda.empty_cache()
+            self._batch_tokens //= 2  # the sequences that run at once, whatever their length
+            return
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise EngineDied(
+                f"A step failed ({type(error).__name__}) with {len(batch)} sequences in flight.",
+                suspects=frozenset(part.held.request_id for part in batch),
+            ) from error
+        chosen = {id(part) for part in batch}
+        waiting[:] = [part for part in waiting if id(part) not in chosen]
+        self._num_done += 1
+        for part, vector in zip(batch, vectors, strict=True):
+            held = part.held
+            held.vectors[part.number] = vector
+            held.num_left -= 1
+            if not held.num_left:
+                yield self._conclude(held)
+
+    def _choose(self, waiting: list[_Part]) -> list[_Part]:
+        """Return the oldest sequence and those of about its length, as many as fit in a batch."""
+        ordered = sorted(waiting, key=lambda part: len(part.ids))
+        first = last = ordered.index(waiting[0])
+        while True:
+            room = self._batch_tokens // _padded(len(ordered[min(last + 1, len(ordered) - 1)].ids))
+            if last + 1 < len(ordered) and last + 1 - first < room:
+                last += 1
+            elif first and last + 1 - first < self._batch_tokens // _padded(len(ordered[last].ids)):
+                first -= 1
+            else:
+                return ordered[first : last + 1]
+
+    @torch.inference_mode()
+    def _forward(self, batch: Sequence[_Part]) -> torch.Tensor:
+        """Return what the model makes of each sequence: [len(batch), size] in float32."""
+        width = _padded(max(len(part.ids) for part in batch))
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.full((len(batch), width), pad, dtype=torch.int64)
+        mask = torch.zeros((len(batch), width), dtype=torch.int64)
+        types = torch.zeros((len(batch), width), dtype=torch.int64)
+        for row, part in enumerate(batch):
+            ids[row, : len(part.ids)] = torch.tensor(part.ids)
+            types[row, : len(part.types)] = torch.tensor(part.types)
+            mask[row, : len(part.ids)] = 1
+        given = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_types:
+            given["token_type_ids"] = types
+        output = self._model(**{name: value.to(self._device) for name, value in given.items()})
+        if self._scores:
+            logits: torch.Tensor = output.logits.float().cpu()
+            return logits
+        hidden = output.last_hidden_state.float()
+        pooled = pool(hidden, mask.to(self._device), self._settings.mode)
+        if self._settings.normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        return pooled.cpu()
+
+    def _encode(self, request: Request) -> list[_Part] | Result:
+        """Return the sequences of a request, or its result where it cannot run."""
+        pooling = request.pooling
+        if pooling is None:
+            return _refuse(
+                request, "unsupported_endpoint", "This model embeds and scores; it writes no text."
+            )
+        held = _Held(request.id, pooling)
+        parts: list[_Part] = []
+        for number in range(len(pooling.texts)):
+            if pooling.task == "score" and self._scores:
+                query, text = pooling.pair(number)
+                parts.append(self._part(held, number, text, query))
+            else:
+                parts.append(self._part(held, number, pooling.texts[number]))
+        if pooling.task == "score" and not self._scores:
+            first = len(pooling.texts)
+            parts += [
+                self._part(held, first + number, query)
+                for number, query in enumerate(pooling.queries)
+            ]
+        longest = max(len(part.ids) for part in parts)
+        if longest > self._context_tokens:
+            return _refuse(
+                request,
+                "context_length_exceeded",
+                f"A text has {longest} tokens; this model takes {self._context_tokens}.",
+            )
+        if any(part.ids and max(part.ids) >= self._vocab_size for part in parts):
+            return _refuse(request, "invalid_value", "A token id is not in the vocabulary.")
+        if pooling.task == "embed" and self._scores:
+            return _refuse(
+                request, "unsupported_endpoint", "This model scores pairs; it embeds nothing."
+            )
+        held.num_left = len(parts)
+        held.num_tokens = sum(len(part.ids) for part in parts)
+        return parts
+
+    def _part(self, held: _Held, number: int, text: Text, query: str | None = None) -> _Part:
+        if not isinstance(text, str):
+            return _Part(held, number, list(text), [0] * len(text))
+        if query is None:
+            encoded = self._backend.encode(text)
+        else:
+            encoded = self._backend.encode(query, text)
+        return _Part(held, number, encoded.ids, encoded.type_ids)
+
+    def _conclude(self, held: _Held) -> Result:
+        pooling = held.pooling
+        usage = Usage(prompt_tokens=held.num_tokens)
+        num = len(pooling.texts)
+        if pooling.task == "score":
+            if self._scores:
+                scores = [float(torch.sigmoid(held.vectors[n][0])) for n in range(num)]
+            else:
+                scores = [
+                    float(
+                        torch.nn.functional.cosine_similarity(
+                            held.vectors[n],
+                            held.vectors[num + (n if len(pooling.queries) > 1 else 0)],
+                            dim=0,
+                        )
+                    )
+                    for n in range(num)
+                ]
+            return Result(id=held.request_id, usage=usage, scores=tuple(scores))
+        vectors: list[bytes] = []
+        for n in range(num):
+            vector = held.vectors[n]
+            if pooling.dimensions is not None and pooling.dimensions < len(vector):
+                vector = torch.nn.functional.normalize(vector[: pooling.dimensions], dim=0)
+            vectors.append(vector.numpy().astype("<f4").tobytes())
+        return Result(id=held.request_id, usage=usage, vectors=tuple(vectors))
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: PoolingMode) -> torch.Tensor:
+    """Return one vector for each sequence.
+
+    Args:
+        hidden: [sequences, tokens, size].
+        mask: [sequences, tokens]; 0 where there is only padding, which stands behind the tokens.
+    """
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "last":
+        return hidden[torch.arange(len(hidden)), mask.sum(dim=1) - 1]
+    spread = mask.unsqueeze(-1)
+    if mode == "max":
+        return hidden.masked_fill(spread == 0, -torch.inf).amax(dim=1)
+    return (hidden * spread).sum(dim=1) / spread.sum(dim=1)
+
+
+def _padded(num_tokens: int) -> int:
+    return -(-num_tokens // _PADDING) * _PADDING
+
+
+def _refuse(request: Request, code: str, message: str) -> Result:
+    return Result(
+        id=request.id, error=LineError(code=code, message=message, status_code=400, param="input")
+    )
