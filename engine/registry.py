@@ -11,7 +11,9 @@ import xxhash
 from engine.asking import Asking
 from engine.base import Engine
 from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
+from engine.encoders import is_encoder, is_scoring, read_pooling_settings
 from jobs.domain.errors import EngineMisconfigured
+from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
 from jobs.domain.request import (
     CHAT,
     COMPLETIONS,
@@ -28,6 +30,9 @@ _DESCRIBING_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
 )
 _DEFAULT_CONTEXT_TOKENS = 2048
 
@@ -58,7 +63,12 @@ def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
     else:
         with _needing("hf"):
             from engine.hf.engine import HfEngine  # noqa: PLC0415
-        inner = HfEngine(config, model=model)
+            from engine.hf.pooling import HfPoolingEngine  # noqa: PLC0415
+        folder = find_folder(config)
+        if is_encoder(folder, _object(_read(folder / "config.json") or b"{}", folder)):
+            inner = HfPoolingEngine(config, model=model)
+        else:
+            inner = HfEngine(config, model=model)
     return Asking(inner, config.asking)
 
 
@@ -106,6 +116,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         or files["chat_template.json"] is not None
         or bool(tokenizer_config.get("chat_template"))
     )
+    encodes = is_encoder(folder, described)
     digest = xxhash.xxh3_128()
     for name, content in files.items():
         digest.update(f"{name}\0{-1 if content is None else len(content)}\0".encode())
@@ -123,12 +134,16 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             }
         ).encode()
     )
+    endpoints: tuple[str, ...] = (CHAT, COMPLETIONS) if has_template else (COMPLETIONS,)
+    context_tokens = int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS)
+    if encodes:
+        endpoints = (RERANK, SCORE) if is_scoring(described) else POOLING_ENDPOINTS
+        context_tokens = read_pooling_settings(folder).max_tokens or context_tokens
     return Capabilities(
         model=model,
         engine=config.kind,
-        endpoints=(CHAT, COMPLETIONS) if has_template else (COMPLETIONS,),
-        context_tokens=config.context_tokens
-        or int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS),
+        endpoints=endpoints,
+        context_tokens=config.context_tokens or context_tokens,
         constraints=CONSTRAINT_KINDS,
         parameters=PARAMETERS,
         constraint_backend=config.asking.backend,

@@ -8,18 +8,15 @@ A model without a head for scores scores a pair by the cosine of its two embeddi
 Source: the files `modules.json` and `*_Pooling/config.json` of sentence-transformers.
 """
 
-import json
 import time
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import msgspec
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from engine.base import Source
 from engine.config import HfConfig
+from engine.encoders import PoolingMode, read_pooling_settings
 from engine.hf import weights
 from engine.registry import describe_model, find_folder
 from engine.sampling import OPENAI_DEFAULTS
@@ -32,63 +29,6 @@ _IDLE_SECONDS = 0.002
 _AHEAD_BATCHES = 4
 _PADDING = 8
 """Sequences are padded to a multiple of so many tokens."""
-
-PoolingMode = Literal["cls", "mean", "max", "last"]
-_MODES: dict[str, PoolingMode] = {
-    "cls_token": "cls",
-    "mean_tokens": "mean",
-    "max_tokens": "max",
-    "lasttoken": "last",
-}
-
-
-class PoolingSettings(msgspec.Struct, frozen=True):
-    """How a model's folder says that token vectors become one."""
-
-    mode: PoolingMode
-    normalize: bool
-    max_tokens: int | None
-
-
-def read_pooling_settings(folder: Path) -> PoolingSettings:
-    """Return what the files of sentence-transformers say, or what fits a model without them.
-
-    Raises:
-        EngineMisconfigured: the model pools in a way that is not known here.
-    """
-    modules = _read(folder / "modules.json") or []
-    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules}
-    extra = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if extra:
-        raise EngineMisconfigured(
-            f"{folder} puts {', '.join(sorted(extra))} behind its encoder, which is not built in; "
-            "serve it with vLLM."
-        )
-    mode: PoolingMode = "mean"
-    if "Pooling" in kinds:
-        described = _read(folder / str(kinds["Pooling"].get("path", "")) / "config.json") or {}
-        asked = [
-            name.removeprefix("pooling_mode_")
-            for name, is_on in described.items()
-            if name.startswith("pooling_mode_") and is_on is True
-        ]
-        if len(asked) != 1 or asked[0] not in _MODES:
-            raise EngineMisconfigured(
-                f"{folder} pools by {', '.join(sorted(asked)) or 'nothing'}, which is not built "
-                "in; serve it with vLLM."
-            )
-        mode = _MODES[asked[0]]
-    limits = _read(folder / "sentence_bert_config.json") or {}
-    return PoolingSettings(mode, "Normalize" in kinds or not modules, limits.get("max_seq_length"))
-
-
-def _read(path: Path) -> Any:  # noqa: ANN401 -- any JSON
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise EngineMisconfigured(f"{path} cannot be read: {type(error).__name__}.") from error
 
 
 class _Part:
@@ -133,7 +73,7 @@ class HfPoolingEngine:
         self._capabilities = describe_model(config, model or config.model)
         loaded = weights.load_encoder(config)
         self._model: Any = loaded.model
-        self._tokenizer: PreTrainedTokenizerFast = loaded.tokenizer
+        self._pad = loaded.tokenizer.pad_token_id or 0
         self._backend = loaded.tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -247,8 +187,7 @@ class HfPoolingEngine:
     def _forward(self, batch: Sequence[_Part]) -> torch.Tensor:
         """Return what the model makes of each sequence: [len(batch), size] in float32."""
         width = _padded(max(len(part.ids) for part in batch))
-        pad = self._tokenizer.pad_token_id or 0
-        ids = torch.full((len(batch), width), pad, dtype=torch.int64)
+        ids = torch.full((len(batch), width), self._pad, dtype=torch.int64)
         mask = torch.zeros((len(batch), width), dtype=torch.int64)
         types = torch.zeros((len(batch), width), dtype=torch.int64)
         for row, part in enumerate(batch):
@@ -309,10 +248,7 @@ class HfPoolingEngine:
     def _part(self, held: _Held, number: int, text: Text, query: str | None = None) -> _Part:
         if not isinstance(text, str):
             return _Part(held, number, list(text), [0] * len(text))
-        if query is None:
-            encoded = self._backend.encode(text)
-        else:
-            encoded = self._backend.encode(query, text)
+        encoded = self._backend.encode(*((text,) if query is None else (query, text)))
         return _Part(held, number, encoded.ids, encoded.type_ids)
 
     def _conclude(self, held: _Held) -> Result:

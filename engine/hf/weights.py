@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -33,7 +35,9 @@ from engine.checkpoint import WEIGHTS_FILE, read_config, read_tensors
 from engine.choice import gigabytes
 from engine.config import HfConfig
 from engine.devices import read_memory
+from engine.encoders import is_scoring
 from engine.memory import WeightKind, read_size, weight_bytes
+from engine.registry import find_folder
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _DTYPES = {
@@ -55,8 +59,21 @@ class Loaded(msgspec.Struct, frozen=True):
     vocab_size: int
 
 
+class LoadedEncoder(msgspec.Struct, frozen=True):
+    """A model that makes vectors or scores, on its device.
+
+    `scores` says that it has a head which gives a pair of texts one number.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+    scores: bool
+    vocab_size: int
+
+
 def load(config: HfConfig) -> Loaded:
-    """Return the model of `config`, ready to run.
+    """Return the model of `config`, ready to generate text.
 
     Local folders are never looked up on the hub. No code of a model is ever run, and weights
     come from safetensors only.
@@ -66,6 +83,45 @@ def load(config: HfConfig) -> Loaded:
             to do.
         EngineOutOfMemory: the model does not fit on the device.
     """
+    model, tokenizer, device = _open(config, AutoModelForCausalLM)
+    generation_config = _generation_config(model.generation_config)
+    text_config = model.config.get_text_config()
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        generation_config=generation_config,
+        eos_tokens=_eos_tokens(generation_config, tokenizer),
+        context_tokens=config.context_tokens
+        or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
+        vocab_size=int(text_config.vocab_size),
+    )
+
+
+def load_encoder(config: HfConfig) -> LoadedEncoder:
+    """Return the model of `config`, ready to embed or to score.
+
+    Raises:
+        EngineMisconfigured, EngineOutOfMemory: see `load`.
+    """
+    described = read_config(find_folder(config))
+    scores = is_scoring(described)
+    model, tokenizer, device = _open(
+        config, AutoModelForSequenceClassification if scores else AutoModel
+    )
+    return LoadedEncoder(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        scores=scores,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+    )
+
+
+def _open(
+    config: HfConfig,
+    kind: Any,  # noqa: ANN401 -- one of transformers' automatic classes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, torch.device]:
     _silence()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -85,10 +141,10 @@ def load(config: HfConfig) -> Loaded:
         "cache_dir": config.cache_folder,
     }
     if is_local:
-        _check_folder(Path(source), config, device)
+        _check_folder(Path(source), config, device, generates=kind is AutoModelForCausalLM)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = _load_model(config, source, device, common)
+        model = _load_model(config, source, device, common, kind)
     except EngineMisconfigured:
         raise
     except torch.OutOfMemoryError:
@@ -104,22 +160,15 @@ def load(config: HfConfig) -> Loaded:
     model.requires_grad_(requires_grad=False)
     if device.type == "cpu":
         _leave_file(model)
-    generation_config = _generation_config(model.generation_config)
-    text_config = model.config.get_text_config()
-    return Loaded(
-        model=model,
-        tokenizer=tokenizer,
-        device=device,
-        generation_config=generation_config,
-        eos_tokens=_eos_tokens(generation_config, tokenizer),
-        context_tokens=config.context_tokens
-        or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
-        vocab_size=int(text_config.vocab_size),
-    )
+    return model, tokenizer, device
 
 
 def _load_model(
-    config: HfConfig, source: str, device: torch.device, common: dict[str, Any]
+    config: HfConfig,
+    source: str,
+    device: torch.device,
+    common: dict[str, Any],
+    kind: Any,  # noqa: ANN401 -- one of transformers' automatic classes
 ) -> PreTrainedModel:
     options: dict[str, Any] = {
         **common,
@@ -130,7 +179,7 @@ def _load_model(
         "device_map": None if device.type == "cpu" else {"": device},
     }
     attention = _attention(config, device)
-    read: Any = AutoModelForCausalLM.from_pretrained
+    read: Any = kind.from_pretrained
     try:
         model, found = read(source, attn_implementation=attention, **options)
     except ValueError as error:
@@ -138,7 +187,8 @@ def _load_model(
             raise
         # Attention sinks, for example, exist in the plain implementation only.
         model, found = read(source, attn_implementation="eager", **options)
-    missing = sorted(map(str, found["missing_keys"]))
+    # Some encoders have a layer for pairs of sentences, which nothing here asks for.
+    missing = sorted(key for key in map(str, found["missing_keys"]) if "pooler." not in key)
     if missing:
         # transformers would go on with random numbers in their place.
         raise EngineMisconfigured(
@@ -202,7 +252,7 @@ def _silence() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _check_folder(folder: Path, config: HfConfig, device: torch.device) -> None:
+def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, generates: bool) -> None:
     """Refuse what cannot be loaded, before the libraries try and say it in many lines.
 
     Raises:
@@ -216,7 +266,7 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device) -> None:
             f"{folder} brings Python code of its own, which is never run; use a model that "
             "transformers knows."
         )
-    _check_family(folder, described)
+    _check_family(folder, described, generates=generates)
     if not read_tensors(folder):
         raise EngineMisconfigured(
             f"{folder} holds neither {WEIGHTS_FILE} nor an index of several; save the model's "
@@ -244,8 +294,8 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device) -> None:
         )
 
 
-def _check_family(folder: Path, described: Mapping[str, Any]) -> None:
-    """Refuse an architecture that cannot generate text here."""
+def _check_family(folder: Path, described: Mapping[str, Any], *, generates: bool) -> None:
+    """Refuse an architecture that is not known here, or cannot generate the text it has to."""
     family = described.get("model_type")
     if not family:
         raise EngineMisconfigured(
@@ -256,7 +306,7 @@ def _check_family(folder: Path, described: Mapping[str, Any]) -> None:
             f"{folder} is of the architecture {str(family)[:80]!r}, which transformers "
             f"{transformers_version} does not know; use another model or engine."
         )
-    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if generates and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise EngineMisconfigured(
             f"{folder} is of the architecture {family!r}, which does not generate text; use a "
             "model for text generation."

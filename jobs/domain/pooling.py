@@ -1,6 +1,6 @@
 """Texts to be embedded or scored: what a line asks for, and the body that answers it.
 
-Source: `/v1/embeddings` of OpenAI's API; `/v1/rerank` as Jina, Cohere and vLLM spell it; `/v1/score`
+Source: `/v1/embeddings` of OpenAI's API; `/v1/rerank` as Jina and vLLM spell it; `/v1/score`
 as vLLM does.
 """
 
