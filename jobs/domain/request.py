@@ -78,9 +78,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an engine is asked: a conversation, a prompt (text, or token ids), or texts to embed or
-    score; exactly one of them.
+    """What an engine is asked: a conversation, a prompt or texts to pool; exactly one of them.
 
+    A prompt is a text, or token ids.
     `id` is unique in the life of the process that feeds the engine; never a caller's value.
     """
 
