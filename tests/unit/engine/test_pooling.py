@@ -30,16 +30,17 @@ WORDS = ("alpha", "beta", "gamma", "delta", "json", "decoder", "wrap", "text")
 
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> BertConfig:
-    return BertConfig(
+    config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
-        num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
     )
+    config.num_labels = 1
+    return config
 
 
 @pytest.fixture(scope="module")
