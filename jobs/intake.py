@@ -353,6 +353,8 @@ class _Reading:
                 if cut is not None:
                     self.cuts.append(cut)
                 prompt_at = content.find(prompt_key)
+                if prompt_at < 0:  # noqa: PLR1730  calling max costs as much as a hash
+                    prompt_at = 0  # the name is spelled with escapes
                 skipped = line.num_first_chars
                 note(
                     content,

@@ -62,13 +62,12 @@ class Columns:
 
         Args:
             content: the line.
-            start: where in it the prompt begins; below 0: unknown.
+            start: where in it the prompt begins.
             stem: where its last message begins; 0: it has one only.
             key: 16 bytes that are equal exactly where the answers are; None: nobody's answer is
                 sure to be the same.
             max_tokens: the longest answer; 0: unknown.
         """
-        start = max(start, 0)  # its name may be spelled with escapes
         size = len(content) - start
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.

@@ -25,6 +25,8 @@ ENDPOINTS = (CHAT, COMPLETIONS)
 
 MAX_STOP_STRINGS = 16
 MAX_CUSTOM_ID_BYTES = 512
+_SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
+"""So many characters have no more bytes than that."""
 MAX_MODEL_CHARS = 512
 _MAX_QUOTED_CHARS = 64
 """Of what a line says, in a message about it."""
@@ -391,7 +393,8 @@ class Sketcher:
             body, custom_id = wire.body, wire.custom_id
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             custom_id, body = _parse_slowly(line, self._endpoint)
-        _check_custom_id(custom_id)
+        if not 0 < len(custom_id) <= _SURE_CHARS:
+            _check_custom_id(custom_id)
         if is_chat:
             asked, body.messages = body.messages, None
         else:
