@@ -613,18 +613,18 @@ class _Audit:
             self.checks["order"].note(f"records are out of order; {where}")
 
     def _read_ids(self) -> Iterator[str]:
-        for line in scan(self._blobs, self._input.blob_key, max_line_bytes=UNLIMITED):
-            if line.data is not None:
-                yield custom_id_of(line.data)
+        for _, _, _, line in scan(self._blobs, self._input.blob_key, max_line_bytes=UNLIMITED):
+            if line is not None:
+                yield custom_id_of(line)
 
     def _read_results(self, file: File | None) -> Iterator[_Line | None]:
         """Yield the lines of a published file; None for one that is no result."""
         if file is None:
             return
-        for number, line in enumerate(
+        for number, (_, _, _, line) in enumerate(
             scan(self._blobs, file.blob_key, max_line_bytes=UNLIMITED), start=1
         ):
-            yield self._decode(self.checks["files"], file.blob_key, line.data or b"")
+            yield self._decode(self.checks["files"], file.blob_key, line or b"")
             if number % _NOTED_LINES == 0:
                 self._progress(_NOTED_LINES)
 

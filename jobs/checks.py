@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import xxhash
+from xxhash import xxh3_128_digest
 
 from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import LineProblem
@@ -130,7 +131,7 @@ class CustomIds:
 
     def add(self, custom_id: str) -> None:
         """Note a custom_id."""
-        self._digests += xxhash.xxh3_128_digest(custom_id.encode())
+        self._digests += xxh3_128_digest(custom_id.encode())
         if len(self._digests) >= self._spill_bytes:
             self._spill()
 
@@ -152,6 +153,9 @@ class CustomIds:
     @staticmethod
     def _repeated_in(digests: bytes | bytearray) -> set[bytes]:
         rows = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+        halves = np.sort(rows[:, 0])
+        if not (halves[1:] == halves[:-1]).any():  # as nearly always, and much cheaper to see
+            return set()
         order = np.lexsort((rows[:, 1], rows[:, 0]))
         ordered = rows[order]
         same = (ordered[1:] == ordered[:-1]).all(axis=1)
@@ -233,6 +237,11 @@ class Models:
             return self.capabilities
         self._problems.add_error(error, line)
         return None
+
+    def is_settled(self, name: str | None) -> bool:
+        """Return whether another line that names `name` would change and report nothing."""
+        found = self.capabilities
+        return self._override is None and found is not None and name == found.model
 
     def _look_up(self, name: str) -> InvalidLine | None:
         """Return what is wrong with naming this model; the first good one becomes the batch's."""

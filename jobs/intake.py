@@ -8,9 +8,7 @@ each other, a second pass writes the lines in the order they will run, and that 
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
 
-import msgspec
 import xxhash
 
 from engine.sandbox import Sandbox
@@ -24,20 +22,28 @@ from jobs.domain.errors import (
     NotFound,
 )
 from jobs.domain.plan import Columns, Fold, RunOrder, order
-from jobs.domain.request import CHAT, ENDPOINTS, Capabilities, Line, custom_id_of, parse_line
+from jobs.domain.request import (
+    CHAT,
+    ENDPOINTS,
+    Capabilities,
+    Sketch,
+    Sketcher,
+    Terms,
+    custom_id_of,
+)
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, files
 from storage.blobs.base import BlobStore, plan_key
 from storage.database import Database
-from storage.jsonl import ScannedLine, encode_run_line, scan
-from storage.reorder import Reorder
+from storage.jsonl import Follower, ScannedLine, encode_run_head, scan
+from storage.reorder import Ranked, Reorder
 
 _PROGRESS_LINES = 1000
-_INDEX_BYTES = 8
+_WRITE_BYTES = 1 << 20
 _LEADER, _FOLLOWER = 0, 1
-_encode_key = msgspec.msgpack.Encoder().encode
+_ROLE = b'"role"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,37 +162,143 @@ def _write_run_order(
     ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
     follows = None if run_order.is_follower is None else run_order.is_follower.data
     with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
-        for index, line in enumerate(scanned):
-            content = line.data or b""
-            number = index.to_bytes(_INDEX_BYTES, "little")
+        for index, (_, _, _, line) in enumerate(scanned):
+            content = line or b""
             if follows is not None and follows[index]:
-                content = custom_id_of(content).encode()
-                reorder.add(ranks[index], _FOLLOWER, number + content)
+                reorder.add(ranks[index], index << 1 | _FOLLOWER, custom_id_of(content).encode())
             else:
-                reorder.add(ranks[index], _LEADER, number + content)
+                reorder.add(ranks[index], index << 1 | _LEADER, content)
             if on_progress is not None and index % _PROGRESS_LINES == 0:
                 on_progress(index)
         with blobs.open_writer(key) as writer:
-            at = 0
-            for rank, entries in groupby(reorder.read(), key=lambda entry: entry[0]):
-                # The leader is the first of them in the file, so it comes first here.
-                (_, _, leader), *rest = entries
-                followers = [(_index_of(one), one[_INDEX_BYTES:].decode()) for _, _, one in rest]
-                written = encode_run_line(_index_of(leader), followers, leader[_INDEX_BYTES:])
-                writer.write(written)
-                cut = cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=len(written))
+            at = num_held = 0
+            held: list[bytes] = []
+            for rank, (index, followers, content) in enumerate(_run_lines(reorder.read())):
+                head = encode_run_head(index, followers)
+                num_bytes = len(head) + len(content) + 1
+                held += (head, content, b"\n")
+                num_held += num_bytes
+                if num_held >= _WRITE_BYTES:
+                    writer.write(b"".join(held))
+                    held.clear()
+                    num_held = 0
+                cut = cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
                 if cut is not None:
                     cuts.append(cut)
-                at += len(written)
+                at += num_bytes
                 if on_progress is not None and rank % _PROGRESS_LINES == 0:
                     on_progress(rank)
+            writer.write(b"".join(held))
             writer.commit()
     last = cutter.finish()
     return [*cuts, last] if last is not None else cuts
 
 
-def _index_of(entry: bytes) -> int:
-    return int.from_bytes(entry[:_INDEX_BYTES], "little")
+def _longest(terms: Terms) -> int:
+    """Return how many tokens an answer may have; 0: unknown."""
+    if terms.max_tokens is None and terms.constraint is not None:
+        return len(terms.constraint.spec) // 4  # an answer is about as long as its schema
+    return terms.max_tokens or 0
+
+
+def _run_lines(entries: Iterator[Ranked]) -> Iterator[tuple[int, list[Follower], bytes]]:
+    """Yield the lines that run, each with its index and those it runs for."""
+    leader: tuple[int, list[Follower], bytes] | None = None
+    for _, tag, content in entries:
+        if tag & 1 == _LEADER:
+            if leader is not None:
+                yield leader
+            leader = tag >> 1, [], content
+        elif leader is not None:  # it is the first of them in the file, so it comes first here
+            leader[1].append((tag >> 1, content.decode()))
+    if leader is not None:
+        yield leader
+
+
+class _Judge:
+    """What follows from what a line asks for; lines in a row mostly ask for the same.
+
+    Attributes:
+        wants_each: whether it has to look at the next line even if that one does.
+        is_shared: whether equal requests may have one answer.
+        longest: how many tokens an answer may have; 0: unknown.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        models: Models,
+        checker: Sandbox,
+        *,
+        limits: PlanLimits,
+        problems: Problems,
+    ) -> None:
+        self._batch = batch
+        self._models = models
+        self._limits = limits
+        self._problems = problems
+        self._refuse = batch.on_unsupported_schema == "refuse"
+        self._schemas = Schemas(checker, problems, chunk=limits.check_chunk, refuse=self._refuse)
+        self._terms: Terms | None = None
+        self._capabilities: Capabilities | None = None
+        self._fault: InvalidLine | None = None
+        self.wants_each = True
+        self.is_shared = False
+        self.longest = 0
+
+    def look(self, terms: Terms, number: int) -> None:
+        """Hold a line that is good in itself against what its model can do."""
+        capabilities = self._models.add(terms.model, number)
+        if terms is not self._terms or capabilities is not self._capabilities:
+            self._terms, self._capabilities = terms, capabilities
+            self._fault = self._find_fault(terms, capabilities)
+            self.is_shared = self._is_shared(terms, capabilities)
+            self.longest = _longest(terms)
+            if capabilities is not None:
+                self._schemas.refuse = self._refuse or capabilities.refuses_unenforceable
+                self._schemas.backend = capabilities.constraint_backend
+        if self._fault is not None:
+            self._problems.add_error(self._fault, number)
+        if terms.constraint is not None:
+            self._schemas.add(terms.constraint, number)
+        self.wants_each = (
+            self._fault is not None
+            or terms.constraint is not None
+            or not self._models.is_settled(terms.model)
+        )
+
+    def finish(self) -> None:
+        """Report what could not be said before the last line."""
+        self._schemas.check()
+        self._models.finish()
+
+    def _is_shared(self, terms: Terms, capabilities: Capabilities | None) -> bool:
+        """Return whether equal requests on these terms may have one answer."""
+        if self._limits.fold != "determined":
+            return self._limits.fold == "all"
+        if terms.seed is not None:
+            return True
+        if terms.temperature is None:
+            return capabilities is not None and capabilities.is_greedy
+        return terms.temperature == 0
+
+    def _find_fault(self, terms: Terms, capabilities: Capabilities | None) -> InvalidLine | None:
+        """Return why a model cannot serve lines on these terms, which are good in themselves."""
+        if capabilities is None:
+            return None
+        endpoint = self._batch.endpoint
+        if endpoint not in capabilities.endpoints:
+            return InvalidLine(
+                f"Model {capabilities.model} cannot serve {endpoint} (a chat needs a chat "
+                "template).",
+                param="url",
+                error_code="unsupported_endpoint",
+            )
+        try:
+            terms.check(capabilities)
+        except InvalidLine as error:
+            return error
+        return None
 
 
 class _Reading:
@@ -211,8 +323,7 @@ class _Reading:
         self.model = ""
         self._capabilities: Capabilities | None = None
         self._columns = Columns()
-        self._fold = limits.fold
-        self._prompt_at = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
+        self._prompt_key = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
 
     def read(
         self,
@@ -225,35 +336,39 @@ class _Reading:
         Raises:
             InvalidLine: nothing in the file could be run, whatever its lines say.
         """
-        limits, problems = self._limits, self._problems
+        limits = self._limits
         models = self._open_models(describe)
-        refuse = self._batch.on_unsupported_schema == "refuse"
-        schemas = Schemas(checker, problems, chunk=limits.check_chunk, refuse=refuse)
+        judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
+        prompt_key, note = self._prompt_key, self._columns.add
+        total = 0
+        terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
-            for number, start, num_bytes, content in self.scan():
-                line = self._parse(number, num_bytes, content)
-                if line is None or content is None:
-                    continue
-                capabilities = models.add(line.model, number)
-                if capabilities is not None:
-                    self._check(capabilities, content, number)
-                    schemas.refuse = refuse or capabilities.refuses_unenforceable
-                    schemas.backend = capabilities.constraint_backend
-                if line.constraint is not None:
-                    schemas.add(line.constraint, number)
+            for number, start, num_bytes, content, line in self._sketch_lines():
+                if line.terms is not terms or judge.wants_each:
+                    terms = line.terms
+                    judge.look(terms, number)
                 ids.add(line.custom_id)
-                cut = cutter.add(
-                    index=self.total, line=number, byte_start=start, num_bytes=num_bytes
-                )
+                cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
                     self.cuts.append(cut)
-                self._note(line, content, capabilities)
-                self.total += 1
-                if on_progress is not None and self.total % _PROGRESS_LINES == 0:
-                    on_progress(self.total)
-            schemas.check()
-            models.finish()
+                prompt_at = content.find(prompt_key)
+                if prompt_at < 0:  # noqa: PLR1730  calling max costs as much as a hash
+                    prompt_at = 0  # the name is spelled with escapes
+                skipped = line.num_first_chars
+                note(
+                    content,
+                    start=prompt_at,
+                    # That of the last message: what stands before it is no shorter than it reads.
+                    stem=content.find(_ROLE, prompt_at + skipped) if skipped else 0,
+                    key=line.digest() if judge.is_shared else None,
+                    max_tokens=judge.longest,
+                )
+                total += 1
+                if on_progress is not None and total % _PROGRESS_LINES == 0:
+                    on_progress(total)
+            self.total = total
+            judge.finish()
             repeated = ids.repeated()
         if repeated:
             self._report_repeated(repeated)
@@ -265,6 +380,24 @@ class _Reading:
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
+    def _sketch_lines(self) -> Iterator[tuple[int, int, int, bytes, Sketch]]:
+        """Yield the good lines as `scan` does, each with its sketch; report the others."""
+        sketch = Sketcher(self._batch.endpoint).sketch
+        for number, start, num_bytes, content in self.scan():
+            if content is None:
+                message = (
+                    f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
+                    "allowed."
+                )
+                self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
+                continue
+            try:
+                line = sketch(content)
+            except InvalidLine as error:
+                self._problems.add_error(error, number)
+                continue
+            yield number, start, num_bytes, content, line
+
     def choose_order(self) -> RunOrder:
         """Return in which order the lines are to run."""
         found = self._capabilities
@@ -274,25 +407,6 @@ class _Reading:
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
         )
-
-    def _note(self, line: Line, content: bytes, capabilities: Capabilities | None) -> None:
-        """Keep what the order of the lines depends on."""
-        sampling, fold = line.sampling, self._fold
-        temperature = sampling.temperature
-        if fold == "determined":
-            if temperature is None:
-                is_equal = capabilities is not None and capabilities.is_greedy
-            else:
-                is_equal = temperature == 0
-            is_equal = is_equal or sampling.seed is not None
-        else:
-            is_equal = fold == "all"
-        key = xxhash.xxh3_128_digest(_encode_key(line.to_request(0))) if is_equal else None
-        longest = sampling.max_tokens or 0
-        if not longest and line.constraint is not None:
-            longest = len(line.constraint.spec) // 4  # an answer is about as long as its schema
-        start = max(0, content.find(self._prompt_at))
-        self._columns.add(content, start=start, key=key, max_tokens=longest)
 
     def scan(self) -> Iterator[ScannedLine]:
         """Yield the lines of the file."""
@@ -311,42 +425,6 @@ class _Reading:
         except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             raise InvalidLine(reason.message, param="model", error_code="model_not_found") from None
 
-    def _parse(self, number: int, num_bytes: int, content: bytes | None) -> Line | None:
-        if content is None:
-            self._problems.add(
-                LineProblem(
-                    code="line_too_long",
-                    message=f"This line has {num_bytes} bytes; at most "
-                    f"{self._limits.max_line_bytes} are allowed.",
-                    line=number,
-                )
-            )
-            return None
-        try:
-            return parse_line(content, endpoint=self._batch.endpoint)
-        except InvalidLine as error:
-            self._problems.add_error(error, number)
-            return None
-
-    def _check(self, capabilities: Capabilities, content: bytes, number: int) -> None:
-        """Hold a line that is good in itself against what its model can do."""
-        endpoint = self._batch.endpoint
-        if endpoint not in capabilities.endpoints:
-            self._problems.add(
-                LineProblem(
-                    code="unsupported_endpoint",
-                    message=f"Model {capabilities.model} cannot serve {endpoint} (a chat needs a "
-                    "chat template).",
-                    param="url",
-                    line=number,
-                )
-            )
-        elif not capabilities.serves_everything:
-            try:
-                parse_line(content, endpoint=endpoint, capabilities=capabilities)
-            except InvalidLine as error:
-                self._problems.add_error(error, number)
-
     def _check_size(self) -> None:
         limit = self._limits.max_lines
         if not self.total and not self._problems.count:
@@ -362,11 +440,12 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
+        sketch = Sketcher(self._batch.endpoint).sketch
         for number, _, _, content in self.scan():
             if content is None:
                 continue
             try:
-                custom_id = parse_line(content, endpoint=self._batch.endpoint).custom_id
+                custom_id = sketch(content).custom_id
             except InvalidLine:
                 continue
             digest = xxhash.xxh3_128_digest(custom_id.encode())

@@ -55,20 +55,13 @@ class RequestLine(NamedTuple):
     data: bytes
 
 
-class ScannedLine(NamedTuple):
-    """A line that is not blank.
+ScannedLine = tuple[int, int, int, bytes | None]
+"""A line that is not blank.
 
-    Attributes:
-        line_number: the physical line, from 1 where the scan started.
-        byte_start: where in the blob it begins, behind a byte order mark.
-        num_bytes: with its newline.
-        data: without its newline; None when it is longer than the scan allows.
-    """
-
-    line_number: int
-    byte_start: int
-    num_bytes: int
-    data: bytes | None
+Its physical number, from 1 where the scan started; where in the blob it begins, behind a byte
+order mark; its bytes with its newline; and itself without one, or None when it is longer than the
+scan allows. A plain tuple, since planning reads millions.
+"""
 
 
 def scan(
@@ -92,29 +85,33 @@ def scan(
         carry = b""  # the beginning of a line that the last chunk did not end
         num_lost = 0  # bytes of the line at hand that were let go, because it is over-long
         for chunk in _read_chunks(reader, chunk_bytes):
-            lines = chunk.split(b"\n")
+            at = 0
             if at_start and chunk.startswith(_BOM):
-                lines[0] = lines[0][len(_BOM) :]
-                offset = len(_BOM)
+                at = offset = len(_BOM)
             at_start = False
-            lines[0] = carry + lines[0]
-            carry = lines.pop()
-            for line in lines:
+            # Not chunk.split: it looks at each byte, and costs four times as much.
+            while (end := chunk.find(b"\n", at)) >= 0:
+                line = chunk[at:end]
+                at = end + 1
+                if carry:
+                    line = carry + line
+                    carry = b""
                 num_bytes = num_lost + len(line) + 1
                 if num_bytes > max_line_bytes + 1:
-                    yield ScannedLine(number, offset, num_bytes, None)
+                    yield number, offset, num_bytes, None
                     num_lost = 0
                 elif line and not line.isspace():
-                    yield ScannedLine(number, offset, num_bytes, line.removesuffix(b"\r"))
+                    yield number, offset, num_bytes, line.removesuffix(b"\r")
                 number += 1
                 offset += num_bytes
+            carry += chunk[at:]
             if num_lost or len(carry) > max_line_bytes:
                 num_lost += len(carry)
                 carry = b""
         if num_lost:
-            yield ScannedLine(number, offset, num_lost, None)
+            yield number, offset, num_lost, None
         elif carry and not carry.isspace():
-            yield ScannedLine(number, offset, len(carry), carry.removesuffix(b"\r"))
+            yield number, offset, len(carry), carry.removesuffix(b"\r")
 
 
 def _read_chunks(reader: BlobReader, size: int) -> Iterator[bytes]:
@@ -161,12 +158,12 @@ def read_lines(
         raise BlobCorrupt(f"Blob {shard.blob_key} changed under unit {shard.unit_id}.")
 
 
-def encode_run_line(index: int, followers: Sequence[Follower], data: bytes) -> bytes:
-    """Return a line of a run-order blob, with its newline.
+def encode_run_head(index: int, followers: Sequence[Follower]) -> bytes:
+    """Return what stands before a line of the input in a run-order blob.
 
-    It is [index, [[index, custom_id], ...]], a tab, and the line of the input: JSON has no tabs.
+    It is [index, [[index, custom_id], ...]] and a tab: JSON has no tabs.
     """
-    return b"%b\t%b\n" % (_encode_json((index, followers)), data)
+    return b"%b\t" % _encode_json((index, followers)) if followers else b"[%d,[]]\t" % index
 
 
 def read_requests(blobs: BlobStore, shard: Shard, *, skip: bytes = b"") -> Iterator[RequestLine]:

@@ -9,20 +9,27 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from operator import itemgetter
 from types import TracebackType
 from typing import IO, Self
 
+import numpy as np
+
 from jobs.domain.errors import BlobStoreUnavailable
 
-_HEADER = struct.Struct("<QBI")
+_HEADER = struct.Struct("<IQ")
+"""Of a block: how many entries, and the bytes of their contents."""
 _BUCKET_BYTES = 32 << 20
 _MAX_BUCKETS = 256
-_IN_MEMORY_BYTES = 1 << 20
-"""What a bucket holds before it is a file; small batches never touch the disk."""
+_IN_MEMORY_BYTES = 16 << 20
+"""What is held before anything is written: small batches never touch the disk."""
+_ENTRY_BYTES = 200
+"""What an entry costs in memory, beside its content."""
 _SPARE_BYTES = 256 << 20
 
 Ranked = tuple[int, int, bytes]
-"""The rank of an entry, its kind, and its bytes."""
+"""The rank of an entry, a number of whoever added it, and its bytes."""
+_rank_of = itemgetter(0)
 
 
 class Reorder:
@@ -37,7 +44,7 @@ class Reorder:
         wanted = max(1, min(_MAX_BUCKETS, num_bytes // _BUCKET_BYTES + 1))
         self._per_bucket = max(1, -(-num_ranks // wanted))
         num_buckets = max(1, -(-num_ranks // self._per_bucket))
-        if num_bytes > num_buckets * _IN_MEMORY_BYTES:
+        if num_bytes > _IN_MEMORY_BYTES:
             folder = tempfile.gettempdir()
             free = shutil.disk_usage(folder).free
             if free < num_bytes + _SPARE_BYTES:
@@ -45,18 +52,13 @@ class Reorder:
                     f"Sorting a batch needs {num_bytes >> 20} MiB in {folder}, and "
                     f"{free >> 20} MiB are free there; make room, or set TMPDIR."
                 )
-        self._num_buckets = num_buckets
         self._stack = ExitStack()
-        self._buckets: list[IO[bytes]] = []
+        self._files: list[IO[bytes]] = []
+        self._held: list[list[Ranked]] = [[] for _ in range(num_buckets)]
+        self._num_held_bytes = 0
 
     def __enter__(self) -> Self:
-        """Open the buckets."""
-        self._buckets = [
-            self._stack.enter_context(
-                tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115  by the stack
-            )
-            for _ in range(self._num_buckets)
-        ]
+        """Nothing is opened before it is needed."""
         return self
 
     def __exit__(
@@ -65,41 +67,62 @@ class Reorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove them."""
+        """Remove the buckets."""
         self._stack.close()
 
-    def add(self, rank: int, kind: int, content: bytes) -> None:
+    def add(self, rank: int, tag: int, content: bytes) -> None:
         """Take an entry; several may have one rank, and stay in the order they came in.
 
         Raises:
             BlobStoreUnavailable: the disk is full.
         """
-        bucket = self._buckets[rank // self._per_bucket]
+        self._held[rank // self._per_bucket].append((rank, tag, content))
+        self._num_held_bytes += len(content) + _ENTRY_BYTES
+        if self._num_held_bytes >= _IN_MEMORY_BYTES:
+            self._spill()
+
+    def read(self) -> Iterator[Ranked]:
+        """Yield every entry by rank, once."""
+        for number, held in enumerate(self._held):
+            entries = [*_read(self._files[number]), *held] if self._files else held
+            self._held[number] = []
+            entries.sort(key=_rank_of)
+            yield from entries
+
+    def _spill(self) -> None:
         try:
-            bucket.write(_HEADER.pack(rank, kind, len(content)))
-            bucket.write(content)
+            if not self._files:
+                self._files = [
+                    self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  by the stack
+                    for _ in self._held
+                ]
+            for file, held in zip(self._files, self._held, strict=True):
+                if held:
+                    file.write(_encode(held))
+                    held.clear()
         except OSError as error:
             raise BlobStoreUnavailable(
                 f"Sorting a batch failed in {tempfile.gettempdir()}: {error.strerror}."
             ) from error
-
-    def read(self) -> Iterator[Ranked]:
-        """Yield every entry by rank."""
-        for bucket in self._buckets:
-            bucket.seek(0)
-            entries = list(_read(bucket.read()))
-            entries.sort(key=_rank_of)
-            yield from entries
+        self._num_held_bytes = 0
 
 
-def _rank_of(entry: Ranked) -> int:
-    return entry[0]
+def _encode(entries: list[Ranked]) -> bytes:
+    """Return a block: its header, then ranks, tags, sizes and contents, each in a row."""
+    ranks, tags, contents = zip(*entries, strict=True)
+    sizes = np.array([len(content) for content in contents], dtype="<u4")
+    numbers = np.array((ranks, tags), dtype="<u8")
+    header = _HEADER.pack(len(entries), int(sizes.sum(dtype=np.uint64)))
+    return b"".join((header, numbers.tobytes(), sizes.tobytes(), *contents))
 
 
-def _read(content: bytes) -> Iterator[Ranked]:
-    at = 0
-    while at < len(content):
-        rank, kind, size = _HEADER.unpack_from(content, at)
-        at += _HEADER.size
-        yield rank, kind, content[at : at + size]
-        at += size
+def _read(file: IO[bytes]) -> Iterator[Ranked]:
+    file.seek(0)
+    while header := file.read(_HEADER.size):
+        count, num_bytes = _HEADER.unpack(header)
+        ranks, tags = np.frombuffer(file.read(16 * count), dtype="<u8").reshape(2, count).tolist()
+        sizes = np.frombuffer(file.read(4 * count), dtype="<u4").tolist()
+        contents, at = file.read(num_bytes), 0
+        for rank, tag, size in zip(ranks, tags, sizes, strict=True):
+            yield rank, tag, contents[at : at + size]
+            at += size

@@ -127,7 +127,7 @@ class ResultLines:
         for key in keys:
             scanned = scan(self._app.blobs, key, max_line_bytes=_MAX_LINE_BYTES)
             while some := list(islice(scanned, _LINES_AT_ONCE)):
-                lines = [line.data for line in some if line.data is not None]
+                lines = [line for _, _, _, line in some if line is not None]
                 digests = _digest(lines)
                 places = np.minimum(np.searchsorted(given, digests), len(given) - 1)
                 is_new = given[places] != digests

@@ -9,7 +9,6 @@ is gained the order is that of the file, and nobody has to write it down.
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,13 +28,15 @@ _MIN_STEM_BYTES = 64
 _MIN_SPREAD = 2
 """Answers are told apart by length when the longest third is so many doublings above the rest."""
 _PARTS = 16
-_LOW = 0xFFFFFFFF
-_ROW = struct.Struct("<16s5IB")
-_pack = _ROW.pack
 _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
+_WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("doublings", "u1")])
+_WIDE_BYTES = 1024 * _WIDE.itemsize
 _NO_KEY = bytes(16)
+_NOTHING = bytes(8)
+_BYTES = [bytes((number,)) for number in range(256)]
+_digest = xxhash.xxh3_64_digest
 
 Fold = Literal["determined", "all", "none"]
 """Which equal requests run once: those whose answer is determined (greedy or seeded), or all."""
@@ -47,18 +48,22 @@ class Columns:
     def __init__(self) -> None:
         """Begin without a line."""
         self._rows = bytearray()
+        self._new = bytearray()
         self.num_bytes = 0
 
     def __len__(self) -> int:
         """Return the number of lines."""
-        return len(self._rows) // _ROW.size
+        return len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
 
-    def add(self, content: bytes, *, start: int, key: bytes | None, max_tokens: int) -> None:
+    def add(
+        self, content: bytes, *, start: int, stem: int = 0, key: bytes | None, max_tokens: int
+    ) -> None:
         """Note the next line.
 
         Args:
             content: the line.
             start: where in it the prompt begins.
+            stem: where its last message begins; 0: it has one only.
             key: 16 bytes that are equal exactly where the answers are; None: nobody's answer is
                 sure to be the same.
             max_tokens: the longest answer; 0: unknown.
@@ -67,25 +72,36 @@ class Columns:
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.
         second, third, fourth, end = PREFIX_BYTES
-        digest = xxhash.xxh3_64_intdigest
-        one = two = three = four = 0
+        one = two = three = four = rest = _NOTHING
         if size > second:
-            one = digest(content[start : start + second]) & _LOW
+            one = _digest(content[start : start + second])
             if size > third:
-                two = digest(content[start + second : start + third]) & _LOW
+                two = _digest(content[start + second : start + third])
                 if size > fourth:
-                    three = digest(content[start + third : start + fourth]) & _LOW
+                    three = _digest(content[start + third : start + fourth])
                     if size > end:
-                        four = digest(content[start + fourth : start + end]) & _LOW
-        stem = content.rfind(b'"role"', start)
-        rest = 0
+                        four = _digest(content[start + fourth : start + end])
         if stem - start >= _MIN_STEM_BYTES:
-            rest = digest(content[start:stem]) & _LOW
-        self._rows += _pack(key or _NO_KEY, one, two, three, four, rest, max_tokens.bit_length())
+            rest = _digest(content[start:stem])
+        doublings = _BYTES[max_tokens.bit_length()]
+        self._new += b"".join((key or _NO_KEY, one, two, three, four, rest, doublings))
+        if len(self._new) >= _WIDE_BYTES:
+            self._narrow()
 
     def rows(self) -> "NDArray[Any]":
         """Return the columns of all lines, without a copy."""
+        self._narrow()
         return np.frombuffer(self._rows, dtype=_COLUMNS)
+
+    def _narrow(self) -> None:
+        """Keep half of each hash; taking it line by line costs more than hashing."""
+        wide = np.frombuffer(self._new, dtype=_WIDE)
+        rows = np.empty(len(wide), dtype=_COLUMNS)
+        for name in ("low", "high", "prefixes", "doublings"):
+            rows[name] = wide[name]  # a cast keeps the lower half
+        del wide
+        self._rows += rows.tobytes()
+        self._new = bytearray()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +191,8 @@ def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
         lines = np.flatnonzero((low % _PARTS == part) & ((low != 0) | (high != 0)))
         if len(lines) < 2:  # noqa: PLR2004  one is nobody's duplicate
             continue
+        if not _repeats(low[lines]):
+            continue
         lines = lines[np.lexsort((high[lines], low[lines]))]
         is_new = np.ones(len(lines), dtype=np.bool_)
         is_new[1:] = (low[lines[1:]] != low[lines[:-1]]) | (high[lines[1:]] != high[lines[:-1]])
@@ -226,10 +244,20 @@ class _Groups:
         self.repeated_bytes = 0
         self.distinct_bytes = 0
         self.num_groups = 0
+        self.top = np.arange(len(leaders))
         sizes = (*PREFIX_BYTES, PREFIX_BYTES[-1])
         before = 0
+        is_shared = begin_alike = np.ones(len(leaders), dtype=np.bool_)
         for level, size in enumerate(sizes):
             step = prefixes[leaders, level].astype(np.uint64)
+            # Whose beginnings differ share nothing that comes later. The last hash is that of the
+            # stem, which may end before a piece does.
+            step[~(begin_alike if level == len(PREFIX_BYTES) else is_shared)] = 0
+            if not _repeats(step):
+                is_shared = np.zeros(len(leaders), dtype=np.bool_)
+                begin_alike = is_shared if level == 0 else begin_alike
+                before = size
+                continue
             _, node, counts = np.unique(
                 path << np.uint64(32) | step, return_inverse=True, return_counts=True
             )
@@ -242,11 +270,18 @@ class _Groups:
             step[~is_shared] = 0
             path = np.unique(path << np.uint64(32) | step, return_inverse=True)[1].astype(np.uint64)
             if level == 0:
+                begin_alike = is_shared
                 alone = np.flatnonzero(~is_shared)
                 self.top = path.astype(np.int64)
                 self.top[alone] = int(self.top.max(initial=0)) + 1 + np.arange(len(alone))
             before = size
         self.leaf = path.astype(np.int64)
+
+
+def _repeats(numbers: "NDArray[np.uint64]") -> bool:
+    """Return whether one that is not 0 is there twice; much cheaper to see than which."""
+    ordered = np.sort(numbers)
+    return bool(((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)).any())
 
 
 def _arrange(

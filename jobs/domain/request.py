@@ -3,12 +3,18 @@
 The fast path is one typed decode, whose types leave no room for deep nesting. Only a line that
 fails it is looked at a second time, slowly, to find out what is wrong or that what it asks for
 changes nothing (`"tools": null`).
+
+Planning needs less of a line than an engine does, so a `Sketcher` stops half way: the same checks,
+and no request built.
 """
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
+import xxhash
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
@@ -21,9 +27,13 @@ ENDPOINTS = (CHAT, COMPLETIONS)
 
 MAX_STOP_STRINGS = 16
 MAX_CUSTOM_ID_BYTES = 512
+_SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
+"""So many characters have no more bytes than that."""
 MAX_MODEL_CHARS = 512
 _MAX_QUOTED_CHARS = 64
 """Of what a line says, in a message about it."""
+_REMEMBERED_BYTES = 1 << 15
+"""A schema of at most so many is looked at once, and then known by its text."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
@@ -170,7 +180,7 @@ class _TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fie
     text: str
 
 
-class _Message(msgspec.Struct, forbid_unknown_fields=True):
+class _Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     role: Role
     content: str | list[_TextPart]
     name: str | None = None
@@ -320,6 +330,119 @@ _QUOTED = re.compile(r"'(.*)'", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
 
 
+class Terms(msgspec.Struct, frozen=True, eq=False):
+    """What a line asks for beside its prompt; one object for lines in a row that ask the same.
+
+    Attributes:
+        max_tokens: the longest answer; None: as long as the model likes.
+        encoded: equal where what is asked for is, the model aside.
+        body: without its prompt, for this module only.
+    """
+
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    seed: int | None
+    constraint: Constraint | None
+    encoded: bytes
+    body: Any
+
+    def check(self, capabilities: Capabilities) -> None:
+        """Do nothing if a model can serve the line.
+
+        Raises:
+            InvalidLine: what `parse_line` says with these capabilities.
+        """
+        _check_capabilities(self.body, self.constraint, capabilities)
+
+
+class Sketch(msgspec.Struct, frozen=True, eq=False):
+    """What planning needs of one good line.
+
+    Attributes:
+        asked: its prompt, as its body has it.
+        num_first_chars: of all messages but the last.
+    """
+
+    custom_id: str
+    terms: Terms
+    asked: Any
+    num_first_chars: int
+
+    def digest(self) -> bytes:
+        """Return 16 bytes that are equal where requests are, however their lines are written.
+
+        The model is not among what they depend on: a batch runs on one.
+        """
+        return xxhash.xxh3_128_digest(_encode(self.asked) + self.terms.encoded)
+
+
+class Sketcher:
+    """Reads lines as planning does: the checks of `parse_line`, and no request built.
+
+    Lines of a file mostly ask for the same beside their prompts. What that is gets looked at once
+    for all such lines in a row: one comparison takes the place of a dozen checks.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        """Prepare for lines of one of `ENDPOINTS`."""
+        self._endpoint = endpoint
+        self._is_chat = endpoint == CHAT
+        self._decode = _LINE_DECODERS[endpoint].decode
+        self._body: _Body | None = None
+        self._terms: Terms | None = None
+
+    def sketch(self, line: bytes) -> Sketch:
+        """Return what planning needs of `line`.
+
+        Raises:
+            InvalidLine: as `parse_line` would, without capabilities.
+        """
+        is_chat = self._is_chat
+        try:
+            wire = self._decode(line)
+            body, custom_id = wire.body, wire.custom_id
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            custom_id, body = _parse_slowly(line, self._endpoint)
+        if not 0 < len(custom_id) <= _SURE_CHARS:
+            _check_custom_id(custom_id)
+        if is_chat:
+            asked, body.messages = body.messages, None
+        else:
+            asked, body.prompt = body.prompt, None
+        body.user = None
+        terms = self._terms
+        if terms is None or body != self._body:
+            constraint = _check(body, None)
+            longest = _longest(body)
+            encoded = _encode(
+                (
+                    longest,
+                    body.temperature,
+                    body.top_p,
+                    body.top_k,
+                    body.seed,
+                    _stops(body.stop),
+                    body.ignore_eos or False,
+                    constraint,
+                )
+            )
+            terms = Terms(
+                body.model, longest, body.temperature, body.seed, constraint, encoded, body
+            )
+            self._terms, self._body = terms, body
+        if not is_chat:
+            return Sketch(custom_id, terms, _prompt(asked), 0)
+        num_chars = num_last = 0
+        for message in asked:
+            content = message.content
+            if type(content) is list:
+                message.content = content = _join(content)
+            num_last = len(content)
+            num_chars += num_last
+        return Sketch(custom_id, terms, asked, num_chars - num_last)
+
+
 def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
     """Return the request that `line` stands for.
 
@@ -332,10 +455,44 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
     """
     try:
         wire = _LINE_DECODERS[endpoint].decode(line)
-        body = wire.body
-        custom_id = wire.custom_id
+        body, custom_id = wire.body, wire.custom_id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         custom_id, body = _parse_slowly(line, endpoint)
+    _check_custom_id(custom_id)
+    constraint = _check(body, capabilities)
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    if endpoint == CHAT:
+        messages = tuple(
+            [
+                Message(m.role, m.content if type(m.content) is str else _join(m.content), m.name)
+                for m in body.messages
+            ]
+        )
+    else:
+        prompt = _prompt(body.prompt)
+    return Line(
+        custom_id=custom_id,
+        model=body.model,
+        messages=messages,
+        prompt=prompt,
+        sampling=SamplingParams(
+            max_tokens=_longest(body),
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            seed=body.seed,
+            stop=_stops(body.stop),
+            ignore_eos=body.ignore_eos or False,
+        ),
+        constraint=constraint,
+    )
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def _check_custom_id(custom_id: str) -> None:
     num_bytes = len(custom_id) if custom_id.isascii() else len(custom_id.encode())
     if not 0 < num_bytes <= MAX_CUSTOM_ID_BYTES:
         raise InvalidLine(
@@ -343,6 +500,16 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
             param="custom_id",
             error_code="invalid_value",
         )
+
+
+def _check(
+    body: _ChatBody | _CompletionBody, capabilities: Capabilities | None
+) -> Constraint | None:
+    """Return the constraint of a body, once nothing but its prompt is left to be looked at.
+
+    Raises:
+        InvalidLine: it asks for what is not supported.
+    """
     if body.stream:
         raise InvalidLine(
             "Streaming is not supported in a batch; leave `stream` out.",
@@ -355,43 +522,23 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
     constraint = _constraint(body)
     if capabilities is not None:
         _check_capabilities(body, constraint, capabilities)
-    stop = body.stop
-    max_tokens = body.max_tokens
-    messages: tuple[Message, ...] | None = None
-    prompt: str | tuple[int, ...] | None = None
-    if endpoint == CHAT:
-        if body.logprobs:
-            raise _refused("logprobs")
-        max_tokens = body.max_completion_tokens or max_tokens
-        messages = tuple(
-            Message(
-                m.role,
-                m.content
-                if isinstance(m.content, str)
-                else "\n".join(part.text for part in m.content),
-                m.name,
-            )
-            for m in body.messages
-        )
-    else:
-        prompt = _prompt(body.prompt)
-        max_tokens = max_tokens or 16  # OpenAI's default for this endpoint
-    return Line(
-        custom_id=custom_id,
-        model=body.model,
-        messages=messages,
-        prompt=prompt,
-        sampling=SamplingParams(
-            max_tokens=max_tokens,
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            seed=body.seed,
-            stop=() if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
-            ignore_eos=bool(body.ignore_eos),
-        ),
-        constraint=constraint,
-    )
+    if isinstance(body, _ChatBody) and body.logprobs:
+        raise _refused("logprobs")
+    return constraint
+
+
+def _join(parts: list[_TextPart]) -> str:
+    return "\n".join([part.text for part in parts])
+
+
+def _longest(body: _ChatBody | _CompletionBody) -> int | None:
+    if isinstance(body, _ChatBody):
+        return body.max_completion_tokens or body.max_tokens
+    return body.max_tokens or 16  # OpenAI's default for this endpoint
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def _refused(name: str) -> InvalidLine:
@@ -406,7 +553,7 @@ def _check_capabilities(
     body: _Body, constraint: Constraint | None, capabilities: Capabilities
 ) -> None:
     if capabilities.parameters != PARAMETERS:
-        for name in set(PARAMETERS).difference(capabilities.parameters):
+        for name in _lacking(capabilities.parameters):
             value = getattr(body, name, None)
             if value is not None and value != _ABSENT:
                 raise InvalidLine(
@@ -420,6 +567,11 @@ def _check_capabilities(
             param="body.structured_outputs",
             error_code="unsupported_parameter",
         )
+
+
+@lru_cache(maxsize=16)
+def _lacking(parameters: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in PARAMETERS if name not in parameters)
 
 
 def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
@@ -449,6 +601,20 @@ def _is_given(raw: msgspec.Raw) -> bool:
 def _schema_text(raw: msgspec.Raw | str, param: str) -> str:
     """Return the JSON text of a schema given as an object, or as a string that holds one."""
     content = bytes(raw)  # type: ignore[arg-type]  # msgspec.Raw is bytes-like
+    is_short = len(content) <= _REMEMBERED_BYTES
+    text = _find_schema(content) if is_short else _find_schema.__wrapped__(content)
+    if text is None:
+        raise InvalidLine(
+            "A JSON schema is an object (or true or false).",
+            param=param,
+            error_code="invalid_schema",
+        )
+    return text
+
+
+# The lines of a file have few schemas among them.
+@lru_cache(maxsize=64)
+def _find_schema(content: bytes) -> str | None:
     try:
         text = content.decode()
     except UnicodeDecodeError:  # what stays raw has not been looked at before
@@ -461,14 +627,8 @@ def _schema_text(raw: msgspec.Raw | str, param: str) -> str:
             text = schema
             schema = msgspec.json.decode(text)
     except (msgspec.MsgspecError, RecursionError):
-        schema = None
-    if not isinstance(schema, (dict, bool)):
-        raise InvalidLine(
-            "A JSON schema is an object (or true or false).",
-            param=param,
-            error_code="invalid_schema",
-        )
-    return text
+        return None
+    return text if isinstance(schema, (dict, bool)) else None
 
 
 def _choices(choices: list[str]) -> Constraint:

@@ -199,8 +199,8 @@ def test_row_12_a_line_of_gigabytes_costs_no_memory_and_the_next_one_is_read() -
             def open_reader(self, key, *, start=0, length=None): return Endless()
 
         told = [
-            (line.line_number, line.data and parse_line(line.data, endpoint=CHAT).custom_id)
-            for line in scan(Blobs(), "key")
+            (number, line and parse_line(line, endpoint=CHAT).custom_id)
+            for number, _, _, line in scan(Blobs(), "key")
         ]
         """
     )

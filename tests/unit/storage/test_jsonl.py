@@ -28,14 +28,14 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> FolderBlobs:
 
 def split_naively(data: bytes, *, cap: int) -> list[ScannedLine]:
     start = len(BOM) if data.startswith(BOM) else 0
-    found = []
+    found: list[ScannedLine] = []
     for number, physical in enumerate(data[start:].split(b"\n"), 1):
         is_last = start + len(physical) == len(data)
         num_bytes = len(physical) + (not is_last)
         if len(physical) > cap:
-            found.append(ScannedLine(number, start, num_bytes, None))
+            found.append((number, start, num_bytes, None))
         elif physical.strip():
-            found.append(ScannedLine(number, start, num_bytes, physical.removesuffix(b"\r")))
+            found.append((number, start, num_bytes, physical.removesuffix(b"\r")))
         start += num_bytes
     return found
 
@@ -68,13 +68,13 @@ def test_shards_together_read_every_line_once(
     seen = []
     for first in range(0, len(lines), size):
         group = lines[first : first + size]
-        start, last = group[0].byte_start, group[-1]
+        start, last = group[0][1], group[-1]
         shard = make_shard(
             first_index=first,
-            first_line=group[0].line_number,
+            first_line=group[0][0],
             num_lines=len(group),
             byte_start=start,
-            num_bytes=last.byte_start + last.num_bytes - start,
+            num_bytes=last[1] + last[2] - start,
         )
         done = skip.draw(st.lists(st.integers(0, len(group) - 1)))
         read = list(
@@ -82,7 +82,7 @@ def test_shards_together_read_every_line_once(
         )
         assert [position for position, _, _ in read] == sorted(set(range(len(group))) - set(done))
         for position, line_number, line in read:
-            assert (line_number, line) == (group[position].line_number, group[position].data)
+            assert (line_number, line) == (group[position][0], group[position][3])
         seen += group
     assert seen == lines
 
@@ -126,8 +126,8 @@ def test_a_line_longer_than_the_cap_takes_no_memory_and_the_next_one_is_read(
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == [
-        ScannedLine(1, 0, (64 << 20) + 1, None),
-        ScannedLine(2, (64 << 20) + 1, 7, b'{"a":1}'),
+        (1, 0, (64 << 20) + 1, None),
+        (2, (64 << 20) + 1, 7, b'{"a":1}'),
     ]
     assert peak < 4 << 20
 

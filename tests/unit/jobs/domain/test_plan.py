@@ -65,6 +65,22 @@ def test_lines_that_share_nothing_stay_as_they_are() -> None:
     assert order(make_columns([])).is_arrival
 
 
+def test_lines_that_begin_differently_share_nothing_that_comes_later() -> None:
+    prompts = [f"{hashlib.sha256(str(n).encode()).hexdigest()} " + "x" * 3000 for n in range(50)]
+    assert order(make_columns(prompts)).shared == 0
+
+
+def test_a_stem_that_ends_within_a_piece_still_tells_groups_apart() -> None:
+    columns = Columns()
+    for number in range(40):
+        system = "s" * 300 + "ab"[number % 2] * 100
+        content = f'{system}"role" question {number}'.encode()
+        columns.add(content, start=0, stem=len(system), key=None, max_tokens=0)
+    found = order(columns)
+    turns = [number % 2 for number in sequence(found)]
+    assert turns in (sorted(turns), sorted(turns, reverse=True))
+
+
 def test_one_beginning_of_all_lines_is_no_reason_for_another_order() -> None:
     found = order(make_columns(grouped(1, 30)))
     assert found.is_arrival
