@@ -24,6 +24,14 @@ Text = str | tuple[int, ...]
 PoolingTask = Literal["embed", "score"]
 
 
+class PoolingForm(msgspec.Struct, frozen=True, array_like=True):
+    """How the numbers are written; see `render_pooling`."""
+
+    encoding: Literal["float", "base64"] = "float"
+    top_n: int | None = None
+    shows_documents: bool = True
+
+
 class Pooling(msgspec.Struct, frozen=True, array_like=True):
     """Texts, or token ids, to be turned into numbers.
 
@@ -31,24 +39,18 @@ class Pooling(msgspec.Struct, frozen=True, array_like=True):
         task: a vector for each text, or one number for each pair of a query and a text.
         queries: for "score", one for all texts, or one for each.
         dimensions: length of the vectors; None: as the model makes them.
+        form: how the numbers are written.
     """
 
     task: PoolingTask
     texts: tuple[Text, ...]
     queries: tuple[str, ...] = ()
     dimensions: int | None = None
+    form: PoolingForm = PoolingForm()
 
     def pair(self, number: int) -> tuple[str, Text]:
         """Return the query and the text of a pair."""
         return self.queries[number if len(self.queries) > 1 else 0], self.texts[number]
-
-
-class PoolingForm(msgspec.Struct, frozen=True, array_like=True):
-    """How the numbers are written; see `render_pooling`."""
-
-    encoding: Literal["float", "base64"] = "float"
-    top_n: int | None = None
-    shows_documents: bool = True
 
 
 # --- wire types ---
@@ -96,7 +98,7 @@ POOLING_BODIES: dict[str, type[EmbeddingsBody | RerankBody | ScoreBody]] = {
 }
 
 
-def read_pooling(body: EmbeddingsBody | RerankBody | ScoreBody) -> tuple[Pooling, PoolingForm]:
+def read_pooling(body: EmbeddingsBody | RerankBody | ScoreBody) -> Pooling:
     """Return what a body asks for.
 
     Raises:
@@ -105,25 +107,21 @@ def read_pooling(body: EmbeddingsBody | RerankBody | ScoreBody) -> tuple[Pooling
     if isinstance(body, EmbeddingsBody):
         texts = _texts(body.input)
         _check_number(texts, "body.input")
-        return (
-            Pooling("embed", texts, (), body.dimensions),
-            PoolingForm(encoding=body.encoding_format or "float"),
-        )
+        form = PoolingForm(encoding=body.encoding_format or "float")
+        return Pooling("embed", texts, (), body.dimensions, form)
     if isinstance(body, RerankBody):
         documents = tuple(_document(one) for one in body.documents)
         _check_number(documents, "body.documents")
-        return (
-            Pooling("score", documents, (body.query,)),
-            PoolingForm(
-                top_n=body.top_n or None, shows_documents=body.return_documents is not False
-            ),
+        form = PoolingForm(
+            top_n=body.top_n or None, shows_documents=body.return_documents is not False
         )
+        return Pooling("score", documents, (body.query,), None, form)
     queries = _strings(body.text_1 if body.text_1 is not None else body.queries, "text_1")
     found = _strings(body.text_2 if body.text_2 is not None else body.documents, "text_2")
     _check_number(found, "body.text_2")
     if len(queries) not in {1, len(found)}:
         raise _invalid("text_1 holds one text, or as many as text_2.", "body.text_1")
-    return Pooling("score", found, queries), PoolingForm()
+    return Pooling("score", found, queries)
 
 
 def _texts(given: str | list[Any]) -> tuple[Text, ...]:
@@ -173,12 +171,7 @@ def _invalid(message: str, param: str) -> InvalidLine:
 
 
 def render_pooling(
-    endpoint: str,
-    *,
-    texts: Sequence[Text],
-    form: PoolingForm,
-    vectors: Sequence[bytes],
-    scores: Sequence[float],
+    endpoint: str, pooling: Pooling, *, vectors: Sequence[bytes], scores: Sequence[float]
 ) -> dict[str, Any]:
     """Return the part of a response's body that holds the numbers.
 
@@ -186,6 +179,7 @@ def render_pooling(
         vectors: one for each text: 32-bit floats, little-endian.
         scores: one for each text, or none where vectors were asked for.
     """
+    form = pooling.form
     if endpoint == EMBEDDINGS:
         return {
             "object": "list",
@@ -207,7 +201,7 @@ def render_pooling(
         "results": [
             {
                 "index": number,
-                **({"document": {"text": texts[number]}} if form.shows_documents else {}),
+                **({"document": {"text": pooling.texts[number]}} if form.shows_documents else {}),
                 "relevance_score": scores[number],
             }
             for number in ranked

@@ -18,12 +18,32 @@ import xxhash
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
-from jobs.domain.pooling import Pooling
-from jobs.domain.tools import ToolCall, Tools
+from jobs.domain.pooling import (
+    EMBEDDINGS,
+    POOLING_BODIES,
+    POOLING_ENDPOINTS,
+    RERANK,
+    SCORE,
+    EmbeddingsBody,
+    Pooling,
+    RerankBody,
+    ScoreBody,
+    read_pooling,
+)
+from jobs.domain.tools import (
+    ToolCall,
+    Tools,
+    WireCall,
+    WireChoice,
+    WireTool,
+    forced_schema,
+    read_tools,
+    schemas_of,
+)
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-ENDPOINTS = (CHAT, COMPLETIONS)
+ENDPOINTS = (CHAT, COMPLETIONS, *POOLING_ENDPOINTS)
 
 MAX_STOP_STRINGS = 16
 MAX_CUSTOM_ID_BYTES = 512
@@ -124,7 +144,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     engine: str
-    endpoints: tuple[str, ...] = ENDPOINTS
+    endpoints: tuple[str, ...] = (CHAT, COMPLETIONS)
     context_tokens: int = 2048
     constraints: tuple[ConstraintKind, ...] = CONSTRAINT_KINDS
     parameters: tuple[str, ...] = ()
@@ -148,10 +168,12 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
     custom_id: str
     model: str | None
-    messages: tuple[Message, ...] | None
-    prompt: str | tuple[int, ...] | None
-    sampling: SamplingParams
-    constraint: Constraint | None
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None
+    sampling: SamplingParams = SamplingParams()
+    constraint: Constraint | None = None
+    tools: Tools | None = None
+    pooling: Pooling | None = None
 
     def to_request(self, request_id: int) -> Request:
         """Return what to ask an engine."""
@@ -161,6 +183,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
             prompt=self.prompt,
             sampling=self.sampling,
             constraint=self.constraint,
+            tools=self.tools,
+            pooling=self.pooling,
         )
 
 
@@ -182,9 +206,14 @@ class _TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fie
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     role: Role
-    content: str | list[_TextPart]
+    content: str | list[_TextPart] | None = None
     name: str | None = None
+    tool_calls: list[WireCall] | None = None
+    tool_call_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    # What an answer of a model holds beside that, which goes into the next turn's history as it is.
     refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Text(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
@@ -242,6 +271,9 @@ class _ChatBody(_Body, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: _Positive | None = None
     response_format: _Text | _JsonObject | _JsonSchema | None = None
     logprobs: Literal[0] | bool | None = None
+    tools: list[WireTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | WireChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class _CompletionBody(_Body, kw_only=True, forbid_unknown_fields=True):
@@ -263,11 +295,39 @@ class _CompletionLine(msgspec.Struct):
     body: _CompletionBody
 
 
+class _EmbeddingsLine(msgspec.Struct):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/embeddings"]
+    body: EmbeddingsBody
+
+
+class _RerankLine(msgspec.Struct):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/rerank"]
+    body: RerankBody
+
+
+class _ScoreLine(msgspec.Struct):
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/score"]
+    body: ScoreBody
+
+
 _LINE_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
     CHAT: msgspec.json.Decoder(_ChatLine),
     COMPLETIONS: msgspec.json.Decoder(_CompletionLine),
+    EMBEDDINGS: msgspec.json.Decoder(_EmbeddingsLine),
+    RERANK: msgspec.json.Decoder(_RerankLine),
+    SCORE: msgspec.json.Decoder(_ScoreLine),
 }
-_BODY_TYPES: dict[str, type[_Body]] = {CHAT: _ChatBody, COMPLETIONS: _CompletionBody}
+_BODY_TYPES: dict[str, type[msgspec.Struct]] = {
+    CHAT: _ChatBody,
+    COMPLETIONS: _CompletionBody,
+    **POOLING_BODIES,
+}
 
 PARAMETERS = tuple(
     sorted(
@@ -296,7 +356,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "bad_words": ([],),
     "stop": ([],),
     "stop_token_ids": ([],),
-    "tool_choice": ("none",),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -317,7 +376,6 @@ _IGNORED = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "parallel_tool_calls",
         "stream_options",
         "guided_decoding_backend",
         "priority",
@@ -344,8 +402,23 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
     temperature: float | None
     seed: int | None
     constraint: Constraint | None
+    tools: Tools | None
     encoded: bytes
     body: Any
+
+    def list_schemas(self) -> list[tuple[Constraint, str]]:
+        """Return every constraint to be tried before the line may run, and where it stands."""
+        found: list[tuple[Constraint, str]] = []
+        if self.tools is not None:
+            found += [
+                (Constraint("json_schema", msgspec.json.encode(schema).decode()), "tools")
+                for schema in schemas_of(self.tools).values()
+            ]
+        if self.constraint is not None:
+            is_json = self.constraint.kind.startswith("json")
+            where = "response_format" if is_json else "structured_outputs"
+            found.append((self.constraint, "tools" if self.tools is not None else where))
+        return found
 
     def check(self, capabilities: Capabilities) -> None:
         """Do nothing if a model can serve the line.
@@ -353,7 +426,8 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         Raises:
             InvalidLine: what `parse_line` says with these capabilities.
         """
-        _check_capabilities(self.body, self.constraint, capabilities)
+        if isinstance(self.body, _Body):
+            _check_capabilities(self.body, self.constraint, capabilities)
 
 
 class Sketch(msgspec.Struct, frozen=True, eq=False):
@@ -388,6 +462,7 @@ class Sketcher:
         """Prepare for lines of one of `ENDPOINTS`."""
         self._endpoint = endpoint
         self._is_chat = endpoint == CHAT
+        self._is_pooling = endpoint in POOLING_ENDPOINTS
         self._decode = _LINE_DECODERS[endpoint].decode
         self._body: _Body | None = None
         self._terms: Terms | None = None
@@ -406,6 +481,10 @@ class Sketcher:
             custom_id, body = _parse_slowly(line, self._endpoint)
         if not 0 < len(custom_id) <= _SURE_CHARS:
             _check_custom_id(custom_id)
+        if self._is_pooling:
+            # There is nothing to choose by chance, so equal lines have equal answers.
+            asks = Terms(body.model, None, 0.0, None, None, None, self._endpoint.encode(), body)
+            return Sketch(custom_id, asks, read_pooling(body), 0)
         if is_chat:
             asked, body.messages = body.messages, None
         else:
@@ -413,7 +492,7 @@ class Sketcher:
         body.user = None
         terms = self._terms
         if terms is None or body != self._body:
-            constraint = _check(body, None)
+            constraint, tools = _check(body, None)
             longest = _longest(body)
             encoded = _encode(
                 (
@@ -425,10 +504,11 @@ class Sketcher:
                     _stops(body.stop),
                     body.ignore_eos or False,
                     constraint,
+                    tools,
                 )
             )
             terms = Terms(
-                body.model, longest, body.temperature, body.seed, constraint, encoded, body
+                body.model, longest, body.temperature, body.seed, constraint, tools, encoded, body
             )
             self._terms, self._body = terms, body
         if not is_chat:
@@ -436,10 +516,12 @@ class Sketcher:
         num_chars = num_last = 0
         for message in asked:
             content = message.content
-            if type(content) is list:
-                message.content = content = _join(content)
+            if type(content) is not str:
+                message.content = content = _content_of(message, asked)
             num_last = len(content)
             num_chars += num_last
+        if _TOOL in line:
+            _check_turns(asked)
         return Sketch(custom_id, terms, asked, num_chars - num_last)
 
 
@@ -459,13 +541,23 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         custom_id, body = _parse_slowly(line, endpoint)
     _check_custom_id(custom_id)
-    constraint = _check(body, capabilities)
+    if endpoint in POOLING_ENDPOINTS:
+        return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
+    constraint, tools = _check(body, capabilities)
+    if _TOOL in line and endpoint == CHAT:
+        _check_turns(body.messages)
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
     if endpoint == CHAT:
         messages = tuple(
             [
-                Message(m.role, m.content if type(m.content) is str else _join(m.content), m.name)
+                Message(
+                    m.role,
+                    m.content if type(m.content) is str else _content_of(m, body.messages),
+                    m.name,
+                    tuple([call.to_call() for call in m.tool_calls]) if m.tool_calls else (),
+                    m.tool_call_id,
+                )
                 for m in body.messages
             ]
         )
@@ -486,10 +578,13 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
             ignore_eos=body.ignore_eos or False,
         ),
         constraint=constraint,
+        tools=tools,
     )
 
 
 _encode = msgspec.msgpack.Encoder().encode
+_TOOL = b'"tool'
+"""In a line that says nothing of tools, no turn has anything to do with them."""
 
 
 def _check_custom_id(custom_id: str) -> None:
@@ -504,8 +599,8 @@ def _check_custom_id(custom_id: str) -> None:
 
 def _check(
     body: _ChatBody | _CompletionBody, capabilities: Capabilities | None
-) -> Constraint | None:
-    """Return the constraint of a body, once nothing but its prompt is left to be looked at.
+) -> tuple[Constraint | None, Tools | None]:
+    """Return constraint and tools of a body, once nothing but its prompt is left to be looked at.
 
     Raises:
         InvalidLine: it asks for what is not supported.
@@ -522,13 +617,77 @@ def _check(
     constraint = _constraint(body)
     if capabilities is not None:
         _check_capabilities(body, constraint, capabilities)
-    if isinstance(body, _ChatBody) and body.logprobs:
+    if not isinstance(body, _ChatBody):
+        return constraint, None
+    if body.logprobs:
         raise _refused("logprobs")
-    return constraint
+    if body.tools is None and body.tool_choice in {None, "none", "auto"}:
+        return constraint, None
+    tools = read_tools(
+        body.tools or (), body.tool_choice, is_parallel=body.parallel_tool_calls is not False
+    )
+    if tools is None:
+        return constraint, None
+    if constraint is not None:
+        raise InvalidLine(
+            "An answer cannot both call tools and have the form of a schema; leave `tools` or the "
+            "format out, or set tool_choice to none.",
+            param="body.tools",
+            error_code="invalid_value",
+        )
+    if tools.is_forced:
+        constraint = Constraint("json_schema", forced_schema(tools))
+    return constraint, tools
 
 
-def _join(parts: list[_TextPart]) -> str:
-    return "\n".join([part.text for part in parts])
+def _content_of(message: _Message, messages: list[_Message]) -> str:
+    """Return what a turn says, as one text.
+
+    Raises:
+        InvalidLine: it says nothing.
+    """
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if content is not None:
+        return "\n".join([part.text for part in content])
+    if message.tool_calls:
+        return ""
+    raise InvalidLine(
+        "Missing required parameter: 'content'.",
+        param=f"body.messages[{messages.index(message)}].content",
+        error_code="missing_required_parameter",
+    )
+
+
+def _check_turns(messages: Sequence[_Message]) -> None:
+    """Hold turns against each other: who calls tools, and which calls tools answer.
+
+    Raises:
+        InvalidLine: a turn holds what turns of its role do not, or answers no call.
+    """
+    called: set[str] = set()
+    for number, message in enumerate(messages):
+        if message.tool_calls:
+            if message.role != "assistant":
+                raise _wrong_turn(
+                    "Only an assistant's message has tool_calls.", number, "tool_calls"
+                )
+            called.update(call.id for call in message.tool_calls)
+        if message.role == "tool":
+            if message.tool_call_id not in called:
+                raise _wrong_turn(
+                    "A tool's message answers a call of an assistant's message before it; this "
+                    "tool_call_id names none.",
+                    number,
+                    "tool_call_id",
+                )
+        elif message.tool_call_id:
+            raise _wrong_turn("Only a tool's message has a tool_call_id.", number, "tool_call_id")
+
+
+def _wrong_turn(what: str, number: int, name: str) -> InvalidLine:
+    return InvalidLine(what, param=f"body.messages[{number}].{name}", error_code="invalid_messages")
 
 
 def _longest(body: _ChatBody | _CompletionBody) -> int | None:
@@ -748,7 +907,6 @@ def _parse_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
         and not (part is None and name in (*known, *_NEUTRAL))
         and not (name in _NEUTRAL and any(_same(part, neutral) for neutral in _NEUTRAL[name]))
         and not (name not in known and part is None)
-        and not (name == "tools" and part == [])
     }
     try:
         # Through bytes once more: a schema is kept raw.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from jobs.domain.errors import InvalidLine
+from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
 
 MAX_TOOLS = 128
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -123,7 +124,17 @@ def read_tools(
         return None
     else:
         chosen = choice or "auto"
-    return Tools(msgspec.json.encode(tools).decode(), chosen, is_parallel)
+    try:
+        spec = msgspec.json.encode(tools)
+    except RecursionError:
+        spec = b""
+    if not spec or is_nested_deeper(spec):
+        raise InvalidLine(
+            f"The tools are nested more than {MAX_NESTING} levels deep.",
+            param="body.tools",
+            error_code="nesting_too_deep",
+        )
+    return Tools(spec.decode(), chosen, is_parallel)
 
 
 def _contradiction(message: str, param: str) -> InvalidLine:

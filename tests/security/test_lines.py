@@ -51,7 +51,7 @@ def with_body(fields: str) -> bytes:
         with_body('"x": ' + '{"a":' * 100 + "1" + "}" * 100),
         with_body('"messages": ' + "[" * 100 + "]" * 100),
         with_body('"logit_bias": ' + '{"a":' * MAX_NESTING + "1" + "}" * MAX_NESTING),
-        make_line(tools=[]).replace(b'"hello"', b'["x", ' * 70 + b"1" + b"]" * 70),
+        make_line(metadata={}).replace(b'"hello"', b'["x", ' * 70 + b"1" + b"]" * 70),
     ],
     ids=lambda line: f"{line[:24]!r}",
 )
@@ -61,7 +61,7 @@ def test_row_11_depth_is_refused_with_its_own_code_before_it_is_parsed(line: byt
 
 def test_row_11_brackets_in_text_are_no_depth() -> None:
     text = '{[("\\' * 5_000
-    parsed = parse_line(make_line(content=text, tools=[]), endpoint=CHAT)
+    parsed = parse_line(make_line(content=text, metadata={}), endpoint=CHAT)
     assert parsed.messages is not None
     assert parsed.messages[0].content == text
 
@@ -138,9 +138,9 @@ def test_row_11_hostile_pieces_inside_a_good_line_are_never_another_exception(
     pieces = [
         *(b"[", b"]", b"{", b"}", b'"', b"\\", b",", b":", b"\x00", b"\xff", b"\xf0\x9f"),
         *(b"[" * 80, b'{"a":' * 80, b"9" * 4_400, b"1e999", b"NaN", b"\\ud800", b"\\u0000"),
-        *(b'"tools": null', b'"x": 1,', b'"custom_id": [],', b'"role": "root",', b"null"),
+        *(b'"metadata": {}', b'"x": 1,', b'"custom_id": [],', b'"role": "root",', b"null"),
     ]
-    line = make_line(tools=[], guided_json={"a": 1})
+    line = make_line(metadata={}, guided_json={"a": 1})
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(0, len(line)))
         line = line[:at] + data.draw(st.sampled_from(pieces)) + line[at:]
@@ -154,7 +154,7 @@ def test_row_11_hostile_pieces_inside_a_good_line_are_never_another_exception(
         lambda n: b'{"a":' * (n // 5),
         lambda n: b'"\\' * (n // 2),
         lambda n: b'{"' + b"\\" * n,
-        lambda n: make_line(content="{[" * (n // 2), tools=[]),
+        lambda n: make_line(content="{[" * (n // 2), metadata={}),
         lambda n: with_body('"x": "' + "'" * n + '"'),
         lambda n: with_body(f'"{"`" * n}": 1'),
         lambda n: with_body('"role": "' + "' - at `$" * (n // 8) + '"'),
@@ -290,7 +290,7 @@ def test_row_6_no_part_of_a_message_names_something_to_fetch(part: dict[str, Any
         ("logits_processors", ["os.system"]),
         ("kv_transfer_params", {"remote_host": "10.0.0.1"}),
         ("trust_remote_code", True),
-        ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "web_search"}]),
         ("n", 16_384),
         ("best_of", 16_384),
         ("logprobs", True),
@@ -310,9 +310,7 @@ def test_rows_16_20_29_32_no_line_changes_the_template_the_cache_or_the_number_o
     assert error.error_code in {"unsupported_parameter", "invalid_value", "invalid_type"}
 
 
-@pytest.mark.parametrize(
-    "role", ["root", "tool", "function", "System", "system\n", "", "developer "]
-)
+@pytest.mark.parametrize("role", ["root", "function", "System", "system\n", "", "developer "])
 def test_row_17_unknown_roles_are_refused(role: str) -> None:
     error = refusal(make_line(messages=[{"role": role, "content": "x"}]))
     assert error.param == "body.messages[0].role"
