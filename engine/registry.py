@@ -12,6 +12,7 @@ from engine.asking import Asking
 from engine.base import Engine
 from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
 from engine.encoders import is_encoder, is_scoring, read_pooling_settings
+from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
 from jobs.domain.request import (
@@ -19,6 +20,7 @@ from jobs.domain.request import (
     COMPLETIONS,
     CONSTRAINT_KINDS,
     PARAMETERS,
+    TOOL_PARAMETERS,
     Capabilities,
 )
 
@@ -111,11 +113,12 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
     described = _object(files["config.json"], folder / "config.json")
     text = described.get("text_config") or described
     tokenizer_config = _object(files["tokenizer_config.json"] or b"{}", folder)
-    has_template = (
-        files["chat_template.jinja"] is not None
-        or files["chat_template.json"] is not None
-        or bool(tokenizer_config.get("chat_template"))
+    templates = (
+        files["chat_template.jinja"] or b"",
+        files["chat_template.json"] or b"",
+        str(tokenizer_config.get("chat_template") or "").encode(),
     )
+    has_template = any(templates)
     encodes = is_encoder(folder, described)
     digest = xxhash.xxh3_128()
     for name, content in files.items():
@@ -145,7 +148,9 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         endpoints=endpoints,
         context_tokens=config.context_tokens or context_tokens,
         constraints=CONSTRAINT_KINDS,
-        parameters=PARAMETERS,
+        parameters=PARAMETERS
+        if takes_tools(b"".join(templates).decode("utf-8", "replace"))
+        else tuple(name for name in PARAMETERS if name not in TOOL_PARAMETERS),
         constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"{config.kind}-{digest.hexdigest()}",

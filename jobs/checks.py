@@ -66,21 +66,25 @@ class Schemas:
         self.refuse = refuse
         self.backend: ConstraintBackend | None = None
         self._verdicts: dict[bytes, InvalidLine | None] = {}
-        self._waiting: dict[bytes, tuple[Constraint, list[int]]] = {}
+        self._waiting: dict[bytes, tuple[Constraint, str, list[int]]] = {}
         self._num_waiting_chars = 0
 
-    def add(self, constraint: Constraint, line: int) -> None:
-        """Note that a line has this constraint; what is wrong with it is reported later."""
-        key = xxhash.xxh3_128_digest(f"{constraint.kind}\0{constraint.spec}".encode())
+    def add(self, constraint: Constraint, line: int, *, where: str) -> None:
+        """Note that a line has this constraint; what is wrong with it is reported later.
+
+        Args:
+            where: the field of the body that holds it; what "tools" hold is only validated.
+        """
+        key = xxhash.xxh3_128_digest(f"{constraint.kind}\0{where}\0{constraint.spec}".encode())
         if key in self._verdicts:
             error = self._verdicts[key]
             if error is not None:
                 self._problems.add_error(error, line)
             return
         if key in self._waiting:
-            self._waiting[key][1].append(line)
+            self._waiting[key][2].append(line)
             return
-        self._waiting[key] = (constraint, [line])
+        self._waiting[key] = (constraint, where, [line])
         self._num_waiting_chars += len(constraint.spec)
         if len(self._waiting) >= self._chunk or self._num_waiting_chars > _MAX_WAITING_CHARS:
             self.check()
@@ -91,10 +95,10 @@ class Schemas:
             return
         waiting, self._waiting = self._waiting, {}
         self._num_waiting_chars = 0
-        constraints = [constraint for constraint, _ in waiting.values()]
+        constraints = [constraint for constraint, _, _ in waiting.values()]
         verdicts = self._checker.check_many(constraints, backend=self.backend)
-        for (key, (constraint, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
-            error = self._judge(constraint, verdict)
+        for (key, (_, where, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
+            error = self._judge(where, verdict)
             if len(self._verdicts) >= _MAX_VERDICTS:
                 self._verdicts.clear()  # the checker remembers the recent ones itself
             self._verdicts[key] = error
@@ -102,13 +106,12 @@ class Schemas:
                 for line in lines:
                     self._problems.add_error(error, line)
 
-    def _judge(self, constraint: Constraint, verdict: Verdict) -> InvalidLine | None:
-        where = "response_format" if constraint.kind.startswith("json") else "structured_outputs"
+    def _judge(self, where: str, verdict: Verdict) -> InvalidLine | None:
         if verdict.error_code is not None:
             return InvalidLine(
                 verdict.message, param=f"body.{where}", error_code=verdict.error_code
             )
-        if self.refuse and verdict.outcome == "validated":
+        if self.refuse and verdict.outcome == "validated" and where != "tools":
             return InvalidLine(
                 "The schema uses a keyword that cannot be enforced while generating; leave it out, "
                 "or allow answers to be validated and asked for again "

@@ -413,6 +413,7 @@ class Feed:
                 model=shard.batch.model or "",
                 created=int(time.time()),
                 same_as=None if index == held.index else held.custom_id,
+                pooling=held.request.pooling,
             )
             buffer.entries.append((index, int(error is not None), line))
             buffer.num_bytes += len(line)

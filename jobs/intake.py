@@ -26,6 +26,7 @@ from jobs.domain.request import (
     CHAT,
     ENDPOINTS,
     Capabilities,
+    Constraint,
     Sketch,
     Sketcher,
     Terms,
@@ -242,6 +243,7 @@ class _Judge:
         self._terms: Terms | None = None
         self._capabilities: Capabilities | None = None
         self._fault: InvalidLine | None = None
+        self._constraints: list[tuple[Constraint, str]] = []
         self.wants_each = True
         self.is_shared = False
         self.longest = 0
@@ -254,16 +256,17 @@ class _Judge:
             self._fault = self._find_fault(terms, capabilities)
             self.is_shared = self._is_shared(terms, capabilities)
             self.longest = _longest(terms)
+            self._constraints = terms.list_schemas()
             if capabilities is not None:
                 self._schemas.refuse = self._refuse or capabilities.refuses_unenforceable
                 self._schemas.backend = capabilities.constraint_backend
         if self._fault is not None:
             self._problems.add_error(self._fault, number)
-        if terms.constraint is not None:
-            self._schemas.add(terms.constraint, number)
+        for constraint, where in self._constraints:
+            self._schemas.add(constraint, number, where=where)
         self.wants_each = (
             self._fault is not None
-            or terms.constraint is not None
+            or bool(self._constraints)
             or not self._models.is_settled(terms.model)
         )
 
@@ -289,8 +292,8 @@ class _Judge:
         endpoint = self._batch.endpoint
         if endpoint not in capabilities.endpoints:
             return InvalidLine(
-                f"Model {capabilities.model} cannot serve {endpoint} (a chat needs a chat "
-                "template).",
+                f"Model {capabilities.model} cannot serve {endpoint}, only "
+                f"{', '.join(capabilities.endpoints)} (a chat needs a chat template).",
                 param="url",
                 error_code="unsupported_endpoint",
             )

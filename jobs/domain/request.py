@@ -336,6 +336,8 @@ PARAMETERS = tuple(
     )
 )
 """Names of the body's fields that are understood."""
+TOOL_PARAMETERS = ("tools",)
+"""Those of them that only a model which is shown tools obeys."""
 
 # Values that ask for nothing, of fields that are not obeyed (yet); None always asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -417,7 +419,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         if self.constraint is not None:
             is_json = self.constraint.kind.startswith("json")
             where = "response_format" if is_json else "structured_outputs"
-            found.append((self.constraint, "tools" if self.tools is not None else where))
+            found.append((self.constraint, "tool_choice" if self.tools is not None else where))
         return found
 
     def check(self, capabilities: Capabilities) -> None:
@@ -615,13 +617,15 @@ def _check(
         asked = [name for name in ("presence_penalty", "frequency_penalty") if getattr(body, name)]
         raise _refused(asked[0] if asked else "n")
     constraint = _constraint(body)
+    if isinstance(body, _ChatBody) and (not body.tools or body.tool_choice == "none"):
+        body.tools = None
     if capabilities is not None:
         _check_capabilities(body, constraint, capabilities)
     if not isinstance(body, _ChatBody):
         return constraint, None
     if body.logprobs:
         raise _refused("logprobs")
-    if body.tools is None and body.tool_choice in {None, "none", "auto"}:
+    if body.tools is None and body.tool_choice is None:
         return constraint, None
     tools = read_tools(
         body.tools or (), body.tool_choice, is_parallel=body.parallel_tool_calls is not False

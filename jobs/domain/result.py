@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from jobs.domain.pooling import POOLING_ENDPOINTS, Pooling, render_pooling
 from jobs.domain.reasoning import split_reasoning
 from jobs.domain.tools import ToolCall
 
@@ -84,12 +85,14 @@ def render_result(
     model: str,
     created: int,
     same_as: str | None = None,
+    pooling: Pooling | None = None,
 ) -> bytes:
     """Return the line (without its newline) that the output or error file holds.
 
     A result with an error belongs in the error file, any other in the output file.
     `request_id` is unique in the system; `created` is in unix seconds. `same_as` is the custom_id
     of the equal request that ran for this one: what was computed is told there, and is 0 here.
+    `pooling` is what was asked for where the answer is no text.
 
     Source: the JSONL formats of the OpenAI Batch API; `batchctl` is an addition of ours, present
     only where there was a constraint or a second attempt.
@@ -123,7 +126,14 @@ def render_result(
             body["usage"] = usage_body
     else:
         status = 200
-        if endpoint == _CHAT:
+        if pooling is not None and endpoint in POOLING_ENDPOINTS:
+            body = {"id": f"pool-{request_id}", "created": created, "model": model}
+            body |= render_pooling(endpoint, pooling, vectors=result.vectors, scores=result.scores)
+            body["usage"] = {
+                "prompt_tokens": usage.prompt_tokens,
+                "total_tokens": usage.prompt_tokens,
+            }
+        elif endpoint == _CHAT:
             choice: dict[str, object] = {
                 "index": 0,
                 "message": _message(result, request_id),
@@ -131,6 +141,7 @@ def render_result(
                 "logprobs": None,
             }
             body = {"id": f"chatcmpl-{request_id}", "object": "chat.completion"}
+            body.update(created=created, model=model, choices=[choice], usage=usage_body)
         else:
             choice = {
                 "index": 0,
@@ -139,7 +150,7 @@ def render_result(
                 "logprobs": None,
             }
             body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
-        body.update(created=created, model=model, choices=[choice], usage=usage_body)
+            body.update(created=created, model=model, choices=[choice], usage=usage_body)
     if result.constraint is not None or result.attempts > 1 or same_as is not None:
         told: dict[str, object] = {"constraint": result.constraint, "attempts": result.attempts}
         if same_as is not None:

@@ -108,6 +108,11 @@ def refuse(line: bytes, *, endpoint: str = CHAT) -> tuple[str, str | None]:
         (with_body('"tools":[{}]'), "missing_required_parameter", "body.tools[0].type"),
         (with_body('"tool_choice":"required"'), "invalid_value", "body.tool_choice"),
         (with_body('"tool_choice":"any"'), "invalid_value", "body.tool_choice"),
+        (
+            with_body('"tool_choice":{"type":"function","function":{"name":"f"}}'),
+            "invalid_value",
+            "body.tool_choice",
+        ),
         (with_body('"chat_template":"x"'), "unsupported_parameter", "body.chat_template"),
         (with_body('"echo":true'), "unsupported_parameter", "body.echo"),
         (with_body('"skip_special_tokens":1'), "unsupported_parameter", "body.skip_special_tokens"),

@@ -1,10 +1,14 @@
+import base64
 import json
+import struct
 from typing import Any
 
 import pytest
 
+from jobs.domain.pooling import EMBEDDINGS, RERANK, SCORE, Pooling, PoolingForm
 from jobs.domain.request import CHAT, COMPLETIONS
 from jobs.domain.result import LineError, Result, Usage, render_result
+from jobs.domain.tools import ToolCall
 
 USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3)
 RENDERED_USAGE = {
@@ -127,3 +131,58 @@ def test_any_answer_survives(text: str) -> None:
 
 def test_usages_add_up() -> None:
     assert Usage(prompt_tokens=14, completion_tokens=10, cached_tokens=6) == USAGE + USAGE
+
+
+def rendered(result: Result, *, endpoint: str, pooling: Pooling | None = None) -> dict[str, Any]:
+    line = render_result(
+        result, custom_id="a", request_id="1", endpoint=endpoint, model="m", created=7,
+        pooling=pooling,
+    )  # fmt: skip
+    body: dict[str, Any] = json.loads(line)["response"]["body"]
+    return body
+
+
+def test_tool_calls_are_written_as_openai_does() -> None:
+    result = Result(id=1, tool_calls=(ToolCall("now", '{"zone":"UTC"}'), ToolCall("f", "{}", "c")))
+    (choice,) = rendered(result, endpoint=CHAT)["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"] == [
+        {
+            "id": "call_1_0",
+            "type": "function",
+            "function": {"name": "now", "arguments": '{"zone":"UTC"}'},
+        },
+        {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    ]
+
+
+def test_reasoning_stands_beside_the_answer_to_a_chat_only() -> None:
+    result = Result(id=1, text="<think>Hm.</think>Yes.")
+    message = rendered(result, endpoint=CHAT)["choices"][0]["message"]
+    assert (message["content"], message["reasoning"]) == ("Yes.", "Hm.")
+    assert rendered(result, endpoint=COMPLETIONS)["choices"][0]["text"] == result.text
+    plain = rendered(Result(id=1, text="Yes."), endpoint=CHAT)["choices"][0]["message"]
+    assert "reasoning" not in plain
+
+
+def test_vectors_are_numbers_or_their_bytes() -> None:
+    vector = struct.pack("<2f", 0.1, -2.5)
+    result = Result(id=1, vectors=(vector,), usage=Usage(prompt_tokens=3))
+    body = rendered(result, endpoint=EMBEDDINGS, pooling=Pooling("embed", ("a",)))
+    assert body["data"] == [{"object": "embedding", "index": 0, "embedding": [0.1, -2.5]}]
+    assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
+    form = PoolingForm(encoding="base64")
+    coded = rendered(result, endpoint=EMBEDDINGS, pooling=Pooling("embed", ("a",), (), None, form))
+    assert base64.b64decode(coded["data"][0]["embedding"]) == vector
+
+
+def test_documents_are_ranked_by_their_scores() -> None:
+    pooling = Pooling("score", ("a", "b", "c"), ("q",), None, PoolingForm(top_n=2))
+    result = Result(id=1, scores=(0.1, 0.9, 0.5))
+    assert rendered(result, endpoint=RERANK, pooling=pooling)["results"] == [
+        {"index": 1, "document": {"text": "b"}, "relevance_score": 0.9},
+        {"index": 2, "document": {"text": "c"}, "relevance_score": 0.5},
+    ]
+    scores = rendered(result, endpoint=SCORE, pooling=pooling)["data"]
+    assert [one["score"] for one in scores] == [0.1, 0.9, 0.5]
