@@ -627,6 +627,12 @@ def _check(
         raise _refused("logprobs")
     if body.tools is None and body.tool_choice is None:
         return constraint, None
+    return _with_tools(body, constraint)
+
+
+def _with_tools(
+    body: _ChatBody, constraint: Constraint | None
+) -> tuple[Constraint | None, Tools | None]:
     tools = read_tools(
         body.tools or (), body.tool_choice, is_parallel=body.parallel_tool_calls is not False
     )

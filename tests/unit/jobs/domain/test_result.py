@@ -167,10 +167,10 @@ def test_reasoning_stands_beside_the_answer_to_a_chat_only() -> None:
 
 
 def test_vectors_are_numbers_or_their_bytes() -> None:
-    vector = struct.pack("<2f", 0.1, -2.5)
+    vector = struct.pack("<2f", 0.25, -2.5)
     result = Result(id=1, vectors=(vector,), usage=Usage(prompt_tokens=3))
     body = rendered(result, endpoint=EMBEDDINGS, pooling=Pooling("embed", ("a",)))
-    assert body["data"] == [{"object": "embedding", "index": 0, "embedding": [0.1, -2.5]}]
+    assert body["data"] == [{"object": "embedding", "index": 0, "embedding": [0.25, -2.5]}]
     assert body["usage"] == {"prompt_tokens": 3, "total_tokens": 3}
     form = PoolingForm(encoding="base64")
     coded = rendered(result, endpoint=EMBEDDINGS, pooling=Pooling("embed", ("a",), (), None, form))
