@@ -323,6 +323,7 @@ class _Reading:
         self.model = ""
         self._capabilities: Capabilities | None = None
         self._columns = Columns()
+        self._sketcher = Sketcher(batch.endpoint)
         self._prompt_key = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
 
     def read(
@@ -340,11 +341,14 @@ class _Reading:
         models = self._open_models(describe)
         judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        prompt_key, note = self._prompt_key, self._columns.add
+        sketch, prompt_key, note = self._sketch, self._prompt_key, self._columns.add
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
-            for number, start, num_bytes, content, line in self._sketch_lines():
+            for number, start, num_bytes, content in self.scan():
+                line = sketch(number, num_bytes, content)
+                if line is None or content is None:
+                    continue
                 if line.terms is not terms or judge.wants_each:
                     terms = line.terms
                     judge.look(terms, number)
@@ -380,23 +384,20 @@ class _Reading:
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
-    def _sketch_lines(self) -> Iterator[tuple[int, int, int, bytes, Sketch]]:
-        """Yield the good lines as `scan` does, each with its sketch; report the others."""
-        sketch = Sketcher(self._batch.endpoint).sketch
-        for number, start, num_bytes, content in self.scan():
-            if content is None:
-                message = (
-                    f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
-                    "allowed."
-                )
-                self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
-                continue
-            try:
-                line = sketch(content)
-            except InvalidLine as error:
-                self._problems.add_error(error, number)
-                continue
-            yield number, start, num_bytes, content, line
+    def _sketch(self, number: int, num_bytes: int, content: bytes | None) -> Sketch | None:
+        """Return what planning needs of a line, or None once it is reported what is wrong."""
+        if content is None:
+            message = (
+                f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
+                "allowed."
+            )
+            self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
+            return None
+        try:
+            return self._sketcher.sketch(content)
+        except InvalidLine as error:
+            self._problems.add_error(error, number)
+            return None
 
     def choose_order(self) -> RunOrder:
         """Return in which order the lines are to run."""
@@ -440,12 +441,11 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
-        sketch = Sketcher(self._batch.endpoint).sketch
         for number, _, _, content in self.scan():
             if content is None:
                 continue
             try:
-                custom_id = sketch(content).custom_id
+                custom_id = self._sketcher.sketch(content).custom_id
             except InvalidLine:
                 continue
             digest = xxhash.xxh3_128_digest(custom_id.encode())

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
-import xxhash
+from xxhash import xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
@@ -363,7 +363,7 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
 
         The model is not among what they depend on: a batch runs on one.
         """
-        return xxhash.xxh3_128_digest(_encode(self.asked) + self.terms.encoded)
+        return xxh3_128_digest(_encode(self.asked) + self.terms.encoded)
 
 
 class Sketcher:
