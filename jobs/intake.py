@@ -23,7 +23,6 @@ from jobs.domain.errors import (
 )
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
-    CHAT,
     ENDPOINTS,
     Capabilities,
     Sketch,
@@ -43,7 +42,6 @@ from storage.reorder import Ranked, Reorder
 _PROGRESS_LINES = 1000
 _WRITE_BYTES = 1 << 20
 _LEADER, _FOLLOWER = 0, 1
-_ROLE = b'"role"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,9 +320,7 @@ class _Reading:
         self.total = 0
         self.model = ""
         self._capabilities: Capabilities | None = None
-        self._columns = Columns()
-        self._sketcher = Sketcher(batch.endpoint)
-        self._prompt_key = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
+        self._columns = Columns(batch.endpoint)
 
     def read(
         self,
@@ -341,12 +337,12 @@ class _Reading:
         models = self._open_models(describe)
         judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        sketch, prompt_key, note = self._sketch, self._prompt_key, self._columns.add
+        sketcher, note = Sketcher(self._batch.endpoint), self._columns.add
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
             for number, start, num_bytes, content in self.scan():
-                line = sketch(number, num_bytes, content)
+                line = self._sketch(sketcher, number, num_bytes, content)
                 if line is None or content is None:
                     continue
                 if line.terms is not terms or judge.wants_each:
@@ -356,15 +352,9 @@ class _Reading:
                 cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
                     self.cuts.append(cut)
-                prompt_at = content.find(prompt_key)
-                if prompt_at < 0:  # noqa: PLR1730  calling max costs as much as a hash
-                    prompt_at = 0  # the name is spelled with escapes
-                skipped = line.num_first_chars
                 note(
                     content,
-                    start=prompt_at,
-                    # That of the last message: what stands before it is no shorter than it reads.
-                    stem=content.find(_ROLE, prompt_at + skipped) if skipped else 0,
+                    num_first_chars=line.num_first_chars,
                     key=line.digest() if judge.is_shared else None,
                     max_tokens=judge.longest,
                 )
@@ -384,7 +374,9 @@ class _Reading:
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
-    def _sketch(self, number: int, num_bytes: int, content: bytes | None) -> Sketch | None:
+    def _sketch(
+        self, sketcher: Sketcher, number: int, num_bytes: int, content: bytes | None
+    ) -> Sketch | None:
         """Return what planning needs of a line, or None once it is reported what is wrong."""
         if content is None:
             message = (
@@ -394,7 +386,7 @@ class _Reading:
             self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
             return None
         try:
-            return self._sketcher.sketch(content)
+            return sketcher.sketch(content)
         except InvalidLine as error:
             self._problems.add_error(error, number)
             return None
@@ -441,11 +433,12 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
+        sketcher = Sketcher(self._batch.endpoint)
         for number, _, _, content in self.scan():
             if content is None:
                 continue
             try:
-                custom_id = self._sketcher.sketch(content).custom_id
+                custom_id = sketcher.sketch(content).custom_id
             except InvalidLine:
                 continue
             digest = xxhash.xxh3_128_digest(custom_id.encode())

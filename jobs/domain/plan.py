@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 
+from jobs.domain.request import CHAT
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -35,6 +37,7 @@ _WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("
 _WIDE_BYTES = 1024 * _WIDE.itemsize
 _NO_KEY = bytes(16)
 _NOTHING = bytes(8)
+_ROLE = b'"role"'
 _BYTES = [bytes((number,)) for number in range(256)]
 _digest = xxhash.xxh3_64_digest
 
@@ -45,8 +48,9 @@ Fold = Literal["determined", "all", "none"]
 class Columns:
     """What planning remembers of each line: 37 bytes, whatever the line's size."""
 
-    def __init__(self) -> None:
-        """Begin without a line."""
+    def __init__(self, endpoint: str = CHAT) -> None:
+        """Begin without a line; those to come are of one endpoint."""
+        self._prompt_key = b'"messages"' if endpoint == CHAT else b'"prompt"'
         self._rows = bytearray()
         self._new = bytearray()
         self.num_bytes = 0
@@ -56,18 +60,20 @@ class Columns:
         return len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
 
     def add(
-        self, content: bytes, *, start: int, stem: int = 0, key: bytes | None, max_tokens: int
+        self, content: bytes, *, num_first_chars: int = 0, key: bytes | None, max_tokens: int
     ) -> None:
         """Note the next line.
 
         Args:
             content: the line.
-            start: where in it the prompt begins.
-            stem: where its last message begins; 0: it has one only.
+            num_first_chars: of all its messages but the last.
             key: 16 bytes that are equal exactly where the answers are; None: nobody's answer is
                 sure to be the same.
             max_tokens: the longest answer; 0: unknown.
         """
+        start = content.find(self._prompt_key)
+        if start < 0:  # noqa: PLR1730  calling max costs as much as a hash
+            start = 0  # the name is spelled with escapes
         size = len(content) - start
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.
@@ -81,8 +87,11 @@ class Columns:
                     three = _digest(content[start + third : start + fourth])
                     if size > end:
                         four = _digest(content[start + fourth : start + end])
-        if stem - start >= _MIN_STEM_BYTES:
-            rest = _digest(content[start:stem])
+        if num_first_chars:
+            # To the last message: what stands before it is no shorter than it reads.
+            stem = content.find(_ROLE, start + num_first_chars)
+            if stem - start >= _MIN_STEM_BYTES:
+                rest = _digest(content[start:stem])
         doublings = _BYTES[max_tokens.bit_length()]
         self._new += b"".join((key or _NO_KEY, one, two, three, four, rest, doublings))
         if len(self._new) >= _WIDE_BYTES:

@@ -29,7 +29,6 @@ def make_columns(
         key = keys[number] if keys is not None else None
         columns.add(
             content,
-            start=content.index(b'"messages"'),
             key=key_of(key) if key is not None else None,
             max_tokens=lengths[number] if lengths is not None else 0,
         )
@@ -75,7 +74,7 @@ def test_a_stem_that_ends_within_a_piece_still_tells_groups_apart() -> None:
     for number in range(40):
         system = "s" * 300 + "ab"[number % 2] * 100
         content = f'{system}"role" question {number}'.encode()
-        columns.add(content, start=0, stem=len(system), key=None, max_tokens=0)
+        columns.add(content, num_first_chars=len(system), key=None, max_tokens=0)
     found = order(columns)
     turns = [number % 2 for number in sequence(found)]
     assert turns in (sorted(turns), sorted(turns, reverse=True))
