@@ -121,6 +121,7 @@ class App:
             fold=planning.fold,
             by_prefix=planning.by_prefix,
             by_length=planning.by_length,
+            by_template=planning.by_length and planning.by_template,
         )
 
 

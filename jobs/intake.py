@@ -5,7 +5,7 @@ without a fault is cut into shards. Where another order than the file's is worth
 each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ from jobs.domain.request import (
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
-from storage import batches, files
+from storage import batches, files, lengths
 from storage.blobs.base import BlobStore, plan_key
 from storage.database import Database
 from storage.jsonl import Follower, ScannedLine, encode_run_head, scan
@@ -58,6 +58,7 @@ class PlanLimits:
     fold: Fold = "determined"
     by_prefix: bool = True
     by_length: bool = True
+    by_template: bool = True
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -108,7 +109,9 @@ def plan(
     if problems.count:
         batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
         return
-    run_order = reading.choose_order()
+    run_order = reading.choose_order(
+        lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {}
+    )
     source_blob_key, cuts = file.blob_key, reading.cuts
     if not run_order.is_arrival:
         source_blob_key = plan_key(batch.id, lease.epoch)
@@ -391,14 +394,15 @@ class _Reading:
             self._problems.add_error(error, number)
             return None
 
-    def choose_order(self) -> RunOrder:
-        """Return in which order the lines are to run."""
+    def choose_order(self, learned: Mapping[int, int]) -> RunOrder:
+        """Return in which order the lines are to run; see `order` for what was learned."""
         found = self._capabilities
         return order(
             self._columns,
             cache_tokens=found.cache_tokens if found is not None else 0,
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
+            learned=learned,
         )
 
     def scan(self) -> Iterator[ScannedLine]:

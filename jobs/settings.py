@@ -126,6 +126,11 @@ class PlanningSettings(_Group):
     by_length: bool = Field(
         default=True, description="run what may have long answers first, where lengths differ"
     )
+    by_template: bool = Field(
+        default=True,
+        description="judge that also by the answers that the tenant's earlier batches got to the "
+        "same system prompts",
+    )
 
 
 class SegmentSettings(_Group):

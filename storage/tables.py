@@ -309,6 +309,16 @@ models = sa.Table(
     sa.Column("published_by", sa.Text),
 )
 
+answer_lengths = sa.Table(
+    "answer_lengths",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    sa.Column("model_key", sa.Text, primary_key=True),
+    sa.Column("template", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("num_tokens", sa.BigInteger, nullable=False),
+    sa.Column("learned_at", Instant, nullable=False),
+)
+
 chores = sa.Table(
     "chores",
     metadata,

@@ -9,7 +9,9 @@ is gained the order is that of the file, and nobody has to write it down.
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -102,6 +104,14 @@ class Columns:
         self._narrow()
         return np.frombuffer(self._rows, dtype=_COLUMNS)
 
+    def templates(self) -> "NDArray[np.uint32]":
+        """Return for each line what tells its template: lines of one template have one number.
+
+        That is everything before the last message, or without that how the only one begins;
+        0: the line is too short for either.
+        """
+        return _templates(self.rows())
+
     def _narrow(self) -> None:
         """Keep half of each hash; taking it line by line costs more than hashing."""
         wide = np.frombuffer(self._new, dtype=_WIDE)
@@ -144,6 +154,7 @@ def order(
     cache_tokens: int = 0,
     by_prefix: bool = True,
     by_length: bool = True,
+    learned: Mapping[int, int] = MappingProxyType({}),
 ) -> RunOrder:
     """Return the run order of a batch.
 
@@ -151,6 +162,7 @@ def order(
         cache_tokens: what the engine's cache holds; 0: unknown.
         by_prefix: whether lines may be grouped by how they begin.
         by_length: whether long answers go first.
+        learned: tokens of an answer to templates, by what `Columns.templates` calls them.
     """
     rows = columns.rows()
     leader = _fold(rows)
@@ -158,7 +170,7 @@ def order(
         leaders = np.arange(len(rows), dtype=np.uint32)
     else:
         leaders = np.flatnonzero(leader == np.arange(len(rows), dtype=np.uint32)).astype(np.uint32)
-    buckets = _buckets(rows["doublings"][leaders]) if by_length else None
+    buckets = _buckets(_predict(rows, learned)[leaders]) if by_length else None
     groups = None
     shared = 0.0
     if by_prefix:
@@ -187,6 +199,33 @@ def order(
         num_groups=num_groups,
         shared=shared,
     )
+
+
+def _templates(rows: "NDArray[Any]") -> "NDArray[np.uint32]":
+    prefixes = rows["prefixes"]
+    found: NDArray[np.uint32] = np.where(prefixes[:, -1] != 0, prefixes[:, -1], prefixes[:, 0])
+    return found
+
+
+def _predict(rows: "NDArray[Any]", learned: Mapping[int, int]) -> "NDArray[np.uint8]":
+    """Return how long answers will be, in doublings: as those of their template were before.
+
+    No answer is longer than its line allows. Where fewer than half of the lines are of a template
+    that is known, what the lines allow says more.
+    """
+    allowed: NDArray[np.uint8] = rows["doublings"]
+    if not learned or not len(rows):
+        return allowed
+    known = np.array(sorted(learned), dtype=np.uint32)
+    doublings = np.array([learned[int(one)].bit_length() for one in known], dtype=np.uint8)
+    templates = _templates(rows)
+    places = np.minimum(np.searchsorted(known, templates), len(known) - 1)
+    is_known = known[places] == templates
+    if 2 * np.count_nonzero(is_known) < len(rows):
+        return allowed
+    # The others may be as long as any.
+    found = np.where(is_known, doublings[places], doublings[places[is_known]].max())
+    return np.where(allowed > 0, np.minimum(found, allowed), found)
 
 
 def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
