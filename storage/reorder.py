@@ -15,7 +15,7 @@ from typing import IO, Self
 from jobs.domain.errors import BlobStoreUnavailable
 
 _HEADER = struct.Struct("<QBI")
-_BUCKET_BYTES = 32 << 20
+_BUCKET_BYTES = 8 << 20
 _MAX_BUCKETS = 256
 _IN_MEMORY_BYTES = 1 << 20
 """What a bucket holds before it is a file; small batches never touch the disk."""
