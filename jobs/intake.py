@@ -51,7 +51,7 @@ class PlanLimits:
     shard_lines: int = 1000
     shard_bytes: int = 16 << 20
     check_chunk: int = 256
-    spill_bytes: int = 4 << 20
+    spill_bytes: int = 1 << 20
     fold: Fold = "determined"
     by_prefix: bool = True
     by_length: bool = True

@@ -31,8 +31,8 @@ _MIN_SPREAD = 2
 """Answers are told apart by length when the longest third is so many doublings above the rest."""
 _PIECE = 1 << 16
 """Lines that are looked at together, so that what it takes is a fraction of what is kept."""
-_PART = 1 << 19
-"""Lines whose whole keys are compared at once."""
+_PART = 1 << 18
+"""Lines that are sorted at once."""
 _LOW = 0xFFFFFFFF
 _ROW = struct.Struct("<16s5IB")
 _pack = _ROW.pack
@@ -269,9 +269,17 @@ def _fold(columns: Columns) -> "NDArray[np.uint32] | None":
 
 def _repeated(values: "NDArray[Any]") -> "NDArray[Any]":
     """Return the values, but 0, that are there more than once: each once, sorted."""
-    ranked = values[values != 0]
-    ranked.sort()
-    return np.unique(ranked[1:][ranked[1:] == ranked[:-1]])
+    found = []
+    most = int(values.max(initial=0))
+    num_parts = 1 + len(values) // _PART
+    for part in range(num_parts):
+        # Of each range of values by itself, since sorting takes as much again as what is sorted.
+        low, high = most * part // num_parts, most * (part + 1) // num_parts
+        ranked = values[(values > low) & (values <= high)]
+        ranked.sort()
+        again = ranked[1:][ranked[1:] == ranked[:-1]]
+        found.append(again[np.append(True, again[1:] != again[:-1])[: len(again)]])
+    return np.concatenate(found)
 
 
 def _is_in(values: "NDArray[Any]", wanted: "NDArray[Any]") -> "NDArray[np.bool_]":
@@ -322,6 +330,7 @@ class _Groups:
         self.repeated_bytes = 0
         self.distinct_bytes = 0
         self.num_groups = 0
+        self._num_leaves = 1
         before = 0
         goes_on = np.ones(num, dtype=np.bool_)
         for level, size in enumerate((*PREFIX_BYTES, PREFIX_BYTES[-1])):
@@ -336,8 +345,12 @@ class _Groups:
             self.distinct_bytes += num_nodes * (size - before)
             self.num_groups = max(self.num_groups, num_nodes)
             if level == 0:
-                self.top = self.leaf
+                # Chance alone makes a few hashes equal among millions.
+                if num_shared * PREFIX_BYTES[-1] < MIN_SHARED * columns.num_bytes:
+                    return
+                self.top = self.leaf.copy()
             before = size
+            del step, alike
 
     def _descend(
         self, step: "NDArray[np.uint32]", alike: "NDArray[np.bool_]"
@@ -351,16 +364,16 @@ class _Groups:
         nodes = _repeated(_key_of(path[alike], step[alike]))
         if not len(nodes):
             return 0, 0, np.zeros(len(path), dtype=np.bool_)
-        known = np.union1d(_key_of(np.unique(path), np.uint32(0)), nodes)
-        found = np.empty_like(path)
+        parents = np.arange(self._num_leaves, dtype=np.uint32)
+        known = np.union1d(_key_of(parents, np.uint32(0)), nodes)
         is_shared = np.empty(len(path), dtype=np.bool_)
         for start in range(0, len(path), _PIECE):
             piece = slice(start, start + _PIECE)
             keys = _key_of(path[piece], step[piece])
             is_shared[piece] = alike[piece] & _is_in(keys, nodes)
             keys[~is_shared[piece]] &= np.uint64(_LOW << 32)
-            found[piece] = np.searchsorted(known, keys)
-        self.leaf = found
+            path[piece] = np.searchsorted(known, keys)
+        self._num_leaves = len(known)
         return int(np.count_nonzero(is_shared)), len(nodes), is_shared
 
 
