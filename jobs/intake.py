@@ -38,6 +38,7 @@ from storage.blobs.base import BlobStore, plan_key
 from storage.database import Database
 from storage.jsonl import Follower, ScannedLine, encode_run_head, scan
 from storage.reorder import Ranked, Reorder
+from storage.spill import Spill
 
 _PROGRESS_LINES = 1000
 _WRITE_BYTES = 1 << 20
@@ -54,7 +55,7 @@ class PlanLimits:
     shard_lines: int = 1000
     shard_bytes: int = 16 << 20
     check_chunk: int = 256
-    spill_bytes: int = 64 << 20
+    spill_bytes: int = 1 << 20
     fold: Fold = "determined"
     by_prefix: bool = True
     by_length: bool = True
@@ -95,23 +96,33 @@ def plan(
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
     problems = Problems(limits.max_reported_errors)
-    try:
-        file = files.get(db, batch.input_file_id, tenant_id=batch.tenant_id)
-        reading = _Reading(blobs, batch, file.blob_key, limits=limits, problems=problems)
-        reading.read(describe, checker, on_progress)
-    except NotFound as error:
-        problems.add(LineProblem(code="invalid_request", message=error.message, param="file_id"))
-    except BlobMissing:
-        message = f"The content of file {batch.input_file_id} is gone; upload it again."
-        problems.add(LineProblem(code="invalid_request", message=message, param="file_id"))
-    except InvalidLine as error:
-        problems.add_error(error, None)
-    if problems.count:
-        batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
-        return
-    run_order = reading.choose_order(
-        lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {}
-    )
+    with Spill() as spill:
+        try:
+            file = files.get(db, batch.input_file_id, tenant_id=batch.tenant_id)
+            reading = _Reading(
+                blobs,
+                batch,
+                file.blob_key,
+                limits=limits,
+                problems=problems,
+                columns=Columns(batch.endpoint, spill),
+            )
+            reading.read(describe, checker, on_progress)
+        except NotFound as error:
+            problems.add(
+                LineProblem(code="invalid_request", message=error.message, param="file_id")
+            )
+        except BlobMissing:
+            message = f"The content of file {batch.input_file_id} is gone; upload it again."
+            problems.add(LineProblem(code="invalid_request", message=message, param="file_id"))
+        except InvalidLine as error:
+            problems.add_error(error, None)
+        if problems.count:
+            batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
+            return
+        run_order = reading.choose_order(
+            lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {}
+        )
     source_blob_key, cuts = file.blob_key, reading.cuts
     if not run_order.is_arrival:
         source_blob_key = plan_key(batch.id, lease.epoch)
@@ -313,6 +324,7 @@ class _Reading:
         *,
         limits: PlanLimits,
         problems: Problems,
+        columns: Columns,
     ) -> None:
         self._blobs = blobs
         self._batch = batch
@@ -323,7 +335,7 @@ class _Reading:
         self.total = 0
         self.model = ""
         self._capabilities: Capabilities | None = None
-        self._columns = Columns(batch.endpoint)
+        self._columns = columns
 
     def read(
         self,

@@ -60,6 +60,25 @@ def make_lines(num_lines: int, *, first: int = 0, content: str = "hello") -> byt
     )
 
 
+def make_mixed_line(number: int) -> bytes:
+    """Return a line of a batch that is worth another order.
+
+    A quarter of the lines is greedy and repeats others, half of those one single question; the
+    next quarter begins alike.
+    """
+    content = f"hello {number}"
+    body: dict[str, Any] = {}
+    if number % 8 == 0:
+        content, body = "hello everybody", {"temperature": 0}
+    elif number % 8 == 4:
+        content, body = f"hello again {number // 8 % 9}", {"temperature": 0}
+    elif number % 4 == 1:
+        said = "This is said at the beginning of a good many of these requests. " * 12
+        begins = {"role": "system", "content": f"{number // 4 % 3} {said}"}
+        body = {"messages": [begins, {"role": "user", "content": content}]}
+    return make_line(f"r{number}", content, **body)
+
+
 def make_request(request_id: int = 1, content: str = "hello", **sampling: Any) -> Request:
     return Request(
         id=request_id,
