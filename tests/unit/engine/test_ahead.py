@@ -11,9 +11,10 @@ import pytest
 
 from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
-from engine.config import HfConfig
+from engine.config import AskingConfig, HfConfig
 from engine.hf.engine import HfEngine
-from jobs.domain.errors import EngineDied, EngineMisconfigured
+from engine.process import ProcessEngine
+from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineTimedOut
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Result
 from tests.builders import await_true
@@ -143,18 +144,23 @@ def test_messages_and_constraints_count_as_much_as_prompts() -> None:
 # --- in the engine on transformers ---
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[HfEngine]:
-    config = {
-        "model": str(tiny_model),
+def config_of(folder: Path, **changes: object) -> HfConfig:
+    settings = {
+        "model": str(folder),
         "device": "cpu",
         "compute_dtype": "float32",
         "slots": SLOTS,
         "batch_tokens": 64,
         "page_tokens": 16,
         "num_blocks": 96,
+        **changes,
     }
-    opened = HfEngine(HfConfig.model_validate(config), model="tiny")
+    return HfConfig.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[HfEngine]:
+    opened = HfEngine(config_of(tiny_model), model="tiny")
     yield opened
     opened.close()
 
@@ -305,3 +311,21 @@ def test_source_is_asked_in_the_engines_thread_for_three_times_its_slots(engine:
         source.num_out -= 1
     assert source.most_out == 3 * SLOTS
     assert source.threads == {threading.get_ident()}
+
+
+@pytest.mark.slow  # the process loads torch, and then stands still for ten seconds
+def test_preparation_that_never_ends_is_found_once_what_runs_has_ended(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    # Planning would refuse it: its automaton has 33 million states.
+    endless = ask_for(HELD, constraint=Constraint("regex", "(a|b)*a(a|b){24}"))
+    config = config_of(tiny_model, asking=AskingConfig(backend="outlines_core"))
+    process = ProcessEngine(
+        config, model="tiny", log_path=tmp_path / "engine.log", stall_seconds=10
+    )
+    results: list[int] = []
+    with closing(process), pytest.raises(EngineTimedOut) as caught:
+        # Those that come before it raises are kept.
+        results.extend(result.id for result in process.generate(ListSource([*COMPANY, endless])))
+    assert sorted(results) == list(range(HELD))
+    assert caught.value.suspects == {HELD}
