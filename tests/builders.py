@@ -22,7 +22,7 @@ from engine.supervisor import EngineSupervisor
 from jobs import finalizer, intake, runner
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, EngineDied, NotFound
-from jobs.domain.ids import WorkerId, mint_batch_id, mint_file_id
+from jobs.domain.ids import DEFAULT_TENANT, WorkerId, mint_batch_id, mint_file_id
 from jobs.domain.request import CHAT, Capabilities, Message, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 from jobs.domain.shard import Lease, UnitKind, UnitState
@@ -155,6 +155,7 @@ class Bench:
                 sha256=hash_bytes(content or b""),
                 blob_key=input_key(file_id),
                 created_at=now,
+                tenant_id=changes.get("tenant_id", DEFAULT_TENANT),
             ),
         )
         batch = make_batch(

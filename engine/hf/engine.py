@@ -2,20 +2,23 @@
 
 transformers brings the paged cache, the scheduler and prefix sharing; the loop is ours. It runs
 in the thread of whoever iterates `generate`, one step at a time, so a request ends at exactly the
-token that ends it, errors arrive where they belong, and nothing is polled.
+token that ends it, errors arrive where they belong, and nothing is polled. Requests are encoded,
+and their constraints compiled, in a thread beside it.
 
-    take -> encode -> [ schedule -> forward -> choose -> update ] -> Result
-                        one step, all running sequences
+    take -> prepare -> start -> [ schedule -> forward -> choose -> update ] -> Result
+            (ahead)               one step, all running sequences
 """
 
+import queue
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import msgspec
 import numpy as np
 import torch
 
+from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
@@ -29,7 +32,6 @@ from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
-_ADMIT_AT_ONCE = 8
 
 
 class _Sequence:
@@ -67,6 +69,10 @@ class _Sequence:
         self.stops = stops
         self.ignores_eos = ignores_eos
         self.said: list[int] = []
+
+
+_Prepared = tuple[_Sequence, list[int]] | Result
+"""A sequence and the tokens of its prompt, or the result of a request that cannot run."""
 
 
 class HfEngine:
@@ -161,36 +167,57 @@ class HfEngine:
     def _run(
         self, source: Source, stepper: steps.Stepper, live: dict[str, _Sequence]
     ) -> Generator[Result]:
+        ready: queue.SimpleQueue[_Prepared | Failure] = queue.SimpleQueue()
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        while is_open or live:
-            if is_open:
-                taken = self._take(source, len(live))
-                is_open = taken is not None
-                for request in taken or ():
-                    started = self._start(request, stepper)
-                    if isinstance(started, Result):
-                        yield started
-                    else:
-                        live[started.key] = started
-            if time.monotonic() >= next_abort_at:
-                next_abort_at = time.monotonic() + _ABORT_SECONDS
-                for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
-                    stepper.cancel(sequence.key)
-                    del live[sequence.key]
-            keys = stepper.prepare() if live else None
-            if keys is not None:
-                yield from self._step(keys, stepper, live)
-            elif is_open or live:
-                time.sleep(_IDLE_SECONDS)
+        with Ahead(self._prepare, ready.put, num_slots=self._config.slots) as ahead:
+            while is_open or live or ahead.pending:
+                if is_open and (room := ahead.room):
+                    taken = source.take(room)
+                    is_open = taken is not None
+                    ahead.hand_over(taken or ())
+                # What runs waits for nobody; when nothing does, the next that is ready is awaited.
+                for one in drain(ready, 0 if live else _IDLE_SECONDS):
+                    result = self._start(one, source, stepper, live, ahead)
+                    if result is not None:
+                        ahead.forget(result.id)
+                        yield result
+                if time.monotonic() >= next_abort_at:
+                    next_abort_at = time.monotonic() + _ABORT_SECONDS
+                    for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
+                        stepper.cancel(sequence.key)
+                        del live[sequence.key]
+                        ahead.forget(sequence.id)
+                keys = stepper.prepare() if live else None
+                if keys is not None:
+                    for result in self._step(keys, stepper, live):
+                        ahead.forget(result.id)
+                        yield result
+                elif live:
+                    time.sleep(_IDLE_SECONDS)
 
-    def _take(self, source: Source, num_live: int) -> Sequence[Request] | None:
-        """Ask for what keeps the slots full, and a queue behind them that is twice as long."""
-        room = 3 * self._config.slots - num_live
-        if room <= 0:
-            return ()
-        # Few at a time: encoding holds up the sequences that are already running.
-        return source.take(min(room, max(self._config.slots - num_live, _ADMIT_AT_ONCE)))
+    def _start(
+        self,
+        prepared: _Prepared | Failure,
+        source: Source,
+        stepper: steps.Stepper,
+        live: dict[str, _Sequence],
+        ahead: Ahead[_Prepared],
+    ) -> Result | None:
+        """Queue a sequence that is ready; return the result of a request that cannot run."""
+        if isinstance(prepared, Failure):
+            prepared.surface()
+        if isinstance(prepared, Result):
+            ahead.receive(prepared.id)
+            return prepared
+        sequence, prompt = prepared
+        ahead.receive(sequence.id)
+        if source.is_aborted(sequence.id):
+            ahead.forget(sequence.id)
+        else:
+            live[sequence.key] = sequence
+            stepper.add(sequence.key, prompt)
+        return None
 
     def _step(
         self, keys: list[str], stepper: steps.Stepper, live: dict[str, _Sequence]
@@ -208,8 +235,8 @@ class HfEngine:
                 results.append(result)
         return results
 
-    def _start(self, request: Request, stepper: steps.Stepper) -> _Sequence | Result:
-        """Queue a request, or return its result where it cannot run."""
+    def _prepare(self, request: Request) -> _Prepared:
+        """Return a sequence that can be queued; in the thread beside the engine's."""
         where = "messages" if request.messages is not None else "prompt"
         try:
             prompt = self._encoder.encode(request)
@@ -249,8 +276,7 @@ class HfEngine:
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignores_eos=sampling.ignore_eos and request.constraint is None,
         )
-        stepper.add(sequence.key, prompt)
-        return sequence
+        return sequence, prompt
 
     def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
         """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""

@@ -1,8 +1,9 @@
 """vLLM's AsyncLLM behind the Engine protocol.
 
-    the thread of `generate`              the thread "vllm-loop"           vLLM's own processes
-    take, encode, constrain  -- spawn -->  one task per request  -- ZMQ -->  scheduler, model
-    Result  <------ queue of outputs ------  final outputs only  <---------
+    the thread of `generate`         the thread "vllm-loop"           vLLM's own processes
+    take, admit, decode  -- spawn -->  one task per request  -- ZMQ -->  scheduler, model
+    Result  <------- queue -----------  final outputs only  <---------
+                       ^---- what "engine-ahead" has encoded and constrained
 
 vLLM keeps its queue; it is never given more than three times the sequences that it runs at once.
 """
@@ -11,7 +12,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import VllmConfig
@@ -42,7 +44,6 @@ _IDLE_SECONDS = 0.002
 _STARVED_SECONDS = 0.01
 _FULL_SECONDS = 0.05
 _ABORT_SECONDS = 0.25
-_TAKE_AT_ONCE = 64
 _CLOSE_SECONDS = 20.0
 _SEED_BITS = 2**63 - 1
 _REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
@@ -68,7 +69,9 @@ class _Running:
         self.task: asyncio.Task[None] | None = None
 
 
-_Outputs = queue.SimpleQueue[tuple[_Running, Any]]
+_Output = tuple[_Running, Any]
+_Prepared = _Running | Result
+_Events = queue.SimpleQueue[_Output | _Prepared | Failure]
 
 
 class _StepCounter(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not where mypy runs
@@ -204,9 +207,9 @@ class VllmEngine:
         if llm is None:
             raise EngineMisconfigured("The engine is closed.")
         live: dict[int, _Running] = {}
-        outputs: _Outputs = queue.SimpleQueue()
+        events: _Events = queue.SimpleQueue()
         try:
-            yield from self._run(source, llm, live, outputs)
+            yield from self._run(source, llm, live, events)
         except EngineDeadError as error:
             said = self._stderr.text(wait_seconds=1.0)
             if startup.ran_out_of_memory(said):
@@ -223,71 +226,78 @@ class VllmEngine:
             self._abort(list(live.values()))
 
     def _run(
-        self, source: Source, llm: AsyncLLM, live: dict[int, _Running], outputs: _Outputs
+        self, source: Source, llm: AsyncLLM, live: dict[int, _Running], events: _Events
     ) -> Generator[Result]:
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        while is_open or live:
-            wait = _FULL_SECONDS
-            room = 3 * self._num_slots - len(live)
-            if is_open and room > 0:
-                taken = source.take(min(room, _TAKE_AT_ONCE))
-                is_open = taken is not None
-                if taken:
-                    yield from self._submit(taken, llm, live, outputs)
-                    wait = 0.0
-                elif is_open:
-                    wait = _STARVED_SECONDS if live else _IDLE_SECONDS
-            if time.monotonic() >= next_abort_at:
-                next_abort_at = time.monotonic() + _ABORT_SECONDS
-                aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
-                self._abort(aborted)
-                for running in aborted:
-                    del live[running.request.id]
-            if live or is_open:
-                yield from self._collect(live, outputs, wait)
+        with Ahead(self._prepare, events.put, num_slots=self._num_slots) as ahead:
+            while is_open or live or ahead.pending:
+                wait = _FULL_SECONDS
+                if is_open and (room := ahead.room):
+                    taken = source.take(room)
+                    is_open = taken is not None
+                    ahead.hand_over(taken or ())
+                    if is_open and not taken:
+                        wait = _STARVED_SECONDS if live else _IDLE_SECONDS
+                if time.monotonic() >= next_abort_at:
+                    next_abort_at = time.monotonic() + _ABORT_SECONDS
+                    aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
+                    self._abort(aborted)
+                    for running in aborted:
+                        del live[running.request.id]
+                        ahead.forget(running.request.id)
+                happened = drain(events, wait)
+                started = self._admit(happened, source, live, ahead)
+                if started:
+                    self._loop.call_soon_threadsafe(self._spawn, started, llm, events)
+                for result in self._finish(happened, live):
+                    ahead.forget(result.id)
+                    yield result
 
-    def _submit(
+    def _admit(
         self,
-        taken: Sequence[Request],
-        llm: AsyncLLM,
+        happened: list[_Output | _Prepared | Failure],
+        source: Source,
         live: dict[int, _Running],
-        outputs: _Outputs,
-    ) -> list[Result]:
-        """Hand requests to vLLM; return the results of those that cannot run."""
-        refused: list[Result] = []
+        ahead: Ahead[_Prepared],
+    ) -> list[_Running]:
+        """Return what is ready to be handed to vLLM."""
         started: list[_Running] = []
-        for request in taken:
-            running = self._start(request)
-            if isinstance(running, Result):
-                refused.append(running)
-            else:
-                started.append(running)
-                live[request.id] = running
-        if started:
-            self._loop.call_soon_threadsafe(self._spawn, started, llm, outputs)
-        return refused
+        for one in happened:
+            if isinstance(one, Failure):
+                one.surface()
+            if isinstance(one, Result):
+                ahead.receive(one.id)
+            elif isinstance(one, _Running):
+                ahead.receive(one.request.id)
+                if source.is_aborted(one.request.id):
+                    ahead.forget(one.request.id)
+                else:
+                    live[one.request.id] = one
+                    started.append(one)
+        return started
 
-    def _collect(
-        self, live: dict[int, _Running], outputs: _Outputs, wait: float
+    def _finish(
+        self, happened: list[_Output | _Prepared | Failure], live: dict[int, _Running]
     ) -> Generator[Result]:
-        """Yield what has finished, waiting for the first for so long."""
-        try:
-            found = outputs.get(timeout=wait) if wait else outputs.get_nowait()
-            while True:
-                running, output = found
+        """Yield the results of what ended, and of what cannot run."""
+        for one in happened:
+            if isinstance(one, Result):
+                yield one
+            elif isinstance(one, tuple):
+                running, output = one
                 if live.get(running.request.id) is running:
                     if isinstance(output, EngineDeadError):
                         raise output
                     del live[running.request.id]
                     self._num_done += 1
                     yield self._end(running, output)
-                found = outputs.get_nowait()
-        except queue.Empty:
-            return
 
-    def _start(self, request: Request) -> _Running | Result:
-        """Return what vLLM is to be asked, or the result of a request that cannot run."""
+    def _prepare(self, request: Request) -> _Prepared:
+        """Return what vLLM is to be asked, or the result of a request that cannot run.
+
+        In the thread beside the engine's.
+        """
         where = "messages" if request.messages is not None else "prompt"
         try:
             prompt = self._encoder.encode(request)
@@ -381,11 +391,11 @@ class VllmEngine:
         self._steps = next((one for one in loggers if isinstance(one, _StepCounter)), None)
         return llm
 
-    def _spawn(self, started: list[_Running], llm: AsyncLLM, outputs: _Outputs) -> None:
+    def _spawn(self, started: list[_Running], llm: AsyncLLM, events: _Events) -> None:
         for running in started:
-            running.task = self._loop.create_task(self._serve(running, llm, outputs))
+            running.task = self._loop.create_task(self._serve(running, llm, events))
 
-    async def _serve(self, running: _Running, llm: AsyncLLM, outputs: _Outputs) -> None:
+    async def _serve(self, running: _Running, llm: AsyncLLM, events: _Events) -> None:
         output: Any = None
         try:
             async for part in llm.generate(
@@ -397,12 +407,12 @@ class VllmEngine:
                 output = part
         except VLLMValidationError as error:
             if self._give_up_constraint(running):
-                await self._serve(running, llm, outputs)
+                await self._serve(running, llm, events)
                 return
             output = error
         except Exception as error:  # noqa: BLE001 -- it becomes the request's result
             output = error
-        outputs.put((running, output))
+        events.put((running, output))
 
     def _give_up_constraint(self, running: _Running) -> bool:
         """Leave a constraint that vLLM refuses to validation; False where nothing can be left."""

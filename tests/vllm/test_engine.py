@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,3 +271,29 @@ def test_asking_again_takes_another_seed(tiny: Engine, ask: Ask) -> None:
     assert result.error is not None
     assert result.attempts == AskingConfig(max_asks=2).max_asks
     assert result.usage.completion_tokens > 0
+
+
+def test_request_that_takes_long_to_prepare_holds_up_nobody(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: Any = tiny._engine  # type: ignore[attr-defined]  # noqa: SLF001 -- the engine inside
+    encode, go_on = inner._encoder.encode, threading.Event()  # noqa: SLF001
+    was_released: list[bool] = []
+
+    def encode_late(request: Request) -> list[int]:
+        if request.id == 3:
+            was_released.append(go_on.wait(60.0))
+        tokens: list[int] = encode(request)
+        return tokens
+
+    monkeypatch.setattr(inner._encoder, "encode", encode_late)  # noqa: SLF001
+    requests = [chat(number, "Hello", max_tokens=8, ignore_eos=True) for number in range(4)]
+    found: list[int] = []
+    for result in tiny.generate(ListSource(requests)):
+        assert result.error is None
+        found.append(result.id)
+        if len(found) == 3:
+            go_on.set()
+    assert was_released == [True], "the others ended while it was being prepared"
+    assert sorted(found[:3]) == [0, 1, 2]
+    assert found[3:] == [3]

@@ -119,3 +119,22 @@ def test_token_ids_are_taken_as_they_are_within_the_vocabulary(
         encoder.encode(Request(id=1, prompt=(5, len(tokenizer))))
     with pytest.raises(InvalidLine, match="empty"):
         encoder.encode(Request(id=1, prompt=""))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time",
+        " \t\n  blanks  at\u00a0both ends \n",
+        "<|im_start|>user<|im_end|><|endoftext|>",
+        "\u00e9a\u0301\u4e2d\u6587\U0001f980\u200d\U0001f98a\x00\ufffd",
+        "word " * 5000,
+    ],
+    ids=["words", "blanks", "control", "unicode", "long"],
+)
+def test_tokens_are_those_of_the_tokenizers_plain_encode(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    """They come by another call of the library, which frees Python's lock meanwhile."""
+    expected = tokenizer.backend_tokenizer.encode(text).ids
+    assert encoder_of(tokenizer).encode(Request(id=1, prompt=text)) == expected
