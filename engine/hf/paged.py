@@ -172,10 +172,8 @@ class PagedInputs:
             key_places=key_places,
             value_places=key_places + self._kv_heads * page,
             groups=[
-                *self._group(spans[: len(decoding)], tables, 0),
-                *self._group(
-                    spans[len(decoding) : grouped], tables[len(decoding) :], len(decoding)
-                ),
+                *self._group(spans[:single], tables, 0),
+                *self._group(spans[single:grouped], tables[single:], single),
             ],
             prompts=self._prompts(
                 spans[grouped:], tables[grouped:], sum(length for _, length in spans[:grouped])
