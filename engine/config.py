@@ -99,6 +99,10 @@ class HfConfig(_Config):
     page_tokens: int = Field(default=32, ge=1, description="tokens in one block of the cache")
     num_blocks: int | None = Field(default=None, ge=1, description="unset: from the free memory")
     batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
+    forced_tokens: bool = Field(
+        default=True,
+        description="take tokens that a constraint leaves no choice about without a step for each",
+    )
     threads: int | None = Field(default=None, ge=1, description="torch threads; unset: its choice")
     cache_folder: str | None = Field(default=None, description="where hub models are kept")
     token: str | None = Field(default=None, repr=False, description="hub token")

@@ -15,14 +15,19 @@ import time
 from collections.abc import Generator
 
 import msgspec
-import numpy as np
 import torch
 
 from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
-from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
+from engine.constraints import (
+    ConstraintTooComplex,
+    Enforcement,
+    Masks,
+    Matcher,
+    TokenizerConstraints,
+)
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
@@ -102,7 +107,11 @@ class HfEngine:
         self._model_defaults = read_model_defaults(loaded.generation_config)
         self._eos = frozenset(loaded.eos_tokens)
         self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
-        self._mask = np.full((config.slots, self._constraints.num_words), -1, dtype=np.int32)
+        self._masks = Masks(
+            config.slots,
+            self._constraints.num_words,
+            is_beside=loaded.device.type != "cpu",
+        )
         self._context_tokens = min(loaded.context_tokens, self._stepper.max_sequence_tokens)
         self._capabilities = msgspec.structs.replace(
             self._capabilities,
@@ -224,12 +233,14 @@ class HfEngine:
     ) -> list[Result]:
         """Move every running sequence on; return the results of those that ended."""
         choosers = [live[key] for key in keys]
-        chosen = stepper.forward([sequence.row for sequence in choosers], self._mask)
+        chosen = stepper.forward([sequence.row for sequence in choosers], self._masks)
         stepper.finish(chosen)
         self._num_done += max(1, len(choosers))
         results: list[Result] = []
         for sequence, token in zip(choosers, chosen, strict=True):
             result = self._advance(sequence, token, stepper)
+            if result is None and self._config.forced_tokens:
+                result = self._jump(sequence, stepper)
             if result is not None:
                 del live[sequence.key]
                 results.append(result)
@@ -307,6 +318,26 @@ class HfEngine:
             return self._end(sequence, stepper, "stop", text=stops.text)
         if len(sequence.said) >= sequence.max_tokens:
             return self._end(sequence, stepper, "length")
+        return None
+
+    def _jump(self, sequence: _Sequence, stepper: steps.Stepper) -> Result | None:
+        """Take the tokens that a constraint leaves no choice about, without a step for each.
+
+        Each counts, and ends the answer, as one that was chosen.
+        """
+        matcher = sequence.row.matcher
+        taken: list[int] = []
+        for token in matcher.forced() if matcher is not None else ():
+            rows.skip(sequence.row)
+            result = self._advance(sequence, token, stepper)
+            if result is not None:
+                return result
+            taken.append(token)
+            if sequence.row.matcher is None:
+                break  # the library gave up: what follows is the model's choice
+        if taken:
+            self._num_done += len(taken)
+            stepper.append(sequence.key, taken)
         return None
 
     def _fail(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result:

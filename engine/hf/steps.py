@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 from typing_extensions import override
 
 from engine.config import HfConfig
-from engine.constraints import Mask
+from engine.constraints import Masks
 from engine.hf import paged, rows
 from engine.hf.weights import Loaded
 from jobs.domain.errors import EngineOutOfMemory
@@ -62,6 +62,22 @@ class _Scheduler(FIFOScheduler):
         if was_pending and state.position_offset and not state._true_initial_tokens:  # noqa: SLF001
             self._cached_tokens[state.request_id] = state.position_offset
         return tokens
+
+    @override
+    def _schedule_request(
+        self,
+        state: RequestState,
+        request_tokens: list[int],
+        token_budget: int,
+        request_ids_to_remove_from_waiting: set[str],
+    ) -> None:
+        if state.status == RequestStatus.DECODING and len(request_tokens) > token_budget:
+            # A known piece of an answer that goes in parts, as a long prompt does. Left as it is,
+            # the first part would be computed again and again.
+            state.status = RequestStatus.PREFILLING
+        super()._schedule_request(
+            state, request_tokens, token_budget, request_ids_to_remove_from_waiting
+        )
 
     @override
     def _process_candidates(
@@ -231,8 +247,9 @@ class Stepper:
         return [f.state.request_id for f in self._batch if f.has_new_token]
 
     @torch.inference_mode()
-    def forward(self, choosers: Sequence[rows.Row], mask: Mask) -> list[int]:
+    def forward(self, choosers: Sequence[rows.Row], masks: Masks) -> list[int]:
         """Run the model and return the token that each row chose."""
+        rows.begin_masks(choosers, masks)
         inputs = self._processor.inputs_and_outputs
         keeps_logits = self._processor.model_runner.supports_logits_to_keep(self._model)
         with stream_context(inputs.compute_stream):
@@ -254,7 +271,7 @@ class Stepper:
                 logits = logits[last]
             if not choosers:
                 return []
-            chosen: list[int] = rows.choose(logits.float(), choosers, mask).tolist()
+            chosen: list[int] = rows.choose(logits.float(), choosers, masks).tolist()
             return chosen
 
     def finish(self, chosen: list[int]) -> None:
@@ -270,6 +287,15 @@ class Stepper:
                 state.tokens_to_process = [token]
             if future.complete_blocks:
                 cache.mark_complete_blocks(state, future.complete_blocks)
+
+    def append(self, key: str, tokens: Sequence[int]) -> None:
+        """Give a sequence that has just got its token more of them, which are known already.
+
+        They are computed with the next step, all at once.
+        """
+        state = self._scheduler.active_requests[key]
+        state.generated_tokens.extend(tokens)
+        state.tokens_to_process = [*state.tokens_to_process, *tokens]
 
 
 def count_blocks(loaded: Loaded, config: HfConfig) -> int:
