@@ -23,6 +23,7 @@ from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, Token
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
@@ -96,12 +97,15 @@ class HfEngine:
         self._model_defaults = read_model_defaults(loaded.generation_config)
         self._eos = frozenset(loaded.eos_tokens)
         self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
-        self._mask = np.full((config.slots, self._constraints.num_words), -1, dtype=np.int32)
+        self._tuner: Tuner = self._stepper.tuner
+        self._num_slots = self._stepper.max_slots
+        self._mask = np.full((self._num_slots, self._constraints.num_words), -1, dtype=np.int32)
         self._context_tokens = min(loaded.context_tokens, self._stepper.max_sequence_tokens)
         self._capabilities = msgspec.structs.replace(
             self._capabilities,
             # One sequence may have all of the cache.
             cache_tokens=self._stepper.max_sequence_tokens,
+            num_slots=self._num_slots,
         )
         self._num_done = 0
 
@@ -112,8 +116,13 @@ class HfEngine:
 
     @property
     def num_slots(self) -> int:
-        """How many sequences are generated at once."""
-        return self._config.slots
+        """How many sequences are generated at once, at most."""
+        return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning:
+        """How many sequences and tokens a step has now; any thread may ask."""
+        return self._tuner.report(cache_tokens=self._capabilities.cache_tokens)
 
     def progress(self) -> int:
         """Return the number of tokens and prefill steps so far; any thread may ask."""
@@ -186,11 +195,12 @@ class HfEngine:
 
     def _take(self, source: Source, num_live: int) -> Sequence[Request] | None:
         """Ask for what keeps the slots full, and a queue behind them that is twice as long."""
-        room = 3 * self._config.slots - num_live
+        limit = self._tuner.limit
+        room = 3 * limit - num_live
         if room <= 0:
             return ()
         # Few at a time: encoding holds up the sequences that are already running.
-        return source.take(min(room, max(self._config.slots - num_live, _ADMIT_AT_ONCE)))
+        return source.take(min(room, max(limit - num_live, _ADMIT_AT_ONCE)))
 
     def _step(
         self, keys: list[str], stepper: steps.Stepper, live: dict[str, _Sequence]
