@@ -38,8 +38,9 @@ _GPU_SLOTS, _MAX_GPU_SLOTS = 128, 512
 _GPU_BATCH_TOKENS, _MAX_GPU_BATCH_TOKENS = 2048, 8192
 # On one core, 48 GFLOP/s were measured with 16 rows, 74 with 32 and 125 with 128.
 _MAX_CPU_SLOTS, _MAX_CPU_BATCH_TOKENS = 128, 2048
-# A sequence is taken to need so much cache. Too little is no harm: who finds none waits.
-_COMMON_TOKENS = 512
+# A sequence is taken to need so much cache at first, and at least so much when more are tried. Too
+# little is no harm: who finds none waits, and evictions are counted.
+_COMMON_TOKENS, _LEAST_TOKENS = 512, 128
 _STEP_SHARE = 0.05
 """Of the free memory, for what a step of the most tokens needs beside weights and cache."""
 
@@ -128,11 +129,12 @@ def choose_hf(
     first = most = slots or 0
     if slots is None:
         first, most = (_GPU_SLOTS, _MAX_GPU_SLOTS) if is_gpu else (HF_SLOTS, _MAX_CPU_SLOTS)
-        fitting = max(1, room.cache_tokens // min(room.context_tokens, _COMMON_TOKENS))
-        slots_by = "memory" if fitting < first else "device"
         # Each sequence that decodes is a token of the step.
-        most = min(most, fitting, batch_tokens or most)
-        first = min(first, most)
+        fitting = room.cache_tokens // min(room.context_tokens, _LEAST_TOKENS)
+        most = max(1, min(most, fitting, batch_tokens or most))
+        fitting = room.cache_tokens // min(room.context_tokens, _COMMON_TOKENS)
+        slots_by = "memory" if fitting < first else "device"
+        first = min(max(2, min(first, fitting)), most)  # one has no halves to compare
     tokens_by: Reason = "asked"
     tokens = most_tokens = batch_tokens or 0
     if batch_tokens is None:

@@ -59,8 +59,8 @@ def test_a_large_gpu_begins_below_the_ridge_and_may_go_beyond_it() -> None:
 def test_a_small_gpu_begins_with_what_its_cache_has_room_for() -> None:
     # A T4 with 7 billion parameters in 4 bits: 32 heads and no groups are 512 KiB a token.
     found = begin(room("cuda", 10 * GB, 512 << 10, context_tokens=4096))
-    assert (found.slots, found.max_slots, found.slots_by) == (29, 29, "memory")
-    assert found.cache_tokens < 29 * 4096
+    assert (found.slots, found.max_slots, found.slots_by) == (29, 119, "memory")
+    assert found.cache_tokens == 8 * GB // (512 << 10)
     # Its steps are held to a twentieth of what is free.
     assert 2 * (6 * 4096 + 3 * 14336) * found.max_batch_tokens <= 0.05 * 10 * GB
 
@@ -100,6 +100,8 @@ def test_there_is_always_one_slot() -> None:
     found = begin(Room(device="cpu", cache_tokens=64, context_tokens=2048, step_bytes=1))
     assert (found.slots, found.max_slots, found.batch_tokens) == (1, 1, 1)
     assert found.cache_tokens == 64
+    # Of two, one can be half.
+    assert begin(Room(device="cpu", cache_tokens=300, context_tokens=2048)).slots == 2
 
 
 def large() -> ModelSize:
