@@ -311,7 +311,7 @@ class Tuner:
         self._num_comparisons = 0
         self._num_judged = 0
         self._calm = 0
-        self._num_steps = self._num_short = 0
+        self._num_steps = self._num_short = self._num_running = 0
         self._context = self._context_then = 0.0
         self._look_at, self._look_steps = 0, _LOOK_STEPS
 
@@ -360,10 +360,12 @@ class Tuner:
             num_waiting: sequences that are queued behind them.
             num_evicted: sequences that lost their cache.
         """
-        self._fitting.note(num_running=num_rows, num_evicted=num_evicted)
         if self._queue:
+            self._fitting.note(num_running=self._num_running, num_evicted=num_evicted)
             self._note_part(num_rows=num_rows, seconds=seconds)
             return
+        self._fitting.note(num_running=num_rows, num_evicted=num_evicted)
+        self._num_running = num_rows
         self._num_steps += 1
         if num_rows:
             self._context += (num_cached / num_rows - self._context) / _CALM_STEPS

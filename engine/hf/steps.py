@@ -46,13 +46,13 @@ class _Scheduler(FIFOScheduler):
         limit: how many sequences may be on their way at once; those that are stay.
         part: who takes part in the next step.
         batch_tokens: the next step's token budget.
-        num_evicted: how often the next step found no room for all.
+        num_queued: sequences that were queued since somebody set it to nothing.
     """
 
     limit: int
     part: Part = "all"
     batch_tokens: int
-    num_evicted = 0
+    num_queued = 0
 
     @override
     def reset(self) -> None:
@@ -80,10 +80,12 @@ class _Scheduler(FIFOScheduler):
     def schedule_batch(
         self, token_budget: int, cache_budget: int
     ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
-        chosen = super().schedule_batch(self.batch_tokens, cache_budget)
-        # The last of them give up their blocks, until the others have room.
-        self.num_evicted += bool(self.starved_requests)
-        return chosen
+        return super().schedule_batch(self.batch_tokens, cache_budget)
+
+    @override
+    def add_waiting_request(self, state: RequestState) -> None:
+        super().add_waiting_request(state)
+        self.num_queued += 1
 
     @override
     def _process_candidates(
@@ -185,6 +187,7 @@ class Stepper:
         self.tuner = Tuner(start, is_live=config.tune)
         self._clock = _clock_of(loaded)
         self._began_at = 0.0
+        self._num_evicted = 0
         try:
             try:
                 self._processor = self._open(config, start, num_blocks)
@@ -276,11 +279,13 @@ class Stepper:
         """
         scheduler, tuner = self._scheduler, self.tuner
         scheduler.part, scheduler.limit = tuner.next_part(), tuner.limit
-        scheduler.batch_tokens, scheduler.num_evicted = tuner.batch_tokens, 0
+        scheduler.batch_tokens, scheduler.num_queued = tuner.batch_tokens, 0
         self._began_at = self._clock()
         if not self._processor.prepare_next_batch():
             tuner.skip()
             return None
+        # Who was queued meanwhile gave its blocks to others.
+        self._num_evicted = scheduler.num_queued
         self._batch = self._processor.inputs_and_outputs.requests_in_batch
         return [f.state.request_id for f in self._batch if f.has_new_token]
 
@@ -332,7 +337,7 @@ class Stepper:
             num_tokens=num_tokens,
             num_cached=num_cached,
             num_waiting=len(self._scheduler.waiting_requests),
-            num_evicted=self._scheduler.num_evicted,
+            num_evicted=self._num_evicted,
             seconds=self._clock() - self._began_at,
         )
 
