@@ -55,6 +55,7 @@ class Ahead(Generic[Prepared]):
     but `prepare` and `deliver` is for the engine's thread.
 
     Attributes:
+        num_slots: how many requests the engine runs at once; may change at any time.
         pending: ids of the requests that were handed over and not received yet.
     """
 
@@ -74,7 +75,7 @@ class Ahead(Generic[Prepared]):
         """
         self._prepare = prepare
         self._deliver = deliver
-        self._num_slots = num_slots
+        self.num_slots = num_slots
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine-ahead", daemon=True)
@@ -103,10 +104,10 @@ class Ahead(Generic[Prepared]):
         """How many more the engine may take: what fills its slots at least, however large."""
         held = len(self._sizes)
         if not held:
-            return self._num_slots
+            return self.num_slots
         # As many as are likely to fit: how large the next ones are, nobody knows before.
         fitting = (_MAX_BYTES - self._num_bytes) * held // max(1, self._num_bytes)
-        return max(self._num_slots - held, min(LOOK_AHEAD * self._num_slots - held, fitting), 0)
+        return max(self.num_slots - held, min(LOOK_AHEAD * self.num_slots - held, fitting), 0)
 
     def hand_over(self, requests: Sequence[Request]) -> None:
         """Have requests prepared, behind those that were handed over before."""

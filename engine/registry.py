@@ -134,7 +134,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"{config.kind}-{digest.hexdigest()}",
-        num_slots=config.slots,
+        num_slots=config.slots or 0,
         quantization=config.quantization,
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
         is_greedy=config.defaults.temperature == 0,

@@ -15,6 +15,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -69,6 +70,12 @@ _engine_loading = Histogram(
     "Time to start an engine and load its model.",
     ("model",),
     buckets=_LOADING_SECONDS,
+)
+_engine_slots = Gauge(
+    "batchctl_engine_slots", "Sequences that an engine generates at once now.", ("model",)
+)
+_engine_batch_tokens = Gauge(
+    "batchctl_engine_batch_tokens", "Most tokens of a step of an engine now.", ("model",)
 )
 _leases_lost = Counter("batchctl_leases_lost", "Leases that this process could not keep.")
 _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this process gave up.")
@@ -154,6 +161,12 @@ def engine_start(model: str) -> Iterator[None]:
     _engine_starts.labels(model).inc()
     yield
     _engine_loading.labels(model).observe(monotonic() - began)
+
+
+def note_tuning(model: str, *, slots: int, batch_tokens: int) -> None:
+    """Note what an engine works with from now on."""
+    _engine_slots.labels(model).set(slots)
+    _engine_batch_tokens.labels(model).set(batch_tokens)
 
 
 def count_engine_death(model: str) -> None:

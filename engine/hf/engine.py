@@ -31,6 +31,7 @@ from engine.constraints import (
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
@@ -107,8 +108,10 @@ class HfEngine:
         self._model_defaults = read_model_defaults(loaded.generation_config)
         self._eos = frozenset(loaded.eos_tokens)
         self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
+        self._tuner: Tuner = self._stepper.tuner
+        self._num_slots = self._stepper.max_slots
         self._masks = Masks(
-            config.slots,
+            self._num_slots,
             self._constraints.num_words,
             is_beside=loaded.device.type != "cpu",
         )
@@ -117,6 +120,7 @@ class HfEngine:
             self._capabilities,
             # One sequence may have all of the cache.
             cache_tokens=self._stepper.max_sequence_tokens,
+            num_slots=self._num_slots,
         )
         self._num_done = 0
 
@@ -127,8 +131,13 @@ class HfEngine:
 
     @property
     def num_slots(self) -> int:
-        """How many sequences are generated at once."""
-        return self._config.slots
+        """How many sequences are generated at once, at most."""
+        return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning:
+        """How many sequences and tokens a step has now; any thread may ask."""
+        return self._tuner.report(cache_tokens=self._capabilities.cache_tokens)
 
     def progress(self) -> int:
         """Return the number of tokens and prefill steps so far; any thread may ask."""
@@ -179,8 +188,9 @@ class HfEngine:
         ready: queue.SimpleQueue[_Prepared | Failure] = queue.SimpleQueue()
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        with Ahead(self._prepare, ready.put, num_slots=self._config.slots) as ahead:
+        with Ahead(self._prepare, ready.put, num_slots=self._tuner.limit) as ahead:
             while is_open or live or ahead.pending:
+                ahead.num_slots = self._tuner.limit
                 if is_open and (room := ahead.room):
                     taken = source.take(room)
                     is_open = taken is not None

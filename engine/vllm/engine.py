@@ -12,6 +12,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from engine.config import VllmConfig
 from engine.constraints import Enforcement
 from engine.registry import describe_model, find_folder
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.tuning import Fitting, Reason, Tuning
 from engine.vllm import arguments, startup
 from engine.vllm.constraints import Constraints
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
@@ -75,15 +77,32 @@ _Events = queue.SimpleQueue[_Output | _Prepared | Failure]
 
 
 class _StepCounter(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not where mypy runs
-    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here."""
+    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here.
 
-    def __init__(self, vllm_config: object, engine_indexes: object = None) -> None:
-        del vllm_config, engine_indexes
+    Attributes:
+        fitting: what the cache has been seen to hold.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: object = None) -> None:  # noqa: ANN401
+        del engine_indexes
         self.count = 0
+        self.fitting = Fitting(int(vllm_config.scheduler_config.max_num_seqs))
 
-    def record(self, *_: object, **__: object) -> None:
+    def record(
+        self,
+        scheduler_stats: Any = None,  # noqa: ANN401 -- vLLM's
+        iteration_stats: Any = None,  # noqa: ANN401
+        *_: object,
+        **__: object,
+    ) -> None:
         """Note a step."""
         self.count += 1
+        if scheduler_stats is not None:
+            # What was preempted is computed again from the start.
+            self.fitting.note(
+                num_running=int(scheduler_stats.num_running_reqs),
+                num_evicted=int(getattr(iteration_stats, "num_preempted_reqs", 0)),
+            )
 
     def log(self) -> None:
         """Say nothing."""
@@ -146,7 +165,9 @@ class VllmEngine:
             raise startup.explain(error, said, model=config.model) from error
         described = self._llm.vllm_config
         self._context_tokens = int(described.model_config.max_model_len)
+        self._is_gpu = described.device_config.device_type != "cpu"
         self._num_slots = int(described.scheduler_config.max_num_seqs)
+        self._batch_tokens = int(described.scheduler_config.max_num_batched_tokens)
         cache = described.cache_config
         self._cache_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
         self._capabilities = msgspec.structs.replace(
@@ -163,8 +184,40 @@ class VllmEngine:
 
     @property
     def num_slots(self) -> int:
-        """How many sequences are generated at once."""
+        """How many sequences are generated at once, at most."""
         return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning:
+        """How many sequences vLLM is given now; any thread may ask."""
+        config = self._config
+        bound = self._bound()
+        slots_by: Reason = "memory" if self._is_gpu else "device"
+        if config.slots is not None:
+            slots_by = "asked"
+        elif bound < self._num_slots:
+            slots_by = "evictions"
+        batch_tokens_by: Reason = "device" if self._is_gpu else "engine"
+        return Tuning(
+            slots=bound,
+            max_slots=self._num_slots,
+            slots_by=slots_by,
+            batch_tokens=self._batch_tokens,
+            batch_tokens_by="asked" if config.batch_tokens is not None else batch_tokens_by,
+            cache_tokens=self._cache_tokens,
+            num_evictions=self._steps.fitting.num_evictions if self._steps is not None else 0,
+        )
+
+    def _bound(self) -> int:
+        """Return how many sequences the cache holds, as far as that is known and matters."""
+        if self._config.slots is not None or not self._config.tune or self._steps is None:
+            return self._num_slots
+        return self._steps.fitting.bound
+
+    def _most_inside(self) -> int:
+        """Return how many requests vLLM may have: a queue behind its slots, unless they thrash."""
+        bound = self._bound()
+        return 3 * bound if bound >= self._num_slots else bound
 
     def progress(self) -> int:
         """Return the number of vLLM's steps and of answers so far; any thread may ask."""
@@ -230,8 +283,10 @@ class VllmEngine:
     ) -> Generator[Result]:
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        with Ahead(self._prepare, events.put, num_slots=self._num_slots) as ahead:
-            while is_open or live or ahead.pending:
+        ready: deque[_Running] = deque()
+        with Ahead(self._prepare, events.put, num_slots=self._bound()) as ahead:
+            while is_open or live or ready or ahead.pending:
+                ahead.num_slots = self._bound()
                 wait = _FULL_SECONDS
                 if is_open and (room := ahead.room):
                     taken = source.take(room)
@@ -247,34 +302,31 @@ class VllmEngine:
                         del live[running.request.id]
                         ahead.forget(running.request.id)
                 happened = drain(events, wait)
-                started = self._admit(happened, source, live, ahead)
-                if started:
-                    self._loop.call_soon_threadsafe(self._spawn, started, llm, events)
+                _receive(happened, ready, ahead)
                 for result in self._finish(happened, live):
                     ahead.forget(result.id)
                     yield result
+                started = self._admit(ready, source, live, ahead)
+                if started:
+                    self._loop.call_soon_threadsafe(self._spawn, started, llm, events)
 
     def _admit(
         self,
-        happened: list[_Output | _Prepared | Failure],
+        ready: deque[_Running],
         source: Source,
         live: dict[int, _Running],
         ahead: Ahead[_Prepared],
     ) -> list[_Running]:
-        """Return what is ready to be handed to vLLM."""
+        """Take out of what is ready as much as vLLM may have."""
         started: list[_Running] = []
-        for one in happened:
-            if isinstance(one, Failure):
-                one.surface()
-            if isinstance(one, Result):
-                ahead.receive(one.id)
-            elif isinstance(one, _Running):
-                ahead.receive(one.request.id)
-                if source.is_aborted(one.request.id):
-                    ahead.forget(one.request.id)
-                else:
-                    live[one.request.id] = one
-                    started.append(one)
+        most = self._most_inside()
+        while ready and len(live) < most:
+            running = ready.popleft()
+            if source.is_aborted(running.request.id):
+                ahead.forget(running.request.id)
+            else:
+                live[running.request.id] = running
+                started.append(running)
         return started
 
     def _finish(
@@ -429,6 +481,22 @@ class VllmEngine:
         """Make vLLM drop requests, and wait until it knows."""
         if aborted and not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(_cancel(aborted), self._loop).result(_CLOSE_SECONDS)
+
+
+def _receive(
+    happened: list[_Output | _Prepared | Failure],
+    ready: deque[_Running],
+    ahead: Ahead[_Prepared],
+) -> None:
+    """Take what has been prepared; what cannot run stays for whoever yields results."""
+    for one in happened:
+        if isinstance(one, Failure):
+            one.surface()
+        if isinstance(one, Result):
+            ahead.receive(one.id)
+        elif isinstance(one, _Running):
+            ahead.receive(one.request.id)
+            ready.append(one)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

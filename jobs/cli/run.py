@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 import typer
 
+from engine.tuning import Tuning, render_tuning
 from jobs import fields
 from jobs.app import App, open_app
 from jobs.catalogue import EngineChoice
@@ -116,8 +118,10 @@ def run(
         app.remove_leftovers()
         if held.told is not None:
             output.say(held.told)
-        batch = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
-        code = _deliver(app, batch, source.name, output_file, errors_file, as_json=as_json)
+        batch, tuning = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
+        code = _deliver(
+            app, batch, source.name, output_file, errors_file, tuning=tuning, as_json=as_json
+        )
     raise typer.Exit(code)
 
 
@@ -175,8 +179,8 @@ def _find_or_create(
     return found or rundir.create(runs, settings, plan, pieces())
 
 
-def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
-    """Work until the batch has ended.
+def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> tuple[Batch, Tuning | None]:
+    """Work until the batch has ended; return it, and what its engine chose to work with.
 
     Args:
         again: the command that goes on with it.
@@ -191,7 +195,7 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
     batch_id = BatchId(record.batch_id)
     batch = batches.get(app.db, batch_id)
     if batch.status.is_terminal:
-        return batch
+        return batch, None
     lines: dict[str, int] = {}
     failure: BatchctlError | None = None
     both = (signal.SIGINT, signal.SIGTERM)
@@ -224,7 +228,7 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
         if batch.request_counts.completed or batch.request_counts.failed:
             _say_resumable(batch, again)
         raise failure
-    return batch
+    return batch, embedded.tuning
 
 
 def _show(
@@ -276,6 +280,7 @@ def _deliver(
     output_file: Path | None,
     errors_file: Path | None,
     *,
+    tuning: Tuning | None,
     as_json: bool,
 ) -> int:
     """Write the files where they were asked for, sum up, and return the exit code."""
@@ -310,18 +315,21 @@ def _deliver(
                 },
                 "output": str(output_file) if output_file else None,
                 "errors": str(errors_file) if errors_file else None,
+                "tuning": msgspec.structs.asdict(tuning) if tuning is not None else None,
                 "batch": batch.id,
                 "folder": str(app.folder),
             }
         )
         return code
-    _sum_up(batch, output_file, errors_file)
+    _sum_up(batch, output_file, errors_file, tuning)
     if errors_file is None and beside.exists():  # perhaps ours, perhaps not: it stays
         output.say(f"{beside} is of an earlier run: nothing failed in this one.")
     return code
 
 
-def _sum_up(batch: Batch, output_file: Path | None, errors_file: Path | None) -> None:
+def _sum_up(
+    batch: Batch, output_file: Path | None, errors_file: Path | None, tuning: Tuning | None
+) -> None:
     counts, usage = batch.request_counts, batch.usage
     told = [
         ("requests", output.count(counts.total)),
@@ -335,6 +343,8 @@ def _sum_up(batch: Batch, output_file: Path | None, errors_file: Path | None) ->
     ]
     if errors_file is not None:
         told.append(("errors", str(errors_file)))
+    if tuning is not None:
+        told.append(("engine", render_tuning(tuning)))
     for name, value in told:
         output.say(f"{name:<10} {value}")
 

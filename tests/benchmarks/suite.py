@@ -39,6 +39,7 @@ PARTS = {
     "memory": ("C10",),
     "repeats": ("C11",),
     "killed": ("C12",),
+    "tuning": ("T1",),
     "peers": ("P",),
 }
 APART = ("C10", "P")
