@@ -5,15 +5,18 @@ without a fault is cut into shards. Where another order than the file's is worth
 each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import msgspec
 import xxhash
 
 from engine.sandbox import Sandbox
+from jobs import metrics
 from jobs.checks import CustomIds, Models, Problems, Schemas
 from jobs.domain.batch import Batch, LineProblem
 from jobs.domain.errors import (
@@ -23,20 +26,35 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
+from jobs.domain.ids import BatchId
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import CHAT, ENDPOINTS, Capabilities, Line, custom_id_of, parse_line
+from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.reuse import Cache, Found, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, files
-from storage.blobs.base import BlobStore, plan_key
+from storage.batches import Reused
+from storage.blobs.base import BlobStore, keys_key, plan_key, reused_key
 from storage.database import Database
-from storage.jsonl import ScannedLine, encode_run_line, scan
+from storage.jsonl import (
+    KIND_OUTPUT,
+    Entry,
+    ScannedLine,
+    encode_run_line,
+    encode_segment,
+    scan,
+)
 from storage.reorder import Reorder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PROGRESS_LINES = 1000
 _INDEX_BYTES = 8
-_LEADER, _FOLLOWER = 0, 1
+_LEADER, _FOLLOWER, _RESULT = 0, 1, 2
 _encode_key = msgspec.msgpack.Encoder().encode
 
 
@@ -74,6 +92,7 @@ def plan(
     describe: Callable[[str], Capabilities],
     checker: Sandbox,
     limits: PlanLimits,
+    cache: Cache | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Validate the file of the batch that `lease` is about, and cut it into shards.
@@ -82,6 +101,7 @@ def plan(
 
     Args:
         describe: what the model of this name can do; raises NotFound or EngineMisconfigured.
+        cache: answers of earlier batches, for one that wants to take them; None: there are none.
         on_progress: called with the number of lines read, now and then.
 
     Raises:
@@ -90,9 +110,10 @@ def plan(
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
     problems = Problems(limits.max_reported_errors)
+    keys = Keys(batch.tenant_id) if batch.reuse and cache is not None else None
     try:
         file = files.get(db, batch.input_file_id, tenant_id=batch.tenant_id)
-        reading = _Reading(blobs, batch, file.blob_key, limits=limits, problems=problems)
+        reading = _Reading(blobs, batch, file.blob_key, limits=limits, problems=problems, keys=keys)
         reading.read(describe, checker, on_progress)
     except NotFound as error:
         problems.add(LineProblem(code="invalid_request", message=error.message, param="file_id"))
@@ -104,28 +125,26 @@ def plan(
     if problems.count:
         batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
         return
-    run_order = reading.choose_order()
-    source_blob_key, cuts = file.blob_key, reading.cuts
-    if not run_order.is_arrival:
-        source_blob_key = plan_key(batch.id, lease.epoch)
-        cuts = _write_run_order(
-            blobs,
-            source_blob_key,
-            reading.scan(),
-            run_order=run_order,
-            num_bytes=file.num_bytes,
-            limits=limits,
-            on_progress=on_progress,
-        )
-        log.info(
-            "run_order_written",
-            batch_id=batch.id,
-            num_lines=reading.total,
-            num_run=run_order.num_leaders,
-            num_groups=run_order.num_groups,
-            shared_percent=round(100 * run_order.shared, 1),
-        )
-    batches.record_plan(
+    identity = keys.identity if keys is not None else ""
+    with finding(cache, keys, on_progress=on_progress) as found:
+        run_order = reading.choose_order(found.is_reused if found is not None else None)
+        source_blob_key, cuts = file.blob_key, reading.cuts
+        reused: Sequence[Reused] = ()
+        if not run_order.is_arrival:
+            writing = _Writing(blobs, batch, lease, limits=limits, model=reading.model)
+            source_blob_key = plan_key(batch.id, lease.epoch)
+            cuts, reused = writing.write(
+                reading.scan(),
+                run_order=run_order,
+                num_bytes=file.num_bytes,
+                found=found,
+                on_progress=on_progress,
+            )
+    if keys is not None and identity:
+        with blobs.open_writer(keys_key(batch.id, lease.epoch)) as writer:
+            writer.write(memoryview(keys.content))
+            writer.commit()
+    is_planned = batches.record_plan(
         db,
         lease,
         cuts=cuts,
@@ -133,29 +152,74 @@ def plan(
         model_key=reading.model,
         total=reading.total,
         is_run_order=not run_order.is_arrival,
+        reused=reused,
+        reuse_identity=identity or None,
+        reuse_blob_key=keys_key(batch.id, lease.epoch) if identity else None,
     )
+    if is_planned and reused:
+        log.info("answers_reused", num_lines=reading.total, num_reused=run_order.num_reused)
+        metrics.count_reused(reading.model, run_order.num_reused)
 
 
-def _write_run_order(
-    blobs: BlobStore,
-    key: str,
-    scanned: Iterator[ScannedLine],
-    *,
-    run_order: RunOrder,
-    num_bytes: int,
-    limits: PlanLimits,
-    on_progress: Callable[[int], None] | None,
-) -> list[Cut]:
-    """Write the lines of a file as they will run, each with those it runs for; return the shards.
+class _Writing:
+    """Writes the lines of a file as they will run, each with those it runs for.
 
-    Raises:
-        StorageError: the input cannot be read, the blob not written, or there is no room to sort.
+    Behind them come the lines that need not run, and their results go where a worker's would.
     """
-    cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-    cuts: list[Cut] = []
-    ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
-    follows = None if run_order.is_follower is None else run_order.is_follower.data
-    with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
+
+    def __init__(
+        self, blobs: BlobStore, batch: Batch, lease: Lease, *, limits: PlanLimits, model: str
+    ) -> None:
+        self._blobs = blobs
+        self._batch = batch
+        self._lease = lease
+        self._limits = limits
+        self._model = model
+        self._cuts: list[Cut] = []
+        self._reused: list[Reused] = []
+        self._results: list[Entry] = []
+
+    def write(
+        self,
+        scanned: Iterator[ScannedLine],
+        *,
+        run_order: RunOrder,
+        num_bytes: int,
+        found: Found | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> tuple[list[Cut], list[Reused]]:
+        """Return the shards that run, and those whose results are there.
+
+        Raises:
+            StorageError: the input cannot be read, a blob not written, or there is no room to sort.
+        """
+        if found is not None:
+            num_bytes += found.num_bytes
+        with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
+            self._sort(scanned, reorder, run_order, found, on_progress)
+            self._write_sorted(reorder, run_order, on_progress)
+        log.info(
+            "run_order_written",
+            batch_id=self._batch.id,
+            num_lines=len(run_order.rank) if run_order.rank is not None else 0,
+            num_run=run_order.num_leaders - run_order.num_reused,
+            num_groups=run_order.num_groups,
+            shared_percent=round(100 * run_order.shared, 1),
+        )
+        return self._cuts, self._reused
+
+    def _sort(
+        self,
+        scanned: Iterator[ScannedLine],
+        reorder: Reorder,
+        run_order: RunOrder,
+        found: Found | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
+        follows = None if run_order.is_follower is None else run_order.is_follower.data
+        answers = found.read() if found is not None else iter(())
+        answer = next(answers, None)
         for index, line in enumerate(scanned):
             content = line.data or b""
             number = index.to_bytes(_INDEX_BYTES, "little")
@@ -164,25 +228,71 @@ def _write_run_order(
                 reorder.add(ranks[index], _FOLLOWER, number + content)
             else:
                 reorder.add(ranks[index], _LEADER, number + content)
+            if answer is not None and answer[0] == index:
+                result = self._render(content, index, answer[1], answer[2])
+                reorder.add(ranks[index], _RESULT, result)
+                answer = next(answers, None)
             if on_progress is not None and index % _PROGRESS_LINES == 0:
                 on_progress(index)
-        with blobs.open_writer(key) as writer:
+
+    def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
+        return render_result(
+            result,
+            custom_id=custom_id_of(content),
+            request_id=f"{self._batch.id[6:]}{index:08x}",
+            endpoint=self._batch.endpoint,
+            model=self._model,
+            created=int(time.time()),
+            reused_from=batch_id,
+        )
+
+    def _write_sorted(
+        self,
+        reorder: Reorder,
+        run_order: RunOrder,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        limits = self._limits
+        first_reused = run_order.num_leaders - run_order.num_reused
+        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
+        with self._blobs.open_writer(plan_key(self._batch.id, self._lease.epoch)) as writer:
             at = 0
             for rank, entries in groupby(reorder.read(), key=lambda entry: entry[0]):
                 # The leader is the first of them in the file, so it comes first here.
                 (_, _, leader), *rest = entries
-                followers = [(_index_of(one), one[_INDEX_BYTES:].decode()) for _, _, one in rest]
-                written = encode_run_line(_index_of(leader), followers, leader[_INDEX_BYTES:])
+                index = _index_of(leader)
+                followers = [
+                    (_index_of(one), one[_INDEX_BYTES:].decode())
+                    for _, kind, one in rest
+                    if kind == _FOLLOWER
+                ]
+                written = encode_run_line(index, followers, leader[_INDEX_BYTES:])
                 writer.write(written)
-                cut = cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=len(written))
-                if cut is not None:
-                    cuts.append(cut)
+                if rank == first_reused:
+                    self._end_shard(cutter.finish())
+                self._end_shard(
+                    cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=len(written))
+                )
+                self._results += [
+                    (index, KIND_OUTPUT, one) for _, kind, one in rest if kind == _RESULT
+                ]
                 at += len(written)
                 if on_progress is not None and rank % _PROGRESS_LINES == 0:
                     on_progress(rank)
             writer.commit()
-    last = cutter.finish()
-    return [*cuts, last] if last is not None else cuts
+        self._end_shard(cutter.finish())
+
+    def _end_shard(self, cut: Cut | None) -> None:
+        """Note a shard that has all its lines, and write the results that these have."""
+        if cut is None:
+            return
+        if not self._results:
+            self._cuts.append(cut)
+            return
+        key = reused_key(self._batch.id, self._lease.epoch, len(self._reused))
+        blob = self._blobs.put(key, encode_segment(self._results))
+        self._reused.append(Reused(cut, blob))
+        self._results = []
 
 
 def _index_of(entry: bytes) -> int:
@@ -200,9 +310,11 @@ class _Reading:
         *,
         limits: PlanLimits,
         problems: Problems,
+        keys: Keys | None,
     ) -> None:
         self._blobs = blobs
         self._batch = batch
+        self._keys = keys
         self._key = key
         self._limits = limits
         self._problems = problems
@@ -265,29 +377,35 @@ class _Reading:
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
-    def choose_order(self) -> RunOrder:
-        """Return in which order the lines are to run."""
+    def choose_order(self, reused: "NDArray[np.bool_] | None") -> RunOrder:
+        """Return in which order the lines are to run; those in `reused` need not."""
         found = self._capabilities
         return order(
             self._columns,
             cache_tokens=found.cache_tokens if found is not None else 0,
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
+            reused=reused,
         )
 
     def _note(self, line: Line, content: bytes, capabilities: Capabilities | None) -> None:
         """Keep what the order of the lines depends on."""
         sampling, fold = line.sampling, self._fold
         temperature = sampling.temperature
-        if fold == "determined":
-            if temperature is None:
-                is_equal = capabilities is not None and capabilities.is_greedy
-            else:
-                is_equal = temperature == 0
-            is_equal = is_equal or sampling.seed is not None
+        if temperature is None:
+            is_determined = capabilities is not None and capabilities.is_greedy
         else:
-            is_equal = fold == "all"
-        key = xxhash.xxh3_128_digest(_encode_key(line.to_request(0))) if is_equal else None
+            is_determined = temperature == 0
+        is_determined = is_determined or sampling.seed is not None
+        is_equal = is_determined if fold == "determined" else fold == "all"
+        keys = self._keys
+        request = None
+        if is_equal or (keys is not None and is_determined):
+            request = _encode_key(line.to_request(0))
+        if keys is not None:
+            identity = capabilities.identity if capabilities is not None else ""
+            keys.add(request if is_determined else None, identity)
+        key = xxhash.xxh3_128_digest(request) if is_equal and request is not None else None
         longest = sampling.max_tokens or 0
         if not longest and line.constraint is not None:
             longest = len(line.constraint.spec) // 4  # an answer is about as long as its schema

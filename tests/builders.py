@@ -22,13 +22,14 @@ from engine.supervisor import EngineSupervisor
 from jobs import finalizer, intake, runner
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, EngineDied, NotFound
-from jobs.domain.ids import WorkerId, mint_batch_id, mint_file_id
+from jobs.domain.ids import DEFAULT_TENANT, WorkerId, mint_batch_id, mint_file_id
 from jobs.domain.request import CHAT, Capabilities, Message, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
 from jobs.leases import LeaseKeeper, LeaseTimes
+from jobs.reuse import Cache
 from jobs.wakeups import Doorbell
 from storage import batches, files, shards, units
 from storage.blobs.base import BlobStore, hash_bytes, input_key
@@ -136,6 +137,7 @@ class Bench:
                 sha256=hash_bytes(content or b""),
                 blob_key=input_key(file_id),
                 created_at=now,
+                tenant_id=changes.get("tenant_id", DEFAULT_TENANT),
             ),
         )
         batch = make_batch(
@@ -162,6 +164,7 @@ class Bench:
         lease: Lease | None = None,
         *,
         describe: Callable[[str], Capabilities] = describe,
+        cache: Cache | None = None,
         **limits: Any,
     ) -> Batch:
         """Plan the batch of `lease`, or whichever is next; return it as it is then."""
@@ -173,6 +176,7 @@ class Bench:
             describe=describe,
             checker=self.sandbox,
             limits=PlanLimits(**limits),
+            cache=cache,
         )
         return batches.get(self.db, lease.batch_id)
 
@@ -184,9 +188,9 @@ class Bench:
         assert batch.status is BatchStatus.IN_PROGRESS, batch.errors
         return batch
 
-    def finalize(self) -> Batch:
+    def finalize(self, cache: Cache | None = None) -> Batch:
         lease = self.claim(UnitKind.FINALIZE)
-        finalizer.finalize(self.db, self.blobs, lease)
+        finalizer.finalize(self.db, self.blobs, lease, cache=cache)
         return batches.get(self.db, lease.batch_id)
 
     def states(self, batch: Batch) -> list[UnitState]:

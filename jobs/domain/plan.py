@@ -96,7 +96,8 @@ class RunOrder:
         rank: for each line, the place at which it runs, or at which its leader does;
             None: as in the file.
         is_follower: for each line, whether another one runs for it; None: none does.
-        num_leaders: lines that run.
+        num_leaders: lines that have a place of their own.
+        num_reused: how many of them need not run; theirs are the last places.
         num_groups: groups that share a prefix; 0 where the order is not by prefix.
         shared: share of the prompts' bytes that is repeated by them.
     """
@@ -104,6 +105,7 @@ class RunOrder:
     rank: "NDArray[np.uint32] | None"
     is_follower: "NDArray[np.bool_] | None"
     num_leaders: int
+    num_reused: int = 0
     num_groups: int = 0
     shared: float = 0.0
 
@@ -119,20 +121,24 @@ def order(
     cache_tokens: int = 0,
     by_prefix: bool = True,
     by_length: bool = True,
+    reused: "NDArray[np.bool_] | None" = None,
 ) -> RunOrder:
     """Return the run order of a batch.
 
     Args:
+        reused: which lines have their answer already; None: none does.
         cache_tokens: what the engine's cache holds; 0: unknown.
         by_prefix: whether lines may be grouped by how they begin.
         by_length: whether long answers go first.
     """
     rows = columns.rows()
-    leader = _fold(rows)
+    leader = _fold(rows, reused)
     if leader is None:
         leaders = np.arange(len(rows), dtype=np.uint32)
     else:
         leaders = np.flatnonzero(leader == np.arange(len(rows), dtype=np.uint32)).astype(np.uint32)
+    if reused is not None:
+        leaders = leaders[~reused[leaders]]
     buckets = _buckets(rows["doublings"][leaders]) if by_length else None
     groups = None
     shared = 0.0
@@ -146,11 +152,15 @@ def order(
             groups = None
     places = _arrange(leaders, groups, buckets)
     num_groups = groups.num_groups if groups is not None and places is not None else 0
-    if places is None and leader is None:
+    if places is None and leader is None and reused is None:
         return RunOrder(rank=None, is_follower=None, num_leaders=len(leaders), shared=shared)
     rank = np.zeros(len(rows), dtype=np.uint32)
     ordered = leaders if places is None else leaders[places]
     rank[ordered] = np.arange(len(ordered), dtype=np.uint32)
+    num_reused = 0
+    if reused is not None:
+        num_reused = int(np.count_nonzero(reused))
+        rank[reused] = np.arange(len(ordered), len(ordered) + num_reused, dtype=np.uint32)
     is_follower = None
     if leader is not None:
         is_follower = leader != np.arange(len(rows), dtype=np.uint32)
@@ -158,21 +168,26 @@ def order(
     return RunOrder(
         rank=rank,
         is_follower=is_follower,
-        num_leaders=len(leaders),
+        num_leaders=len(leaders) + num_reused,
+        num_reused=num_reused,
         num_groups=num_groups,
         shared=shared,
     )
 
 
-def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
+def _fold(rows: "NDArray[Any]", reused: "NDArray[np.bool_] | None") -> "NDArray[np.uint32] | None":
     """Return for each line the one that runs for it, itself or an earlier one; None: all run.
 
+    One that has its answer runs for nobody, and nobody for it.
     In parts, so that what sorting needs stays a fraction of the columns.
     """
     low, high = rows["low"], rows["high"]
     leader = None
     for part in range(_PARTS):
-        lines = np.flatnonzero((low % _PARTS == part) & ((low != 0) | (high != 0)))
+        is_here = (low % _PARTS == part) & ((low != 0) | (high != 0))
+        if reused is not None:
+            is_here &= ~reused
+        lines = np.flatnonzero(is_here)
         if len(lines) < 2:  # noqa: PLR2004  one is nobody's duplicate
             continue
         lines = lines[np.lexsort((high[lines], low[lines]))]
