@@ -270,7 +270,7 @@ def test_a_segment_with_answers_of_two_models_is_nobodys(bench: Bench, reusing: 
         engine.capabilities = other_model(revision=next(lives))("simulated")
         return engine
 
-    died = []
+    died: list[Request] = []
     answer = engine._answer  # noqa: SLF001  as its test
 
     def answer_or_die(request: Request) -> Any:  # noqa: ANN401
@@ -617,6 +617,15 @@ def key_of(
 
 def test_a_key_is_of_everything_that_decides_an_answer() -> None:
     base = make_request(0)
+    params: dict[str, Any] = {
+        "max_tokens": 5,
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "seed": 1,
+        "stop": ("x",),
+        "ignore_eos": True,
+    }
     found = {
         key_of(),
         key_of(tenant_id="other"),
@@ -628,18 +637,7 @@ def test_a_key_is_of_everything_that_decides_an_answer() -> None:
         key_of(Request(id=0, prompt="hello")),
         key_of(Request(id=0, prompt=(1, 2))),
         key_of(Request(id=0, prompt=(1, 3))),
-        *(
-            key_of(make_request(0, **{name: value}))
-            for name, value in {
-                "max_tokens": 5,
-                "temperature": 0.0,
-                "top_p": 0.5,
-                "top_k": 3,
-                "seed": 1,
-                "stop": ("x",),
-                "ignore_eos": True,
-            }.items()
-        ),
+        *(key_of(make_request(0, **{name: value})) for name, value in params.items()),
         *(
             key_of(msgspec.structs.replace(base, constraint=Constraint(*spec)))
             for spec in (("json_object", ""), ("json_schema", "{}"), ("regex", "{}"))
