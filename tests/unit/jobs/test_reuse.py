@@ -11,16 +11,14 @@ import sqlalchemy as sa
 
 from jobs import collector, finalizer, intake, metrics
 from jobs.audit import audit
-from jobs.domain.batch import Batch, BatchStatus
+from jobs.domain.batch import BatchStatus
 from jobs.domain.errors import BlobCorrupt, EngineDied, LeaseLost
 from jobs.domain.ids import BatchId, TenantId
 from jobs.domain.request import Capabilities, Constraint, Message, Request, SamplingParams
 from jobs.domain.shard import UnitKind
-from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
-from jobs.reuse import Cache, Keys
+from jobs.reuse import Keys
 from storage import answers, batches, files, segments, shards, units
-from storage.answers import AnswerBlob
 from storage.blobs.base import answers_key
 from storage.jsonl import decode_segment
 from storage.tables import answers as answers_table
@@ -35,65 +33,7 @@ from tests.builders import (
     make_line,
     make_request,
 )
-
-GREEDY: dict[str, Any] = {"temperature": 0}
-DAY = 86_400.0
-FLUSH_EACH = FeedSettings(flush_results=1, flush_bytes=1, flush_seconds=0, poll_seconds=0.02)
-
-
-def lines_of(numbers: range, **body: object) -> list[bytes]:
-    return [make_line(f"r{n}", f"hello {n}", **{**GREEDY, **body}) for n in numbers]
-
-
-def join(lines: list[bytes]) -> bytes:
-    return b"\n".join(lines) + b"\n"
-
-
-class Reusing:
-    """Batches that take answers of earlier ones and give theirs to later ones."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.cache = Cache(db=bench.db, blobs=bench.blobs, expire_seconds=DAY, max_bytes=1 << 30)
-        self.engine = ScriptedEngine(slots=4)
-
-    def submit(self, lines: list[bytes], *, reuse: bool = True, **changes: Any) -> Batch:  # noqa: ANN401
-        return self.bench.submit(join(lines), reuse=reuse, **changes)
-
-    def plan(self, **limits: Any) -> Batch:  # noqa: ANN401
-        return self.bench.plan(cache=self.cache, **limits)
-
-    def run(
-        self,
-        lines: list[bytes],
-        *,
-        reuse: bool = True,
-        model: Callable[[str], Capabilities] = describe,
-        tenant_id: str = "default",
-        limits: dict[str, Any] | None = None,
-    ) -> Batch:
-        """Bring a batch to its end; `engine.asked` then says what was computed."""
-        self.submit(lines, reuse=reuse, tenant_id=TenantId(tenant_id))
-        self.plan(describe=model, **limits or {})
-        self.engine = ScriptedEngine(slots=4)
-        self.engine.capabilities = model("simulated")
-        with Worker(self.bench, self.engine, settings=FLUSH_EACH) as worker:
-            worker.result()
-        return self.bench.finalize(self.cache)
-
-    @property
-    def num_run(self) -> int:
-        return len(self.engine.asked)
-
-    def blob(self, batch: Batch) -> AnswerBlob:
-        (found,) = answers.list_newest(
-            self.bench.db,
-            tenant_id=batch.tenant_id,
-            identity=describe("simulated").identity,
-            limit=9,
-        )
-        assert found.batch_id == batch.id
-        return found
+from tests.reusing import DAY, FLUSH_EACH, GREEDY, Reusing, lines_of
 
 
 @pytest.fixture
