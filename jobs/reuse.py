@@ -262,7 +262,6 @@ class _Told(msgspec.Struct, frozen=True):
     constraint: Literal["enforced", "validated"] | None = None
     attempts: int = 1
     same_as: str | None = None
-    reused_from: str | None = None
 
 
 class _Body(msgspec.Struct, frozen=True):
@@ -386,7 +385,7 @@ def _answer_of(line: bytes) -> bytes | None:
     """Return the answer in a line of an output file; None where another line has the same."""
     body = _decode_line(line).response.body
     told, (choice,) = body.batchctl, body.choices
-    if told.same_as is not None or told.reused_from is not None:
+    if told.same_as is not None:
         return None
     text = choice.text if choice.message is None else choice.message.content
     return _encode_answer(_Answer(text, choice.finish_reason, told.constraint, told.attempts))
