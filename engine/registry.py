@@ -11,6 +11,7 @@ import xxhash
 from engine.asking import Asking
 from engine.base import Engine
 from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
+from engine.revision import revision_of
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import (
     CHAT,
@@ -138,6 +139,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         quantization=config.quantization,
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
         is_greedy=config.defaults.temperature == 0,
+        revision=revision_of(config, folder),
     )
 
 

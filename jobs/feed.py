@@ -86,6 +86,7 @@ class _Buffer:
     num_failed: int = 0
     failed_usage: Usage = field(default_factory=Usage)
     codes: Counter[str] = field(default_factory=Counter)
+    identities: set[str] = field(default_factory=set)
     oldest_at: float = 0.0
 
 
@@ -141,14 +142,17 @@ class Feed:
         progress: Callable[[], object],
         settings: FeedSettings,
         may_claim: Callable[[], bool] = lambda: True,
+        identity: Callable[[], str] = lambda: "",
     ) -> None:
         """Prepare to feed an engine of `num_slots` with shards of `model_keys`.
 
         Args:
             progress: something that changes while the engine works; see LeaseKeeper.hold.
+            identity: whose answers they are; another life of the engine may be another model.
             may_claim: asked before every claim; False lets the feed come to its end.
         """
         self._may_claim = may_claim
+        self._identity = identity
         self._db = db
         self._blobs = blobs
         self._keeper = keeper
@@ -422,6 +426,7 @@ class Feed:
             buffer.entries.append((index, int(error is not None), line))
             buffer.num_bytes += len(line)
             self._buffered_bytes += len(line)
+        buffer.identities.add(self._identity())
         buffer.positions.append(held.position)
         buffer.usage += result.usage
         if error is not None:
@@ -498,6 +503,7 @@ class Feed:
                 num_completed=len(writing.entries) - writing.num_failed,
                 num_failed=writing.num_failed,
                 usage=writing.usage,
+                identity=max(writing.identities) or None if len(writing.identities) == 1 else None,
             ),
             lease_seconds=self._settings.lease_seconds,
         )

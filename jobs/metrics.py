@@ -41,6 +41,11 @@ _requests = Counter(
     "Requests whose result became durable, by model and outcome: completed or an error code.",
     ("model", "outcome"),
 )
+_reused = Counter(
+    "batchctl_reused_requests",
+    "Requests among them whose answer was an earlier batch's, by model.",
+    ("model",),
+)
 _tokens = Counter(
     "batchctl_tokens",
     "Tokens of durable results: prompt (cached ones included), completion, cached; by outcome.",
@@ -94,7 +99,8 @@ _audit_problems = Counter(
 )
 _collected = Counter(
     "batchctl_collected",
-    "What was removed because nothing needs it: expired_file, old_segment, orphan, upload, log.",
+    "What was removed because nothing needs it: expired_file, old_segment, expired_answers, "
+    "orphan, upload, log.",
     ("kind",),
 )
 _collected_bytes = Counter("batchctl_collected_bytes", "Bytes of the blobs among them.")
@@ -147,6 +153,12 @@ def count_segment(
                 _tokens.labels(model, kind, outcome).inc(number)
     _segment_bytes.labels(model).inc(num_bytes)
     _segment_flush.observe(seconds)
+
+
+def count_reused(model: str | None, number: int) -> None:
+    """Count requests that need not run: their results became durable with the plan."""
+    _requests.labels(model or "", COMPLETED).inc(number)
+    _reused.labels(model or "").inc(number)
 
 
 def count_unit(kind: str, model: str | None, *, outcome: str, seconds: float) -> None:
@@ -207,7 +219,7 @@ def count_audit(violated: Sequence[str]) -> None:
 
 
 def count_collected(kind: str, number: int) -> None:
-    """Count what was removed: expired_file, old_segment, orphan, upload or log."""
+    """Count what was removed, by its kind."""
     if number:
         _collected.labels(kind).inc(number)
 

@@ -53,6 +53,7 @@ _AWAY_SECONDS = 120.0
 _CUT_SHARE = 0.15
 _MAX_AIMED = 3  # at the finalizers of one batch
 _FATES: Mapping[int, Fate] = {1: "cancelled", 2: "expired"}
+_REUSING = {0, 7, 9}  # the first gives its answers, and has ended by the time the others come
 SIMULATED = {"slots": 32, "reply_tokens": 16, "step_seconds": 0.005}
 # How often each kind is chosen, in a deck that is shuffled: none is left out.
 KILLS = {
@@ -374,6 +375,7 @@ class Customer:
             completion_window=f"{job.window_seconds}s",
             idempotency_key=key,
             priority=job.priority,
+            reuse=job.reuse,
         ).id
 
 
@@ -644,6 +646,7 @@ def settings(folder: Path) -> dict[str, str]:
     return {
         "BATCHCTL_LEASES__TIMING_PROFILE": "fast",
         "BATCHCTL_SHARDS__MAX_LINES": "500",
+        "BATCHCTL_REUSE__EXPIRE_DAYS": "1",
         "BATCHCTL_SEGMENTS__MAX_RESULTS": "100",
         "BATCHCTL_WORKER__HEARTBEAT_SECONDS": "1",
         "BATCHCTL_MODELS": json.dumps({"simulated": {"engine": "simulated", "options": options}}),
@@ -681,6 +684,7 @@ def make_jobs(num_lines: int, folder: Path) -> Iterator[Job]:
             fate=_FATES.get(number, "completed"),
             path=folder / f"{number:02}.jsonl",
             priority=(0, 5, 0, -5)[number % 4],
+            reuse=number in _REUSING,
         )
         if job.fate == "cancelled":
             job.num_lines, job.content = slow, "[[tokens=100]]"
@@ -758,7 +762,7 @@ def report(run: Run, findings: Findings, generated: int) -> dict[str, object]:
     tell(
         f"{findings.num_segments:,} segments, {findings.num_reaped:,} leases reaped, "
         f"{run.num_in_the_middle} finalizers hit in the middle; of {generated:,} tokens "
-        f"{repeated:,} were not kept"
+        f"{repeated:,} were not kept; {findings.num_reused:,} answers were reused"
     )
     if tally.kills.total() < run.num_kills or tally.pauses.total() < run.num_pauses:
         findings.problems.append("fewer faults than were asked for")
@@ -780,6 +784,7 @@ def report(run: Run, findings: Findings, generated: int) -> dict[str, object]:
         "finalizers_hit": run.num_in_the_middle,
         "tokens_generated": generated,
         "tokens_not_kept": repeated,
+        "answers_reused": findings.num_reused,
         "ended_by_themselves": run.own_deaths,
         "lost": len(findings.lost),
         "doubled": len(findings.doubled),

@@ -29,6 +29,7 @@ from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
 from jobs.leases import LeaseKeeper, LeaseTimes
+from jobs.reuse import Cache
 from jobs.wakeups import Doorbell
 from storage import batches, files, shards, units
 from storage.blobs.base import BlobStore, hash_bytes, input_key
@@ -182,6 +183,7 @@ class Bench:
         lease: Lease | None = None,
         *,
         describe: Callable[[str], Capabilities] = describe,
+        cache: Cache | None = None,
         **limits: Any,
     ) -> Batch:
         """Plan the batch of `lease`, or whichever is next; return it as it is then."""
@@ -193,6 +195,7 @@ class Bench:
             describe=describe,
             checker=self.sandbox,
             limits=PlanLimits(**limits),
+            cache=cache,
         )
         return batches.get(self.db, lease.batch_id)
 
@@ -204,9 +207,9 @@ class Bench:
         assert batch.status is BatchStatus.IN_PROGRESS, batch.errors
         return batch
 
-    def finalize(self) -> Batch:
+    def finalize(self, cache: Cache | None = None) -> Batch:
         lease = self.claim(UnitKind.FINALIZE)
-        finalizer.finalize(self.db, self.blobs, lease)
+        finalizer.finalize(self.db, self.blobs, lease, cache=cache)
         return batches.get(self.db, lease.batch_id)
 
     def states(self, batch: Batch) -> list[UnitState]:

@@ -8,6 +8,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +17,7 @@ import msgspec
 import typer
 
 from engine.tuning import Tuning, render_tuning
-from jobs import fields
+from jobs import collector, fields
 from jobs.app import App, open_app
 from jobs.catalogue import EngineChoice
 from jobs.cli import exits, interrupts, options, output, rundir
@@ -73,6 +75,7 @@ def run(
         Literal["validate", "refuse"],
         typer.Option(help="A schema that cannot be enforced: validate answers, or refuse it."),
     ] = "validate",
+    reuse: options.Reuse = False,
     prompt: options.Prompt = None,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
@@ -86,6 +89,12 @@ def run(
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
     settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
+    if reuse and not settings.reuse.expire_days:
+        raise InvalidInput(
+            "No answers are kept for later runs; say for how long with reuse.expire_days or "
+            "BATCHCTL_REUSE__EXPIRE_DAYS, such as 30.",
+            param="reuse",
+        )
     name, settings, told = _choose_model(settings, model, engine or "auto", quantization, prompt)
     making = options.Making.of(
         prompt=prompt,
@@ -103,10 +112,12 @@ def run(
             endpoint=endpoint,
             model=name,
             on_unsupported_schema=on_unsupported_schema,
+            reuse=reuse,
             options={
                 **told,
                 "endpoint": endpoint,
                 "on_unsupported_schema": on_unsupported_schema,
+                **({"reuse": "yes"} if reuse else {}),
             },
         )
 
@@ -114,8 +125,12 @@ def run(
             return making.prepare(source, endpoint)
 
         held = _find_or_create(settings, plan, source, pieces, resume=resume)
-    with held.lock, open_app(settings, folder=held.folder, any_model=True) as app:
+    with ExitStack() as stack:
+        stack.enter_context(held.lock)
+        app = stack.enter_context(open_app(settings, folder=held.folder, any_model=True))
         app.remove_leftovers()
+        if reuse:
+            app = replace(app, cache_app=stack.enter_context(_open_cache(settings)))
         if held.told is not None:
             output.say(held.told)
         batch, tuning = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
@@ -123,6 +138,16 @@ def run(
             app, batch, source.name, output_file, errors_file, tuning=tuning, as_json=as_json
         )
     raise typer.Exit(code)
+
+
+@contextmanager
+def _open_cache(settings: Settings) -> Iterator[App]:
+    """Yield what all runs in a data folder have together: the answers that they keep."""
+    with open_app(settings, folder=settings.data / "reuse") as cache:
+        # Nobody else looks after this folder.
+        rules = collector.Rules(**settings.collect.model_dump(exclude={"every_seconds"}))
+        collector.collect(cache.db, cache.blobs, rules)
+        yield cache
 
 
 def _choose_model(
@@ -309,6 +334,7 @@ def _deliver(
                 "requests": counts.total,
                 "completed": counts.completed,
                 "failed": counts.failed,
+                "reused": batch.num_reused,
                 "usage": {
                     "prompt_tokens": usage.prompt_tokens,
                     "completion_tokens": usage.completion_tokens,
@@ -345,6 +371,8 @@ def _sum_up(
         told.append(("errors", str(errors_file)))
     if tuning is not None:
         told.append(("engine", render_tuning(tuning)))
+    if batch.reuse:
+        told.insert(3, ("reused", output.reused(batch.num_reused, counts.total)))
     for name, value in told:
         output.say(f"{name:<10} {value}")
 

@@ -203,7 +203,8 @@ class RunOrder:
         rank: for each line, the place at which it runs, or at which its leader does;
             None: as in the file.
         is_follower: for each line, whether another one runs for it; None: none does.
-        num_leaders: lines that run.
+        num_leaders: lines that have a place of their own.
+        num_reused: how many of them need not run; theirs are the last places.
         num_groups: groups that share a prefix; 0 where the order is not by prefix.
         shared: share of the prompts' bytes that is repeated by them.
     """
@@ -211,6 +212,7 @@ class RunOrder:
     rank: "NDArray[np.uint32] | None"
     is_follower: "NDArray[np.bool_] | None"
     num_leaders: int
+    num_reused: int = 0
     num_groups: int = 0
     shared: float = 0.0
 
@@ -227,22 +229,27 @@ def order(
     by_prefix: bool = True,
     by_length: bool = True,
     learned: Mapping[int, int] = MappingProxyType({}),
+    reused: "NDArray[np.bool_] | None" = None,
 ) -> RunOrder:
     """Return the run order of a batch.
 
     Args:
+        reused: which lines have their answer already; None: none does.
         cache_tokens: what the engine's cache holds; 0: unknown.
         by_prefix: whether lines may be grouped by how they begin.
         by_length: whether long answers go first.
         learned: tokens of an answer to templates, by what `Columns.templates` calls them.
     """
     num = num_leaders = len(columns)
-    leader = _fold(columns)
+    leader = _fold(columns, reused)
     leaders = is_follower = None
-    if leader is not None:
+    if leader is not None or reused is not None:
         leaders = np.arange(num, dtype=np.uint32)
-        is_follower = leader != leaders
-        leaders = leaders[~is_follower]
+        runs = np.ones(num, dtype=np.bool_) if leader is None else leader == leaders
+        is_follower = None if leader is None else ~runs
+        if reused is not None:
+            runs &= ~reused
+        leaders = leaders[runs]
         num_leaders = len(leaders)
     buckets = _buckets(_of(_predict(columns, learned), leaders)) if by_length else None
     groups = None
@@ -257,16 +264,21 @@ def order(
             groups = None
     places = _arrange(groups, buckets)
     num_groups = groups.num_groups if groups is not None and places is not None else 0
-    if places is None and leader is None:
+    if places is None and leader is None and reused is None:
         return RunOrder(rank=None, is_follower=None, num_leaders=num_leaders, shared=shared)
     turns = np.arange(num_leaders, dtype=np.uint32)
     placed: NDArray[Any] = turns if places is None else places
     rank = np.zeros(num, dtype=np.uint32)
     rank[placed if leaders is None else leaders[placed]] = turns
+    num_reused = 0
+    if reused is not None:
+        num_reused = int(np.count_nonzero(reused))
+        rank[reused] = np.arange(num_leaders, num_leaders + num_reused, dtype=np.uint32)
     return RunOrder(
         rank=rank if leader is None else rank[leader],
         is_follower=is_follower,
-        num_leaders=num_leaders,
+        num_leaders=num_leaders + num_reused,
+        num_reused=num_reused,
         num_groups=num_groups,
         shared=shared,
     )
@@ -298,13 +310,17 @@ def _predict(columns: Columns, learned: Mapping[int, int]) -> "NDArray[np.uint8]
     return np.where(allowed > 0, np.minimum(found, allowed), found)
 
 
-def _fold(columns: Columns) -> "NDArray[np.uint32] | None":
+def _fold(columns: Columns, reused: "NDArray[np.bool_] | None") -> "NDArray[np.uint32] | None":
     """Return for each line the one that runs for it, itself or an earlier one; None: all run.
+
+    One that has its answer runs for nobody, and nobody for it.
 
     Of most lines a fourth of the key tells that they are nobody's duplicate. The others are
     compared in parts, so that what that needs stays a fraction of the columns.
     """
     short = columns.shorts()
+    if reused is not None:
+        short[reused] = 0
     alike = _repeated(short)
     if not len(alike):
         return None

@@ -107,7 +107,7 @@ class ControlLoop:
         if lease.kind is UnitKind.FINALIZE:
             note = progress.phase("finalizing")
             try:
-                finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
+                finalizer.finalize(app.db, app.blobs, lease, cache=app.cache, on_progress=note)
             except (BlobCorrupt, BlobMissing):
                 if not finalizer.run_lost_again(app.db, app.blobs, lease, on_progress=note):
                     raise
@@ -120,6 +120,7 @@ class ControlLoop:
             describe=app.describe,
             checker=self._checker,
             limits=app.plan_limits(),
+            cache=app.cache,
             on_progress=progress.phase("planning"),
         )
         return "done"
