@@ -12,6 +12,7 @@ from engine.constraints import BoundedCache
 from engine.sampling import is_greedy
 from engine.sandbox import Sandbox
 from engine.tools import Offer, judge, open_offer, take_apart
+from engine.tuning import Tuning
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 from jobs.domain.tools import Tools
@@ -94,6 +95,11 @@ class Asking:
     def num_slots(self) -> int:
         """How many requests the engine works on at once."""
         return self._engine.num_slots
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the engine works with now, where it chooses that."""
+        return self._engine.tuning
 
     def count_tokens(self, request: Request) -> int:
         """Return the exact number of prompt tokens of a request."""

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
+from engine.tuning import Tuning
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import Result
 
@@ -39,7 +40,12 @@ class Engine(Protocol):
 
     @property
     def num_slots(self) -> int:
-        """How many requests the engine works on at once."""
+        """How many requests the engine works on at once, at most."""
+        ...
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What it works with now, where it chooses that; any thread may ask."""
         ...
 
     def count_tokens(self, request: Request) -> int:

@@ -72,7 +72,7 @@ class PromptEncoder:
         if prompt is None:
             raise InvalidLine("The request has no prompt.", error_code="invalid_value")
         if isinstance(prompt, str):
-            ids = self._backend.encode(prompt).ids
+            ids = self._tokenize(prompt, add_special_tokens=True)
         else:
             ids = list(prompt)
             if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
@@ -184,7 +184,13 @@ class PromptEncoder:
         return self._control.sub(lambda found: found[0][0] + mark + found[0][1:], text)
 
     def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return self._tokenize(text, add_special_tokens=False)
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # `encode` keeps Python's lock to its end, 1.8 s for 1.5 million tokens; the same tokens
+        # come of this one without it, in a fifth less time.
+        (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoded.ids
         return ids
 
     def _decode(self, ids: list[int]) -> str:

@@ -16,12 +16,10 @@ from typing import Literal
 from engine.config import ComputeDtype
 from engine.devices import Device, Memory, discover_visible, read_memory
 from engine.memory import ModelSize, Need, WeightKind, estimate, read_size
+from engine.tuning import HF_BATCH_TOKENS, HF_SLOTS, VLLM_BATCH_TOKENS, VLLM_SLOTS
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 LocalEngine = Literal["hf", "vllm"]
-
-VLLM_BATCH_TOKENS = 8192
-"""Tokens of a step where nothing says: what vLLM takes for throughput on large GPUs."""
 
 # A batch needs room for one sequence of this length at least, or of the context that was asked for.
 _COMMON_CONTEXT_TOKENS = 4096
@@ -85,9 +83,9 @@ class Plan:
     device: str = "auto"
     compute_dtype: ComputeDtype = "bfloat16"
     context_tokens: int | None = None
-    hf_slots: int = 32
-    hf_batch_tokens: int = 512
-    vllm_slots: int = 256
+    hf_slots: int = HF_SLOTS
+    hf_batch_tokens: int = HF_BATCH_TOKENS
+    vllm_slots: int = VLLM_SLOTS
     vllm_batch_tokens: int = VLLM_BATCH_TOKENS
     gpus_per_engine: int = 1
     gpu_share: float = _GPU_SHARE

@@ -95,10 +95,21 @@ class HfConfig(_Config):
     compute_dtype: ComputeDtype = "bfloat16"
     flash_attention: bool = False
     context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
-    slots: int = Field(default=32, ge=1, description="sequences generated at once")
+    slots: int | None = Field(
+        default=None, ge=1, description="sequences generated at once; unset: as many as pay"
+    )
     page_tokens: int = Field(default=32, ge=1, description="tokens in one block of the cache")
     num_blocks: int | None = Field(default=None, ge=1, description="unset: from the free memory")
-    batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="token budget of one step; unset: by device and work"
+    )
+    tune: bool = Field(
+        default=True, description="whether steps change slots and batch_tokens that are unset"
+    )
+    forced_tokens: bool = Field(
+        default=True,
+        description="take tokens that a constraint leaves no choice about without a step for each",
+    )
     threads: int | None = Field(default=None, ge=1, description="torch threads; unset: its choice")
     cache_folder: str | None = Field(default=None, description="where hub models are kept")
     token: str | None = Field(default=None, repr=False, description="hub token")
@@ -115,9 +126,16 @@ class VllmConfig(_Config):
     quantization: VllmQuantization = "none"
     dtype: VllmDtype = "auto"
     context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
-    slots: int = Field(default=256, ge=1, description="sequences generated at once")
+    slots: int | None = Field(
+        default=None, ge=1, description="sequences generated at once; unset: by the GPU's memory"
+    )
     batch_tokens: int | None = Field(
-        default=None, ge=1, description="token budget of one step; unset: vLLM's choice"
+        default=None,
+        ge=1,
+        description="token budget of one step; unset: by the GPU; on a CPU vLLM's choice",
+    )
+    tune: bool = Field(
+        default=True, description="whether preemptions lower the number in vLLM, slots being unset"
     )
     tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share each layer")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="groups that share layers")

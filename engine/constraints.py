@@ -9,8 +9,10 @@ writes by default and the compact form, and never the endless blanks that a weak
 """
 
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -97,8 +99,20 @@ _T = TypeVar("_T")
 class Matcher(Protocol):
     """Where one answer stands in its constraint."""
 
-    def fill(self, row: Mask) -> None:
-        """Write one bit per token of the vocabulary: whether it may come next."""
+    def fill(self, row: Mask, address: int) -> None:
+        """Write one bit per token of the vocabulary: whether it may come next.
+
+        Args:
+            row: where to write.
+            address: where `row` begins in memory.
+        """
+        ...
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that have to come next, one behind the other; none where it may choose.
+
+        They are those that `fill` would allow alone, one after the other.
+        """
         ...
 
     def advance(self, token: int) -> bool:
@@ -119,33 +133,39 @@ class ConstraintTooComplex(Exception):
 
 
 class BoundedCache(OrderedDict[bytes, tuple[_T, int]]):
-    """The most recently used values, bounded in number and in what they weigh."""
+    """The most recently used values, bounded in number and in what they weigh.
+
+    Any thread may find and keep: requests are prepared in one, answers validated in another.
+    """
 
     def __init__(self, *, max_entries: int, max_bytes: int) -> None:
         super().__init__()
+        self._lock = threading.Lock()
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._num_bytes = 0
 
     def find(self, key: bytes) -> _T | None:
         """Return the value under `key`, or None."""
-        found = self.get(key)
-        if found is None:
-            return None
-        self.move_to_end(key)
-        return found[0]
+        with self._lock:
+            found = self.get(key)
+            if found is None:
+                return None
+            self.move_to_end(key)
+            return found[0]
 
     def keep(self, key: bytes, value: _T, *, weight: int) -> _T:
         """Keep a value that weighs `weight` bytes, forgetting the least recently used ones."""
-        if key in self:
-            self._num_bytes -= self.pop(key)[1]
-        self[key] = (value, weight)
-        self._num_bytes += weight
-        while len(self) > self._max_entries or (
-            self._num_bytes > self._max_bytes and len(self) > 1
-        ):
-            self._num_bytes -= self.popitem(last=False)[1][1]
-        return value
+        with self._lock:
+            if key in self:
+                self._num_bytes -= self.pop(key)[1]
+            self[key] = (value, weight)
+            self._num_bytes += weight
+            while len(self) > self._max_entries or (
+                self._num_bytes > self._max_bytes and len(self) > 1
+            ):
+                self._num_bytes -= self.popitem(last=False)[1][1]
+            return value
 
 
 def key_of(constraint: Constraint) -> bytes:
@@ -549,13 +569,25 @@ class _LlguidanceMatcher:
         self._matcher = matcher
         self._gave_up = False
 
-    def fill(self, row: Mask) -> None:
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+    @property
+    def native(self) -> llguidance.LLMatcher:
+        """The library's own matcher, for calls that take many."""
+        return self._matcher
+
+    def fill(self, row: Mask, address: int) -> None:
+        self._matcher.unsafe_compute_mask_ptr(address, 4 * len(row))
+        self.check(row)
+
+    def check(self, row: Mask) -> None:
+        """Allow everything in a row that was filled, if the library gave up."""
         if self._matcher.is_error():
             # A state too large to follow. The mask would allow the end alone, which is no answer:
             # leave the rest to validation.
             self._gave_up = True
             row.fill(-1)
+
+    def forced(self) -> Sequence[int]:
+        return () if self._gave_up else self._matcher.compute_ff_tokens()
 
     def advance(self, token: int) -> bool:
         return not self._gave_up and self._matcher.consume_token(token)
@@ -572,12 +604,15 @@ class _OutlinesMatcher:
         self._guide = guide
         self._eos = eos_tokens
 
-    def fill(self, row: Mask) -> None:
-        self._guide.write_mask_into(row.ctypes.data, row.size, row.itemsize)
+    def fill(self, row: Mask, address: int) -> None:
+        self._guide.write_mask_into(address, row.size, row.itemsize)
         accepting = self._guide.is_finished()
         for token in self._eos:
             bit = np.int32(np.uint32(1 << (token & 31)).astype(np.int32))
             row[token >> 5] = row[token >> 5] | bit if accepting else row[token >> 5] & ~bit
+
+    def forced(self) -> Sequence[int]:
+        return ()  # it would take listing all tokens that may come, at every step
 
     def advance(self, token: int) -> bool:
         if token in self._eos:
@@ -595,6 +630,72 @@ class _OutlinesMatcher:
         if not self._guide.is_finished():
             return False
         return set(self._guide.get_tokens()) <= set(self._eos)
+
+
+class Masks:
+    """The masks of a step: a row of one bit per token for each sequence that has a constraint.
+
+    They depend on tokens that are known before the model runs. Where the model runs on a device
+    of its own they are filled meanwhile, by all cores; where it takes the processor itself they
+    are filled at once, which costs less than handing them over.
+    """
+
+    def __init__(self, num_rows: int, num_words: int, *, is_beside: bool = False) -> None:
+        """Make room.
+
+        Args:
+            num_rows: the most sequences of a step.
+            num_words: how many 32-bit words hold one bit per token.
+            is_beside: whether to fill masks in threads, while the caller does something else.
+        """
+        self._words = np.full((num_rows, num_words), -1, dtype=np.int32)
+        self._rows = [(row, int(row.ctypes.data)) for row in self._words]
+        self._thread: ThreadPoolExecutor | None = None
+        self._cores: llguidance.LLExecutor | None = None
+        if is_beside:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+            self._cores = llguidance.LLExecutor()
+        self._running: Future[None] | None = None
+        self._num_filled = 0
+
+    def begin(self, matchers: Sequence[Matcher]) -> None:
+        """Fill a row for each; nothing else may touch the matchers until `take`."""
+        self._wait()
+        self._num_filled = len(matchers)
+        if not matchers:
+            return
+        if self._thread is None or self._cores is None:
+            for matcher, (row, address) in zip(matchers, self._rows, strict=False):
+                matcher.fill(row, address)
+        else:
+            self._running = self._thread.submit(self._fill_together, self._cores, list(matchers))
+
+    def take(self) -> Mask:
+        """Return the rows of the last `begin`, filled."""
+        self._wait()
+        return self._words[: self._num_filled]
+
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _fill_together(self, cores: llguidance.LLExecutor, matchers: list[Matcher]) -> None:
+        together: list[tuple[_LlguidanceMatcher, int]] = []
+        for place, matcher in enumerate(matchers):
+            if isinstance(matcher, _LlguidanceMatcher):
+                together.append((matcher, place))
+            else:
+                matcher.fill(*self._rows[place])
+        if together:
+            cores.unsafe_compute_mask_ptr(
+                [(matcher.native, place) for matcher, place in together],
+                self._rows[0][1],
+                4 * self._words.shape[1],
+                len(self._rows),
+            )
+        for matcher, place in together:
+            matcher.check(self._rows[place][0])
 
 
 class TokenizerConstraints:

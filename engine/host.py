@@ -165,7 +165,7 @@ class _Host:
             return self._give_up("engine_out_of_memory", "Not enough memory to load the model.")
         self._source = source = _SocketSource(self._connection, depth=2 * engine.num_slots)
         self._engine = engine
-        self._connection.send(wire.Ready(engine.capabilities, engine.num_slots))
+        self._connection.send(wire.Ready(engine.capabilities, engine.num_slots, engine.tuning))
         while True:
             self._session.wait()
             self._session.clear()
@@ -177,6 +177,7 @@ class _Host:
             except MemoryError:
                 return self._give_up("engine_out_of_memory", "The engine ran out of memory.")
             self._begun = False
+            self._connection.send(wire.Progress(engine.progress(), engine.tuning))
             self._connection.send(wire.End())
 
     def _give_up(self, code: str, message: str) -> int:
@@ -209,7 +210,9 @@ class _Host:
         pause = threading.Event()
         while not pause.wait(PROGRESS_SECONDS):
             engine = self._engine
-            self._connection.send(wire.Progress(engine.progress() if engine else 0))
+            self._connection.send(
+                wire.Progress(engine.progress(), engine.tuning) if engine else wire.Progress(0)
+            )
 
 
 def main() -> int:

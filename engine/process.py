@@ -18,6 +18,7 @@ from engine import guardian, wire
 from engine.base import Source
 from engine.config import EngineConfig, RemoteConfig, VllmConfig
 from engine.sampling import resolve_sampling
+from engine.tuning import Tuning
 from jobs.domain import errors
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import LineError, Result
@@ -149,6 +150,7 @@ class ProcessEngine:
         start_seconds: float = 900.0,
         stall_seconds: float = 180.0,
         request_seconds: float = math.inf,
+        on_tuned: Callable[[Tuning], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the process and wait until the model is loaded.
@@ -158,6 +160,7 @@ class ProcessEngine:
             start_seconds: how long loading may take.
             stall_seconds: how long requests may be in flight without any progress.
             request_seconds: how long one request may run, however much progress it makes.
+            on_tuned: called with what the engine chose, at first and when it chooses anew.
             stop: asked while loading; True gives it up.
 
         Raises:
@@ -171,6 +174,8 @@ class ProcessEngine:
         self._stall_seconds = stall_seconds
         self._request_seconds = request_seconds
         self._stop = stop
+        self._on_tuned = on_tuned
+        self._tuning: Tuning | None = None
         self._config = config
         self._buffer = wire.FrameBuffer()
         self._in_flight: set[int] = set()
@@ -208,6 +213,7 @@ class ProcessEngine:
             raise
         self._capabilities = ready.capabilities
         self._num_slots = ready.num_slots
+        self._note_tuning(ready.tuning)
 
     @property
     def pid(self) -> int:
@@ -223,6 +229,11 @@ class ProcessEngine:
     def num_slots(self) -> int:
         """How many requests the engine works on at once."""
         return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the engine last said that it works with."""
+        return self._tuning
 
     def progress(self) -> int:
         """Return the number that the engine last reported."""
@@ -413,6 +424,7 @@ class ProcessEngine:
                 if message.count != self._progress:
                     self._progress = message.count
                     self.last_progress = time.monotonic()
+                self._note_tuning(message.tuning)
             elif isinstance(message, wire.Results):
                 self.last_progress = time.monotonic()
             elif isinstance(message, wire.Fatal):
@@ -420,6 +432,14 @@ class ProcessEngine:
                 self._fatal = message  # raised behind the results that came before it
             elif isinstance(message, wire.End):
                 self._session_over = True
+
+    def _note_tuning(self, tuning: Tuning | None) -> None:
+        if tuning is None:
+            return
+        is_new = self._tuning is None or self._tuning.choice != tuning.choice
+        self._tuning = tuning
+        if is_new and self._on_tuned is not None:
+            self._on_tuned(tuning)
 
     def _raise_fatal(self, fatal: wire.Fatal) -> NoReturn:
         """Raise what the engine reported; with requests in flight, one of them may be to blame.

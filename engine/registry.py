@@ -12,6 +12,7 @@ from engine.asking import Asking
 from engine.base import Engine
 from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
 from engine.encoders import is_encoder, is_scoring, read_pooling_settings
+from engine.revision import revision_of
 from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
@@ -154,10 +155,11 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         constraint_backend=config.asking.backend,
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"{config.kind}-{digest.hexdigest()}",
-        num_slots=config.slots,
+        num_slots=config.slots or 0,
         quantization=config.quantization,
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
         is_greedy=config.defaults.temperature == 0,
+        revision=revision_of(config, folder),
     )
 
 

@@ -15,6 +15,7 @@ from engine.base import Source
 from engine.config import RemoteConfig
 from engine.sampling import resolve_sampling
 from engine.traffic import Traffic
+from engine.tuning import Tuning
 from jobs.domain.errors import BatchctlError, EngineMisconfigured
 from jobs.domain.request import (
     CONSTRAINT_KINDS,
@@ -71,6 +72,11 @@ class RemoteEngine:
     def num_slots(self) -> int:
         """How many requests are out at once, at most."""
         return self._config.slots
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """Nothing is chosen here."""
+        return None
 
     def progress(self) -> int:
         """Return a number that grows with bytes and results.

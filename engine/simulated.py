@@ -36,6 +36,7 @@ from engine.base import Source
 from engine.config import SimulatedConfig
 from engine.constraints import grammar_of
 from engine.sampling import resolve_sampling
+from engine.tuning import Tuning
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 from jobs.domain.request import PARAMETERS, Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
@@ -105,6 +106,11 @@ class SimulatedEngine:
     def num_slots(self) -> int:
         """How many requests run at once."""
         return self._config.slots
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """Nothing is chosen here."""
+        return None
 
     def progress(self) -> int:
         """Return the number of tokens made so far."""

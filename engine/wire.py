@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from engine.tuning import Tuning
 from jobs.domain.request import Capabilities, Request
 from jobs.domain.result import Result
 
@@ -51,6 +52,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
 
     capabilities: Capabilities
     num_slots: int
+    tuning: Tuning | None = None
 
 
 class Credit(msgspec.Struct, frozen=True, array_like=True, tag="credit"):
@@ -72,9 +74,14 @@ class Results(msgspec.Struct, frozen=True, array_like=True, tag="results"):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="progress"):
-    """From the engine, every second: a number that grows while it works."""
+    """From the engine, every second and before an end: a number that grows while it works.
+
+    Attributes:
+        tuning: what it works with now, where it chooses that.
+    """
 
     count: int
+    tuning: Tuning | None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, array_like=True, tag="fatal"):

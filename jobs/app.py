@@ -15,6 +15,7 @@ from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import InvalidInput, NotFound, StorageError
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
+from jobs.reuse import Cache
 from jobs.settings import Settings, complete_model, resolve_model
 from jobs.telemetry import log
 from jobs.wakeups import BrokerConfig, Doorbell
@@ -31,7 +32,8 @@ class App:
     """Database, blobs and doorbell, over a folder of this machine.
 
     `any_model` lets a request name a local folder or a hub id, not only what the catalogue has:
-    right for the person at this machine, not for whoever can reach a server.
+    right for the person at this machine, not for whoever can reach a server. `cache_app` is where
+    answers for later batches are kept; None: here.
     """
 
     settings: Settings
@@ -40,6 +42,20 @@ class App:
     blobs: BlobStore
     doorbell: Doorbell = field(default_factory=Doorbell)
     any_model: bool = False
+    cache_app: "App | None" = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """Where answers are kept for batches to come; None where the settings want none."""
+        reuse, home = self.settings.reuse, self.cache_app or self
+        if not reuse.expire_days:
+            return None
+        return Cache(
+            db=home.db,
+            blobs=home.blobs,
+            expire_seconds=86_400 * reuse.expire_days,
+            max_bytes=reuse.max_bytes,
+        )
 
     def describe(self, name: str) -> Capabilities:
         """Return what the model of this name can do, without loading it.
@@ -121,6 +137,7 @@ class App:
             fold=planning.fold,
             by_prefix=planning.by_prefix,
             by_length=planning.by_length,
+            by_template=planning.by_length and planning.by_template,
         )
 
 

@@ -325,7 +325,7 @@ class _Audit:
             num_lines += self._cover(rows)
             ordinal += 1
             self._progress(shard.num_lines)
-        if num_lines != batch.request_counts.total:
+        if check.skipped is None and num_lines != batch.request_counts.total:
             check.note(f"shards have {num_lines} of {batch.request_counts.total} lines")
         if batch.status.is_terminal and batch.status is not BatchStatus.FAILED:
             self._expect("usage", batch.usage, self._usage)
@@ -339,7 +339,8 @@ class _Audit:
         if self._covered is None:
             self._covered = bytearray((total + 7) // 8)
         new = 0
-        for index in self._lines_of(rows).indexes:
+        lines = self._lines_of(rows)
+        for index in lines.indexes if lines is not None else ():
             if index >= total or self._covered[index >> 3] >> (index & 7) & 1:
                 self.checks["shards"].note(f"shard {shard.ordinal}: request {index} is not its own")
                 continue
@@ -347,14 +348,20 @@ class _Audit:
             new += 1
         return new
 
-    def _lines_of(self, rows: ShardRows) -> _Lines:
-        """Return which lines a shard answers for; none where its run order cannot be read."""
+    def _lines_of(self, rows: ShardRows) -> _Lines | None:
+        """Return which lines a shard answers for; none where its run order cannot be read.
+
+        None: that was removed with the segments, after the end of the batch.
+        """
         shard = rows.shard
         if not shard.is_run_order:
             return _Lines(shard, None)
         try:
             return _Lines(shard, read_requests(self._blobs, shard))
-        except (BlobMissing, BlobCorrupt):
+        except (BlobMissing, BlobCorrupt) as error:
+            if self.checks["segments"].skipped and isinstance(error, BlobMissing):
+                self.checks["shards"].skipped = self.checks["segments"].skipped
+                return None
             self.checks["shards"].note(f"{shard.blob_key} is gone or damaged")
             return _Lines(shard, ())
 
@@ -378,20 +385,21 @@ class _Audit:
                 continue
             lines = self._lines_of(rows)
             self._check_rows(rows, lines)
-            if has_segments:
+            if lines is not None and has_segments:
                 self._check_results(rows, lines, found)
             return rows
         self.checks["segments"].note(f"shard {ordinal} changes all the time")
         return audits.get_shard(self._db, self._batch.id, ordinal)
 
-    def _check_rows(self, rows: ShardRows, lines: _Lines) -> None:
+    def _check_rows(self, rows: ShardRows, lines: _Lines | None) -> None:
         """Hold the numbers of a shard's row against its own bitmap."""
         shard, name = rows.shard, f"shard {rows.shard.ordinal}"
         done = count_bits(shard.done)
         self._usage += rows.usage
         self._expect(f"{name}: done", rows.num_done, done)
-        recorded = rows.num_completed + rows.num_failed
-        self._expect(f"{name}: completed and failed", recorded, lines.count(shard.done))
+        if lines is not None:
+            recorded = rows.num_completed + rows.num_failed
+            self._expect(f"{name}: completed and failed", recorded, lines.count(shard.done))
         if rows.state is UnitState.DONE and done < shard.num_lines:
             self.checks["complete"].note(
                 f"{name} is done and {shard.num_lines - done} of its lines are not",

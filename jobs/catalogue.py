@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.choice import VLLM_BATCH_TOKENS, Choice, Machine, Plan, choose, find_size, look_around
+from engine.choice import Choice, Machine, Plan, choose, find_size, look_around
 from engine.config import (
     DROPPED_BY_VLLM,
     AskingConfig,
@@ -38,6 +38,7 @@ from engine.config import (
     VllmQuantization,
 )
 from engine.demo import model_path
+from engine.tuning import HF_BATCH_TOKENS, HF_SLOTS, VLLM_BATCH_TOKENS, VLLM_SLOTS
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
 
 EngineKind = Literal["hf", "vllm", "remote", "simulated"]
@@ -531,9 +532,9 @@ def plan_of(entry: ModelSettings, groups: EngineGroups) -> Plan:
         device=hf.device,
         compute_dtype=hf.compute_dtype,
         context_tokens=entry.context_tokens,
-        hf_slots=hf.slots,
-        hf_batch_tokens=hf.batch_tokens,
-        vllm_slots=vllm.slots,
+        hf_slots=hf.slots or HF_SLOTS,
+        hf_batch_tokens=hf.batch_tokens or HF_BATCH_TOKENS,
+        vllm_slots=vllm.slots or VLLM_SLOTS,
         vllm_batch_tokens=vllm.batch_tokens or VLLM_BATCH_TOKENS,
         gpus_per_engine=vllm.tensor_parallel_size * vllm.pipeline_parallel_size,
         gpu_share=vllm.gpu_memory_utilization,

@@ -106,6 +106,8 @@ class Batch(msgspec.Struct, frozen=True):
     request_counts: RequestCounts = RequestCounts()
     usage: Usage | None = None
     metadata: dict[str, str] | None = None
+    reuse: bool = False
+    num_reused: int = 0
 
     @property
     def is_terminal(self) -> bool:

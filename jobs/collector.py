@@ -1,4 +1,4 @@
-"""Removes what nobody needs any more: blobs without a row, expired files, segments of old batches.
+"""Removes what nobody needs any more: blobs without a row, what expired, segments of old batches.
 
 What a writer is at is never touched: a blob has to be older than `orphan_seconds` before anybody
 asks whether a row needs it, and then rows decide, by batch, unit and epoch, that none ever will.
@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs import metrics
 from jobs.domain.errors import Conflict, NotFound
-from storage import files, references
+from storage import answers, files, references
 from storage.blobs.base import ROOTS, BlobStat, BlobStore, segments_prefix
 from storage.database import Database
 
@@ -52,6 +52,7 @@ class Collected:
 
     expired_files: int = 0
     old_segments: int = 0
+    expired_answers: int = 0
     orphans: int = 0
     uploads: int = 0
     num_bytes: int = 0
@@ -63,6 +64,7 @@ class Collected:
         return Collected(
             expired_files=self.expired_files + other.expired_files,
             old_segments=self.old_segments + other.old_segments,
+            expired_answers=self.expired_answers + other.expired_answers,
             orphans=self.orphans + other.orphans,
             uploads=self.uploads + other.uploads,
             num_bytes=self.num_bytes + other.num_bytes,
@@ -73,7 +75,13 @@ class Collected:
     @property
     def found(self) -> bool:
         """Whether there was anything to remove."""
-        return bool(self.expired_files or self.old_segments or self.orphans or self.uploads)
+        return bool(
+            self.expired_files
+            or self.old_segments
+            or self.expired_answers
+            or self.orphans
+            or self.uploads
+        )
 
 
 def collect(
@@ -97,11 +105,13 @@ def collect(
     turn = _Turn(db, blobs, rules, dry_run=dry_run, stop=stop, on_progress=on_progress)
     turn.remove_expired_files()
     turn.remove_old_segments()
+    turn.remove_expired_answers()
     turn.remove_orphans(place)
     turn.remove_uploads()
     if not dry_run:
         metrics.count_collected("expired_file", turn.found.expired_files)
         metrics.count_collected("old_segment", turn.found.old_segments)
+        metrics.count_collected("expired_answers", turn.found.expired_answers)
         metrics.count_collected("orphan", turn.found.orphans)
         metrics.count_collected("upload", turn.found.uploads)
         metrics.count_collected_bytes(turn.found.num_bytes)
@@ -158,6 +168,16 @@ class _Turn:
                 if not self._dry_run:
                     self._blobs.delete(blob.key)
                 self._add(old_segments=1, num_bytes=blob.num_bytes)
+
+    def remove_expired_answers(self) -> None:
+        """Remove what earlier batches gave to later ones, and nobody may take any more."""
+        for found in answers.list_expired(self._db, now=self._now, limit=_FILES_IN_A_TURN):
+            if self._stop():
+                return
+            if not self._dry_run:
+                answers.forget(self._db, found)
+                self._blobs.delete(found.blob_key)
+            self._add(expired_answers=1, num_bytes=found.num_bytes)
 
     def remove_uploads(self) -> None:
         """Remove what killed writers left that is no blob yet."""

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from engine.deaths import DeathBudget
+from engine.tuning import Tuning
 from jobs.app import App
 from jobs.domain.errors import AlreadyLocked, BatchctlError
 from jobs.loops.chores import ChoreLoop
@@ -161,6 +162,11 @@ class Embedded:
     def engine_pid(self) -> int | None:
         """The process id of the engine, or None while there is none."""
         return self._work.engine_pid
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the engine worked with last, where it chose that."""
+        return self._work.tuning
 
     def stop(self) -> None:
         """Ask every loop to end."""

@@ -3,10 +3,11 @@
     reader thread:  claim shard ─► read lines ─► queue ──take()──► engine
     writer thread:  database ◄── segment blob ◄── buffers ◄──append()── engine
 
-The reader keeps the queue filled across shard and batch borders, so the engine never drains at
-one. After an engine death the requests it held are suspects: the others run first, then the
-suspects in halves, one half per engine life, until a line that kills the engine alone is found.
-Where workers died, each group is noted in the database before it runs (see domain.suspects).
+The reader keeps two to three times the engine's slots waiting, here or with the engine, across the
+borders of shards and batches, so the engine never drains at one. After an engine death the
+requests it held are suspects: the others run first, then the suspects in halves, one half per
+engine life, until a line that kills the engine alone is found. Where workers died, each group is
+noted in the database before it runs (see domain.suspects).
 
 Source: transitions T3, T4, T6 and T7 of the unit protocol (see DECISIONS.md).
 """
@@ -85,6 +86,7 @@ class _Buffer:
     num_failed: int = 0
     failed_usage: Usage = field(default_factory=Usage)
     codes: Counter[str] = field(default_factory=Counter)
+    identities: set[str] = field(default_factory=set)
     oldest_at: float = 0.0
 
 
@@ -140,14 +142,17 @@ class Feed:
         progress: Callable[[], object],
         settings: FeedSettings,
         may_claim: Callable[[], bool] = lambda: True,
+        identity: Callable[[], str] = lambda: "",
     ) -> None:
         """Prepare to feed an engine of `num_slots` with shards of `model_keys`.
 
         Args:
             progress: something that changes while the engine works; see LeaseKeeper.hold.
+            identity: whose answers they are; another life of the engine may be another model.
             may_claim: asked before every claim; False lets the feed come to its end.
         """
         self._may_claim = may_claim
+        self._identity = identity
         self._db = db
         self._blobs = blobs
         self._keeper = keeper
@@ -155,7 +160,10 @@ class Feed:
         self._worker_id = worker_id
         self._boot_id = boot_id
         self._model_keys = tuple(model_keys)
+        self._num_slots = num_slots
         self._target = max(READ_CHUNK_LINES, int(settings.look_ahead * num_slots))
+        self._is_filling = True
+        self._reader_waits = False
         self._progress = progress
         self._settings = settings
         self._lock = threading.Condition()
@@ -227,7 +235,7 @@ class Feed:
                 self._in_flight[held.request.id] = held
                 taken.append(held.request)
             if taken:
-                self._lock.notify_all()
+                self._wake_reader()
             elif self._dry and not (
                 self._in_flight or self._queue or self._groups or self._untried
             ):
@@ -253,6 +261,7 @@ class Feed:
                 return
             self._num_results += 1
             self._keep(held, result)
+            self._wake_reader()
             while self._buffered_bytes > _MAX_BUFFERED_BYTES and not self._failure:
                 self._lock.wait(_TICK_SECONDS)
 
@@ -418,6 +427,7 @@ class Feed:
             buffer.entries.append((index, int(error is not None), line))
             buffer.num_bytes += len(line)
             self._buffered_bytes += len(line)
+        buffer.identities.add(self._identity())
         buffer.positions.append(held.position)
         buffer.usage += result.usage
         if error is not None:
@@ -494,6 +504,7 @@ class Feed:
                 num_completed=len(writing.entries) - writing.num_failed,
                 num_failed=writing.num_failed,
                 usage=writing.usage,
+                identity=max(writing.identities) or None if len(writing.identities) == 1 else None,
             ),
             lease_seconds=self._settings.lease_seconds,
         )
@@ -590,16 +601,33 @@ class Feed:
     def _must_wait(self, *, is_between_shards: bool) -> bool:
         """Wait a moment and return True while there is no room, or suspects have their turn."""
         with self._lock:
-            num_bytes = sum(held.num_bytes for held in self._queue)
-            is_full = len(self._queue) >= self._target or num_bytes >= _MAX_QUEUED_BYTES
             # Suspects wait until everything else that is held has run, and run by themselves.
             has_suspects = bool(self._groups) or self._group is not None
             if is_between_shards and has_suspects:
                 self._dry = True
-            elif not is_full:
+            elif self._has_room():
                 return False
+            self._reader_waits = True
             self._lock.wait(_TICK_SECONDS)
+            self._reader_waits = False
             return True
+
+    def _has_room(self) -> bool:
+        """Return whether to read on: up to the target, and then not before a third of it is used.
+
+        What the engine holds beyond its slots waits as much as what is queued here.
+        """
+        num_ahead = len(self._queue) + max(0, len(self._in_flight) - self._num_slots)
+        self._is_filling = num_ahead < (
+            self._target if self._is_filling else self._target - self._target // 3
+        )
+        return self._is_filling and sum(h.num_bytes for h in self._queue) < _MAX_QUEUED_BYTES
+
+    def _wake_reader(self) -> None:
+        """Let the reader go on where it waits for room, and there is some."""
+        if self._reader_waits and self._has_room():
+            self._reader_waits = False
+            self._lock.notify_all()
 
     def _claim(self) -> _OpenShard | None:
         lease = units.claim(

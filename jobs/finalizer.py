@@ -18,6 +18,7 @@ from jobs.domain.ids import mint_file_id
 from jobs.domain.request import custom_id_of
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.shard import Lease, Segment, Shard, UnitState, count_bits
+from jobs.reuse import Cache, Harvest, harvesting
 from jobs.telemetry import log
 from storage import batches, repairs, segments, shards, units
 from storage.blobs.base import BlobStore, BlobWriter, hash_bytes, output_key
@@ -65,6 +66,7 @@ class _Writing:
     batch: Batch
     output: BlobWriter
     errors: BlobWriter
+    harvest: Harvest | None = None
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
@@ -75,11 +77,13 @@ def finalize(
     blobs: BlobStore,
     lease: Lease,
     *,
+    cache: Cache | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the files of the batch that `lease` is about, and close it.
 
     Args:
+        cache: where the answers of a batch go that gives them to later ones; None: nowhere.
         on_progress: called with the number of lines written, now and then.
 
     Raises:
@@ -93,8 +97,11 @@ def finalize(
     total = 0
     output_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "output"))
     error_writer = blobs.open_writer(output_key(batch.id, lease.epoch, "error"))
-    with output_writer as output, error_writer as errors:
-        writing = _Writing(db=db, blobs=blobs, batch=batch, output=output, errors=errors)
+    gathering = harvesting(cache, db, blobs, batch, lease)
+    with output_writer as output, error_writer as errors, gathering as harvest:
+        writing = _Writing(
+            db=db, blobs=blobs, batch=batch, output=output, errors=errors, harvest=harvest
+        )
         for total in _write_all(writing, listed):
             if writing.completed + writing.failed != total:
                 raise CountMismatch(
@@ -111,6 +118,8 @@ def finalize(
             )
         output_file = _publish(db, batch, output, writing.completed, "output")
         error_file = _publish(db, batch, errors, writing.failed, "errors")
+        if harvest is not None:
+            harvest.keep()  # before the end: who deletes the files then deletes this too
     batches.complete(
         db,
         lease,
@@ -213,7 +222,10 @@ def _read_shard(writing: _Writing, shard: Shard, state: UnitState) -> list[Entry
         content = blobs.get(segment.blob_key)
         if hash_bytes(content) != segment.sha256:
             raise BlobCorrupt(f"Segment {segment.blob_key} is not what was written.")
-        entries += decode_segment(content)
+        found = decode_segment(content)
+        if writing.harvest is not None and segment.identity == writing.harvest.identity:
+            writing.harvest.add(found)
+        entries += found
         writing.usage += segment.usage
     if count_bits(shard.done) < shard.num_lines:
         failed = state is UnitState.FAILED

@@ -5,13 +5,16 @@ without a fault is cut into shards. Where another order than the file's is worth
 each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
 from engine.sandbox import Sandbox
+from jobs import metrics
 from jobs.checks import CustomIds, Models, Problems, Schemas
 from jobs.domain.batch import Batch, LineProblem
 from jobs.domain.errors import (
@@ -21,9 +24,9 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
+from jobs.domain.ids import BatchId
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
-    CHAT,
     ENDPOINTS,
     Capabilities,
     Constraint,
@@ -32,19 +35,36 @@ from jobs.domain.request import (
     Terms,
     custom_id_of,
 )
+from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.reuse import Cache, Found, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
-from storage import batches, files
-from storage.blobs.base import BlobStore, plan_key
+from storage import batches, files, lengths
+from storage.batches import Reused
+from storage.blobs.base import BlobStore, keys_key, plan_key, reused_key
 from storage.database import Database
-from storage.jsonl import Follower, ScannedLine, encode_run_head, scan
+from storage.jsonl import (
+    KIND_OUTPUT,
+    Entry,
+    Follower,
+    ScannedLine,
+    encode_run_head,
+    encode_segment,
+    scan,
+)
 from storage.reorder import Ranked, Reorder
+from storage.spill import Spill
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PROGRESS_LINES = 1000
 _WRITE_BYTES = 1 << 20
-_LEADER, _FOLLOWER = 0, 1
-_ROLE = b'"role"'
+_LEADER, _FOLLOWER, _RESULT = 0, 1, 2
+_KIND_BITS = 2
+"""Of a tag, behind the index of the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +77,11 @@ class PlanLimits:
     shard_lines: int = 1000
     shard_bytes: int = 16 << 20
     check_chunk: int = 256
-    spill_bytes: int = 64 << 20
+    spill_bytes: int = 1 << 20
     fold: Fold = "determined"
     by_prefix: bool = True
     by_length: bool = True
+    by_template: bool = True
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -81,6 +102,7 @@ def plan(
     describe: Callable[[str], Capabilities],
     checker: Sandbox,
     limits: PlanLimits,
+    cache: Cache | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Validate the file of the batch that `lease` is about, and cut it into shards.
@@ -89,6 +111,7 @@ def plan(
 
     Args:
         describe: what the model of this name can do; raises NotFound or EngineMisconfigured.
+        cache: answers of earlier batches, for one that wants to take them; None: there are none.
         on_progress: called with the number of lines read, now and then.
 
     Raises:
@@ -97,42 +120,55 @@ def plan(
     """
     batch = batches.get(db, lease.batch_id, tenant_id=None)
     problems = Problems(limits.max_reported_errors)
-    try:
-        file = files.get(db, batch.input_file_id, tenant_id=batch.tenant_id)
-        reading = _Reading(blobs, batch, file.blob_key, limits=limits, problems=problems)
-        reading.read(describe, checker, on_progress)
-    except NotFound as error:
-        problems.add(LineProblem(code="invalid_request", message=error.message, param="file_id"))
-    except BlobMissing:
-        message = f"The content of file {batch.input_file_id} is gone; upload it again."
-        problems.add(LineProblem(code="invalid_request", message=message, param="file_id"))
-    except InvalidLine as error:
-        problems.add_error(error, None)
-    if problems.count:
-        batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
-        return
-    run_order = reading.choose_order()
-    source_blob_key, cuts = file.blob_key, reading.cuts
-    if not run_order.is_arrival:
-        source_blob_key = plan_key(batch.id, lease.epoch)
-        cuts = _write_run_order(
-            blobs,
-            source_blob_key,
-            reading.scan(),
-            run_order=run_order,
-            num_bytes=file.num_bytes,
-            limits=limits,
-            on_progress=on_progress,
+    keys = Keys(batch.tenant_id) if batch.reuse and cache is not None else None
+    with Spill() as spill, ExitStack() as stack:
+        try:
+            file = files.get(db, batch.input_file_id, tenant_id=batch.tenant_id)
+            reading = _Reading(
+                blobs,
+                batch,
+                file.blob_key,
+                limits=limits,
+                problems=problems,
+                columns=Columns(batch.endpoint, spill),
+                keys=keys,
+            )
+            reading.read(describe, checker, on_progress)
+        except NotFound as error:
+            problems.add(
+                LineProblem(code="invalid_request", message=error.message, param="file_id")
+            )
+        except BlobMissing:
+            message = f"The content of file {batch.input_file_id} is gone; upload it again."
+            problems.add(LineProblem(code="invalid_request", message=message, param="file_id"))
+        except InvalidLine as error:
+            problems.add_error(error, None)
+        if problems.count:
+            batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
+            return
+        found = stack.enter_context(finding(cache, keys, on_progress=on_progress))
+        run_order = reading.choose_order(
+            learned=lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {},
+            reused=found.is_reused if found is not None else None,
         )
-        log.info(
-            "run_order_written",
-            batch_id=batch.id,
-            num_lines=reading.total,
-            num_run=run_order.num_leaders,
-            num_groups=run_order.num_groups,
-            shared_percent=round(100 * run_order.shared, 1),
-        )
-    batches.record_plan(
+        source_blob_key, cuts = file.blob_key, reading.cuts
+        reused: Sequence[Reused] = ()
+        if not run_order.is_arrival:
+            writing = _Writing(blobs, batch, lease, limits=limits, model=reading.model)
+            source_blob_key = plan_key(batch.id, lease.epoch)
+            cuts, reused = writing.write(
+                reading.scan(),
+                run_order=run_order,
+                num_bytes=file.num_bytes,
+                found=found,
+                on_progress=on_progress,
+            )
+    identity = keys.identity if keys is not None else ""
+    if keys is not None and identity:
+        with blobs.open_writer(keys_key(batch.id, lease.epoch)) as writer:
+            writer.write(memoryview(keys.content))
+            writer.commit()
+    is_planned = batches.record_plan(
         db,
         lease,
         cuts=cuts,
@@ -140,59 +176,144 @@ def plan(
         model_key=reading.model,
         total=reading.total,
         is_run_order=not run_order.is_arrival,
+        reused=reused,
+        reuse_identity=identity or None,
+        reuse_blob_key=keys_key(batch.id, lease.epoch) if identity else None,
     )
+    if is_planned and reused:
+        log.info("answers_reused", num_lines=reading.total, num_reused=run_order.num_reused)
+        metrics.count_reused(reading.model, run_order.num_reused)
 
 
-def _write_run_order(
-    blobs: BlobStore,
-    key: str,
-    scanned: Iterator[ScannedLine],
-    *,
-    run_order: RunOrder,
-    num_bytes: int,
-    limits: PlanLimits,
-    on_progress: Callable[[int], None] | None,
-) -> list[Cut]:
-    """Write the lines of a file as they will run, each with those it runs for; return the shards.
+class _Writing:
+    """Writes the lines of a file as they will run, each with those it runs for.
 
-    Raises:
-        StorageError: the input cannot be read, the blob not written, or there is no room to sort.
+    Behind them come the lines that need not run, and their results go where a worker's would.
     """
-    cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-    cuts: list[Cut] = []
-    ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
-    follows = None if run_order.is_follower is None else run_order.is_follower.data
-    with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
+
+    def __init__(
+        self, blobs: BlobStore, batch: Batch, lease: Lease, *, limits: PlanLimits, model: str
+    ) -> None:
+        self._blobs = blobs
+        self._batch = batch
+        self._lease = lease
+        self._limits = limits
+        self._model = model
+        self._cuts: list[Cut] = []
+        self._reused: list[Reused] = []
+        self._results: list[Entry] = []
+
+    def write(
+        self,
+        scanned: Iterator[ScannedLine],
+        *,
+        run_order: RunOrder,
+        num_bytes: int,
+        found: Found | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> tuple[list[Cut], list[Reused]]:
+        """Return the shards that run, and those whose results are there.
+
+        Raises:
+            StorageError: the input cannot be read, a blob not written, or there is no room to sort.
+        """
+        if found is not None:
+            num_bytes += found.num_bytes
+        with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
+            self._sort(scanned, reorder, run_order, found, on_progress)
+            self._write_sorted(reorder, run_order, on_progress)
+        log.info(
+            "run_order_written",
+            batch_id=self._batch.id,
+            num_lines=len(run_order.rank) if run_order.rank is not None else 0,
+            num_run=run_order.num_leaders - run_order.num_reused,
+            num_groups=run_order.num_groups,
+            shared_percent=round(100 * run_order.shared, 1),
+        )
+        return self._cuts, self._reused
+
+    def _sort(
+        self,
+        scanned: Iterator[ScannedLine],
+        reorder: Reorder,
+        run_order: RunOrder,
+        found: Found | None,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
+        follows = None if run_order.is_follower is None else run_order.is_follower.data
+        answers = found.read() if found is not None else iter(())
+        answer = next(answers, None)
         for index, (_, _, _, line) in enumerate(scanned):
             content = line or b""
+            rank, tag = ranks[index], index << _KIND_BITS
             if follows is not None and follows[index]:
-                reorder.add(ranks[index], index << 1 | _FOLLOWER, custom_id_of(content).encode())
+                reorder.add(rank, tag | _FOLLOWER, custom_id_of(content).encode())
             else:
-                reorder.add(ranks[index], index << 1 | _LEADER, content)
+                reorder.add(rank, tag | _LEADER, content)
+            if answer is not None and answer[0] == index:
+                result = self._render(content, index, answer[1], answer[2])
+                reorder.add(rank, tag | _RESULT, result)
+                answer = next(answers, None)
             if on_progress is not None and index % _PROGRESS_LINES == 0:
                 on_progress(index)
-        with blobs.open_writer(key) as writer:
+
+    def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
+        return render_result(
+            result,
+            custom_id=custom_id_of(content),
+            request_id=f"{self._batch.id[6:]}{index:08x}",
+            endpoint=self._batch.endpoint,
+            model=self._model,
+            created=int(time.time()),
+            reused_from=batch_id,
+        )
+
+    def _write_sorted(
+        self,
+        reorder: Reorder,
+        run_order: RunOrder,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        limits = self._limits
+        first_reused = run_order.num_leaders - run_order.num_reused
+        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
+        with self._blobs.open_writer(plan_key(self._batch.id, self._lease.epoch)) as writer:
             at = num_held = 0
             held: list[bytes] = []
-            for rank, (index, followers, content) in enumerate(_run_lines(reorder.read())):
-                head = encode_run_head(index, followers)
-                num_bytes = len(head) + len(content) + 1
-                held += (head, content, b"\n")
+            for rank, line in enumerate(_run_lines(reorder.read())):
+                head = encode_run_head(line.place, line.followers)
+                num_bytes = len(head) + len(line.content) + 1
+                held += (head, line.content, b"\n")
                 num_held += num_bytes
                 if num_held >= _WRITE_BYTES:
                     writer.write(b"".join(held))
                     held.clear()
                     num_held = 0
-                cut = cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
-                if cut is not None:
-                    cuts.append(cut)
+                if rank == first_reused:
+                    self._end_shard(cutter.finish())
+                self._end_shard(
+                    cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
+                )
+                self._results += [(line.place, KIND_OUTPUT, one) for one in line.results]
                 at += num_bytes
                 if on_progress is not None and rank % _PROGRESS_LINES == 0:
                     on_progress(rank)
             writer.write(b"".join(held))
             writer.commit()
-    last = cutter.finish()
-    return [*cuts, last] if last is not None else cuts
+        self._end_shard(cutter.finish())
+
+    def _end_shard(self, cut: Cut | None) -> None:
+        """Note a shard that has all its lines, and write the results that these have."""
+        if cut is None:
+            return
+        if not self._results:
+            self._cuts.append(cut)
+            return
+        key = reused_key(self._batch.id, self._lease.epoch, len(self._reused))
+        blob = self._blobs.put(key, encode_segment(self._results))
+        self._reused.append(Reused(cut, blob))
+        self._results = []
 
 
 def _longest(terms: Terms) -> int:
@@ -202,18 +323,42 @@ def _longest(terms: Terms) -> int:
     return terms.max_tokens or 0
 
 
-def _run_lines(entries: Iterator[Ranked]) -> Iterator[tuple[int, list[Follower], bytes]]:
-    """Yield the lines that run, each with its index and those it runs for."""
-    leader: tuple[int, list[Follower], bytes] | None = None
+class _RunLine(NamedTuple):
+    """A line that runs, with those it runs for, or with the result that it has already.
+
+    `place` is its index in the file.
+    """
+
+    place: int
+    content: bytes
+    followers: list[Follower]
+    results: list[bytes]
+
+
+def _run_lines(entries: Iterator[Ranked]) -> Iterator[_RunLine]:
+    """Yield the lines of a run order; the leader is the first of its rank, as in the file."""
+    last: _RunLine | None = None
     for _, tag, content in entries:
-        if tag & 1 == _LEADER:
-            if leader is not None:
-                yield leader
-            leader = tag >> 1, [], content
-        elif leader is not None:  # it is the first of them in the file, so it comes first here
-            leader[1].append((tag >> 1, content.decode()))
-    if leader is not None:
-        yield leader
+        index, kind = tag >> _KIND_BITS, tag & ((1 << _KIND_BITS) - 1)
+        if kind == _LEADER:
+            if last is not None:
+                yield last
+            last = _RunLine(index, content, [], [])
+        elif last is not None and kind == _FOLLOWER:
+            last.followers.append((index, content.decode()))
+        elif last is not None:
+            last.results.append(content)
+    if last is not None:
+        yield last
+
+
+def _is_determined(terms: Terms, capabilities: Capabilities | None) -> bool:
+    """Return whether equal requests on these terms have equal answers: greedy or seeded."""
+    if terms.seed is not None:
+        return True
+    if terms.temperature is None:
+        return capabilities is not None and capabilities.is_greedy
+    return terms.temperature == 0
 
 
 class _Judge:
@@ -221,7 +366,9 @@ class _Judge:
 
     Attributes:
         wants_each: whether it has to look at the next line even if that one does.
+        is_determined: whether equal requests are sure to have equal answers.
         is_shared: whether equal requests may have one answer.
+        identity: of the model; empty: unknown.
         longest: how many tokens an answer may have; 0: unknown.
     """
 
@@ -245,7 +392,8 @@ class _Judge:
         self._fault: InvalidLine | None = None
         self._constraints: list[tuple[Constraint, str]] = []
         self.wants_each = True
-        self.is_shared = False
+        self.is_determined = self.is_shared = False
+        self.identity = ""
         self.longest = 0
 
     def look(self, terms: Terms, number: int) -> None:
@@ -254,7 +402,10 @@ class _Judge:
         if terms is not self._terms or capabilities is not self._capabilities:
             self._terms, self._capabilities = terms, capabilities
             self._fault = self._find_fault(terms, capabilities)
-            self.is_shared = self._is_shared(terms, capabilities)
+            self.is_determined = _is_determined(terms, capabilities)
+            fold = self._limits.fold
+            self.is_shared = self.is_determined if fold == "determined" else fold == "all"
+            self.identity = capabilities.identity if capabilities is not None else ""
             self.longest = _longest(terms)
             self._constraints = terms.list_schemas()
             if capabilities is not None:
@@ -274,16 +425,6 @@ class _Judge:
         """Report what could not be said before the last line."""
         self._schemas.check()
         self._models.finish()
-
-    def _is_shared(self, terms: Terms, capabilities: Capabilities | None) -> bool:
-        """Return whether equal requests on these terms may have one answer."""
-        if self._limits.fold != "determined":
-            return self._limits.fold == "all"
-        if terms.seed is not None:
-            return True
-        if terms.temperature is None:
-            return capabilities is not None and capabilities.is_greedy
-        return terms.temperature == 0
 
     def _find_fault(self, terms: Terms, capabilities: Capabilities | None) -> InvalidLine | None:
         """Return why a model cannot serve lines on these terms, which are good in themselves."""
@@ -315,6 +456,8 @@ class _Reading:
         *,
         limits: PlanLimits,
         problems: Problems,
+        columns: Columns,
+        keys: Keys | None,
     ) -> None:
         self._blobs = blobs
         self._batch = batch
@@ -325,8 +468,8 @@ class _Reading:
         self.total = 0
         self.model = ""
         self._capabilities: Capabilities | None = None
-        self._columns = Columns()
-        self._prompt_key = b'"messages"' if batch.endpoint == CHAT else b'"prompt"'
+        self._columns = columns
+        self._keys = keys
 
     def read(
         self,
@@ -343,11 +486,14 @@ class _Reading:
         models = self._open_models(describe)
         judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        prompt_key, note = self._prompt_key, self._columns.add
+        sketcher, note, keys = Sketcher(self._batch.endpoint), self._columns.add, self._keys
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
-            for number, start, num_bytes, content, line in self._sketch_lines():
+            for number, start, num_bytes, content in self.scan():
+                line = self._sketch(sketcher, number, num_bytes, content)
+                if line is None or content is None:
+                    continue
                 if line.terms is not terms or judge.wants_each:
                     terms = line.terms
                     judge.look(terms, number)
@@ -355,15 +501,11 @@ class _Reading:
                 cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
                     self.cuts.append(cut)
-                prompt_at = content.find(prompt_key)
-                if prompt_at < 0:  # noqa: PLR1730  calling max costs as much as a hash
-                    prompt_at = 0  # the name is spelled with escapes
-                skipped = line.num_first_chars
+                if keys is not None:
+                    keys.add(line.request() if judge.is_determined else None, judge.identity)
                 note(
                     content,
-                    start=prompt_at,
-                    # That of the last message: what stands before it is no shorter than it reads.
-                    stem=content.find(_ROLE, prompt_at + skipped) if skipped else 0,
+                    num_first_chars=line.num_first_chars,
                     key=line.digest() if judge.is_shared else None,
                     max_tokens=judge.longest,
                 )
@@ -383,32 +525,39 @@ class _Reading:
         if models.capabilities is not None:
             self.model = models.capabilities.model
 
-    def _sketch_lines(self) -> Iterator[tuple[int, int, int, bytes, Sketch]]:
-        """Yield the good lines as `scan` does, each with its sketch; report the others."""
-        sketch = Sketcher(self._batch.endpoint).sketch
-        for number, start, num_bytes, content in self.scan():
-            if content is None:
-                message = (
-                    f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
-                    "allowed."
-                )
-                self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
-                continue
-            try:
-                line = sketch(content)
-            except InvalidLine as error:
-                self._problems.add_error(error, number)
-                continue
-            yield number, start, num_bytes, content, line
+    def _sketch(
+        self, sketcher: Sketcher, number: int, num_bytes: int, content: bytes | None
+    ) -> Sketch | None:
+        """Return what planning needs of a line, or None once it is reported what is wrong."""
+        if content is None:
+            message = (
+                f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
+                "allowed."
+            )
+            self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
+            return None
+        try:
+            return sketcher.sketch(content)
+        except InvalidLine as error:
+            self._problems.add_error(error, number)
+            return None
 
-    def choose_order(self) -> RunOrder:
-        """Return in which order the lines are to run."""
+    def choose_order(
+        self, *, learned: Mapping[int, int], reused: "NDArray[np.bool_] | None"
+    ) -> RunOrder:
+        """Return in which order the lines are to run; see `order` for what was learned.
+
+        Args:
+            reused: for each line, whether it need not; None: all have to.
+        """
         found = self._capabilities
         return order(
             self._columns,
             cache_tokens=found.cache_tokens if found is not None else 0,
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
+            learned=learned,
+            reused=reused,
         )
 
     def scan(self) -> Iterator[ScannedLine]:
@@ -443,12 +592,12 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
-        sketch = Sketcher(self._batch.endpoint).sketch
+        sketcher = Sketcher(self._batch.endpoint)
         for number, _, _, content in self.scan():
             if content is None:
                 continue
             try:
-                custom_id = sketch(content).custom_id
+                custom_id = sketcher.sketch(content).custom_id
             except InvalidLine:
                 continue
             digest = xxhash.xxh3_128_digest(custom_id.encode())

@@ -15,6 +15,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -39,6 +40,11 @@ _requests = Counter(
     "batchctl_requests",
     "Requests whose result became durable, by model and outcome: completed or an error code.",
     ("model", "outcome"),
+)
+_reused = Counter(
+    "batchctl_reused_requests",
+    "Requests among them whose answer was an earlier batch's, by model.",
+    ("model",),
 )
 _tokens = Counter(
     "batchctl_tokens",
@@ -70,6 +76,12 @@ _engine_loading = Histogram(
     ("model",),
     buckets=_LOADING_SECONDS,
 )
+_engine_slots = Gauge(
+    "batchctl_engine_slots", "Sequences that an engine generates at once now.", ("model",)
+)
+_engine_batch_tokens = Gauge(
+    "batchctl_engine_batch_tokens", "Most tokens of a step of an engine now.", ("model",)
+)
 _leases_lost = Counter("batchctl_leases_lost", "Leases that this process could not keep.")
 _leases_reaped = Counter("batchctl_leases_reaped", "Leases of others that this process gave up.")
 _damaged_segments = Counter(
@@ -87,7 +99,8 @@ _audit_problems = Counter(
 )
 _collected = Counter(
     "batchctl_collected",
-    "What was removed because nothing needs it: expired_file, old_segment, orphan, upload, log.",
+    "What was removed because nothing needs it: expired_file, old_segment, expired_answers, "
+    "orphan, upload, log.",
     ("kind",),
 )
 _collected_bytes = Counter("batchctl_collected_bytes", "Bytes of the blobs among them.")
@@ -142,6 +155,12 @@ def count_segment(
     _segment_flush.observe(seconds)
 
 
+def count_reused(model: str | None, number: int) -> None:
+    """Count requests that need not run: their results became durable with the plan."""
+    _requests.labels(model or "", COMPLETED).inc(number)
+    _reused.labels(model or "").inc(number)
+
+
 def count_unit(kind: str, model: str | None, *, outcome: str, seconds: float) -> None:
     """Count a unit that ended here: done, released, lost, or a state it was stopped in."""
     _units.labels(str(kind), model or "", _bounded(outcome)).observe(seconds)
@@ -154,6 +173,12 @@ def engine_start(model: str) -> Iterator[None]:
     _engine_starts.labels(model).inc()
     yield
     _engine_loading.labels(model).observe(monotonic() - began)
+
+
+def note_tuning(model: str, *, slots: int, batch_tokens: int) -> None:
+    """Note what an engine works with from now on."""
+    _engine_slots.labels(model).set(slots)
+    _engine_batch_tokens.labels(model).set(batch_tokens)
 
 
 def count_engine_death(model: str) -> None:
@@ -194,7 +219,7 @@ def count_audit(violated: Sequence[str]) -> None:
 
 
 def count_collected(kind: str, number: int) -> None:
-    """Count what was removed: expired_file, old_segment, orphan, upload or log."""
+    """Count what was removed, by its kind."""
     if number:
         _collected.labels(kind).inc(number)
 

@@ -71,6 +71,7 @@ def work(
         num_slots=engine.num_slots,
         progress=supervisor.progress,
         may_claim=lambda: supervisor.is_open and context.may_claim(),
+        identity=lambda: engine.capabilities.identity,
         settings=context.settings,
     )
     supervisor.forget_suspects()

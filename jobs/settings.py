@@ -126,6 +126,27 @@ class PlanningSettings(_Group):
     by_length: bool = Field(
         default=True, description="run what may have long answers first, where lengths differ"
     )
+    by_template: bool = Field(
+        default=True,
+        description="judge that also by the answers that the tenant's earlier batches got to the "
+        "same system prompts",
+    )
+
+
+class ReuseSettings(_Group):
+    """Answers of earlier batches, for those that ask for it (`--reuse`, `reuse` in the API)."""
+
+    expire_days: float = Field(
+        default=0,
+        ge=0,
+        le=3650,
+        description="how long answers are kept for later batches of the same tenant; 0: none are",
+    )
+    max_bytes: int = Field(
+        default=10 * _GIB,
+        ge=_MIB,
+        description="what a tenant may have of them; the oldest make way",
+    )
 
 
 class SegmentSettings(_Group):
@@ -368,6 +389,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     shards: ShardSettings = ShardSettings()
     planning: PlanningSettings = PlanningSettings()
+    reuse: ReuseSettings = ReuseSettings()
     segments: SegmentSettings = SegmentSettings()
     leases: LeaseSettings = LeaseSettings()
     retries: RetrySettings = RetrySettings()

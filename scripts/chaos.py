@@ -53,6 +53,7 @@ _AWAY_SECONDS = 120.0
 _CUT_SHARE = 0.15
 _MAX_AIMED = 3  # at the finalizers of one batch
 _FATES: Mapping[int, Fate] = {1: "cancelled", 2: "expired"}
+_REUSING = {0, 7, 9}  # the first gives its answers, and has ended by the time the others come
 SIMULATED = {"slots": 32, "reply_tokens": 16, "step_seconds": 0.005}
 # How often each kind is chosen, in a deck that is shuffled: none is left out.
 KILLS = {
@@ -374,6 +375,7 @@ class Customer:
             completion_window=f"{job.window_seconds}s",
             idempotency_key=key,
             priority=job.priority,
+            reuse=job.reuse,
         ).id
 
 
@@ -437,7 +439,7 @@ class Run:
         self.num_pauses: int = arguments.pauses
         self.num_lines: int = arguments.lines
         self._until = time.monotonic() + 60 * arguments.minutes
-        self._folder = folder
+        self.folder = folder
         self._rng = random.Random(self.seed)  # noqa: S311  to be repeated, not to be secret
         self._fleet = fleet.Fleet()
         self._components: dict[str, fleet.Component] = {}
@@ -466,7 +468,7 @@ class Run:
             try:
                 findings = self._work()
             finally:
-                for one in left_of(self._folder):
+                for one in left_of(self.folder):
                     with suppress(psutil.Error):
                         one.resume()
                 self._fleet.stop()
@@ -476,16 +478,16 @@ class Run:
 
     def _work(self) -> Findings:
         url = f"http://{fleet.HOST}:{fleet.free_port()}"
-        keys = fleet.read_secrets(self._folder / "data")
-        servers, environment = fleet.make_servers(self._folder, keys)
+        keys = fleet.read_secrets(self.folder / "data")
+        servers, environment = fleet.make_servers(self.folder, keys)
         self._add(*servers)
-        environment |= settings(self._folder)
-        fleet.upgrade({**environment, "BATCHCTL_DATA": str(self._folder / "data" / "api")})
+        environment |= settings(self.folder)
+        fleet.upgrade({**environment, "BATCHCTL_DATA": str(self.folder / "data" / "api")})
         database_url = environment["BATCHCTL_DATABASE__URL"]
         books = Books(database_url)
         watch(books)
-        self._add(fleet.make_api(self._folder, environment, url))
-        self._add(*make_workers(self._folder, environment, url))
+        self._add(fleet.make_api(self.folder, environment, url))
+        self._add(*make_workers(self.folder, environment, url))
         tell(f"the fleet is ready after {self.seconds:.0f} s")
         monkey = Monkey(self._components, self.tally)
         cutter = Cutter(
@@ -502,7 +504,7 @@ class Run:
         self._settle(books, url)
         tell("all batches have ended; reading their files")
         with Client(url, patience_seconds=_AWAY_SECONDS) as client, closing(books):
-            return check(books, client, self.jobs, self._folder / "results")
+            return check(books, client, self.jobs, self.folder / "results")
 
     def _add(self, *components: fleet.Component) -> None:
         self._components |= {one.name: one for one in components}
@@ -598,7 +600,7 @@ class Run:
     def _clean_up(self) -> list[str]:
         """Kill what is left of the fleet's processes, and return what that was."""
         deadline = time.monotonic() + _AWAY_SECONDS / 4
-        while (left := left_of(self._folder)) and time.monotonic() < deadline:
+        while (left := left_of(self.folder)) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         names = []
         for one in left:
@@ -611,7 +613,9 @@ class Run:
 _PROGRESS = """
 SELECT batches.id, batches.status, CASE
     WHEN batches.status IN ('validating', 'in_progress') AND batches.ending IS NULL
-    THEN (SELECT coalesce(sum(num_done), 0) FROM shards WHERE batch_id = batches.id)
+    THEN (
+      SELECT coalesce(sum(num_completed + num_failed), 0) FROM shards WHERE batch_id = batches.id
+    )
     ELSE coalesce(batches.total, 0) END
 FROM batches ORDER BY batches.id
 """
@@ -642,6 +646,7 @@ def settings(folder: Path) -> dict[str, str]:
     return {
         "BATCHCTL_LEASES__TIMING_PROFILE": "fast",
         "BATCHCTL_SHARDS__MAX_LINES": "500",
+        "BATCHCTL_REUSE__EXPIRE_DAYS": "1",
         "BATCHCTL_SEGMENTS__MAX_RESULTS": "100",
         "BATCHCTL_WORKER__HEARTBEAT_SECONDS": "1",
         "BATCHCTL_MODELS": json.dumps({"simulated": {"engine": "simulated", "options": options}}),
@@ -679,6 +684,7 @@ def make_jobs(num_lines: int, folder: Path) -> Iterator[Job]:
             fate=_FATES.get(number, "completed"),
             path=folder / f"{number:02}.jsonl",
             priority=(0, 5, 0, -5)[number % 4],
+            reuse=number in _REUSING,
         )
         if job.fate == "cancelled":
             job.num_lines, job.content = slow, "[[tokens=100]]"
@@ -693,6 +699,19 @@ def tokens_of(ledger: Path) -> int:
     """Return how many tokens the engines have generated, those of dead ones included."""
     content = ledger.read_bytes() if ledger.exists() else b""
     return sum(int.from_bytes(content[at : at + 4], "little") for at in range(0, len(content), 4))
+
+
+def groups_of(folder: Path) -> dict[str, int]:
+    """Return how many groups the planners found in each batch, as their logs say."""
+    found = {}
+    for log in folder.glob("*.log"):
+        with log.open("rb") as lines:
+            for line in lines:
+                if b'"run_order_written"' in line:
+                    with suppress(ValueError):  # its writer may have been killed
+                        told = json.loads(line)
+                        found[told["batch_id"]] = int(told["num_groups"])
+    return found
 
 
 # --- the command ---
@@ -733,10 +752,17 @@ def report(run: Run, findings: Findings, generated: int) -> dict[str, object]:
     repeated = generated - findings.completion_tokens
     for name, counter in (("kills", tally.kills), ("pauses", tally.pauses), ("cuts", tally.cuts)):
         tell(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in sorted(counter.items())))
+    num_groups = sum(groups_of(run.folder).values())
+    tell(
+        f"{findings.num_folded:,} lines folded into others, {findings.num_followers:,} of them "
+        f"answered; {num_groups} groups of lines that begin alike"
+    )
+    if not num_groups:
+        findings.problems.append("no lines were grouped by how they begin")
     tell(
         f"{findings.num_segments:,} segments, {findings.num_reaped:,} leases reaped, "
         f"{run.num_in_the_middle} finalizers hit in the middle; of {generated:,} tokens "
-        f"{repeated:,} were not kept"
+        f"{repeated:,} were not kept; {findings.num_reused:,} answers were reused"
     )
     if tally.kills.total() < run.num_kills or tally.pauses.total() < run.num_pauses:
         findings.problems.append("fewer faults than were asked for")
@@ -752,10 +778,13 @@ def report(run: Run, findings: Findings, generated: int) -> dict[str, object]:
         "pauses": dict(tally.pauses),
         "cuts": dict(tally.cuts),
         "batches": dict(findings.statuses),
+        "folded": findings.num_folded,
+        "groups": num_groups,
         "leases_reaped": findings.num_reaped,
         "finalizers_hit": run.num_in_the_middle,
         "tokens_generated": generated,
         "tokens_not_kept": repeated,
+        "answers_reused": findings.num_reused,
         "ended_by_themselves": run.own_deaths,
         "lost": len(findings.lost),
         "doubled": len(findings.doubled),

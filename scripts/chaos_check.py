@@ -11,6 +11,7 @@ import msgspec
 import psycopg
 
 from jobs.client import Batch, Client
+from jobs.domain.plan import MAX_FOLLOWERS
 
 Fate = Literal["completed", "cancelled", "expired"]
 _CODES: dict[Fate, frozenset[str]] = {
@@ -19,11 +20,18 @@ _CODES: dict[Fate, frozenset[str]] = {
     "expired": frozenset({"batch_expired"}),
 }
 _SHOWN = 10
+_NUM_BEGINNINGS = 6
+_BEGINNING = "Consider carefully what was agreed on before you answer. " * 12
 
 
 @dataclass(kw_only=True)
 class Job:
-    """A batch of the run: what is asked for, and how it has to end."""
+    """A batch of the run: what is asked for, and how it has to end.
+
+    Three lines of ten are greedy and repeat others, one of them the same question for the whole
+    batch, so that it has more followers than one line may lead. Three of ten begin alike. Nobody
+    shares anything with the other four.
+    """
 
     number: int
     num_lines: int
@@ -32,6 +40,7 @@ class Job:
     priority: int = 0
     window_seconds: int = 86_400
     content: str = "tell"
+    reuse: bool = False  # its lines are those of the other batches that do, and greedy
     batch_id: str = ""
     unplanned: list[str] = field(default_factory=list)  # whose window ended before they were read
 
@@ -39,16 +48,46 @@ class Job:
         """Return the id of a line."""
         return f"b{self.number:02}-{index}"
 
+    def repeats(self, index: int) -> str | None:
+        """Return the question of a line that is asked more than once, or None."""
+        turn, kind = divmod(index, 10)
+        if kind == 0:
+            return "always"
+        if kind <= 2:  # noqa: PLR2004
+            return f"again {turn % (self.num_lines // 50 + 1)}"
+        return None
+
+    def body(self, index: int) -> dict[str, Any]:
+        """Return what a line asks for."""
+        again = self.repeats(index)
+        alone = str(index) if self.reuse else self.custom_id(index)
+        asked = f"{self.content} {again or alone}"
+        body: dict[str, Any] = {
+            "model": "simulated",
+            "messages": [{"role": "user", "content": asked}],
+        }
+        if self.reuse or again is not None:
+            body["temperature"] = 0
+        if again is None and index % 10 <= 5:  # noqa: PLR2004
+            begins = {"role": "system", "content": f"{index // 10 % _NUM_BEGINNINGS} {_BEGINNING}"}
+            body["messages"] = [begins, *body["messages"]]
+        return body
+
+    @property
+    def num_folded(self) -> int:
+        """How many lines nobody has to run, since an equal one does."""
+        asked = Counter(filter(None, map(self.repeats, range(self.num_lines))))
+        return sum(count - -(-count // (MAX_FOLLOWERS + 1)) for count in asked.values())
+
     def write(self) -> None:
         """Write its input."""
         with self.path.open("wb") as file:
             for index in range(self.num_lines):
-                said = {"role": "user", "content": f"{self.content} {self.custom_id(index)}"}
                 line = {
                     "custom_id": self.custom_id(index),
                     "method": "POST",
                     "url": "/v1/chat/completions",
-                    "body": {"model": "simulated", "messages": [said]},
+                    "body": self.body(index),
                 }
                 file.write(msgspec.json.encode(line) + b"\n")
 
@@ -61,10 +100,13 @@ class Findings:
     doubled: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     num_lines: int = 0
+    num_folded: int = 0
+    num_followers: int = 0
     completion_tokens: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     num_reaped: int = 0
     num_segments: int = 0
+    num_reused: int = 0
 
     @property
     def is_good(self) -> bool:
@@ -116,7 +158,9 @@ CREATE FUNCTION chaos_look() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO chaos_stale
     SELECT NEW.unit_id, NEW.epoch, units.epoch, units.state FROM units
-    WHERE units.id = NEW.unit_id AND (units.epoch <> NEW.epoch OR units.state <> 'leased');
+    WHERE units.id = NEW.unit_id
+      -- What a plan brings with it has epoch 0: nobody can have held a lease of that.
+      AND (units.epoch <> NEW.epoch OR (units.state <> 'leased' AND NEW.epoch > 0));
   RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_look AFTER INSERT ON segments FOR EACH ROW EXECUTE FUNCTION chaos_look();
@@ -199,8 +243,10 @@ def check_files(
     findings.lost += [one for one in wanted if one not in seen]
     findings.doubled += [one for one, count in seen.items() if count > 1]
     findings.num_lines += len(wanted)
+    findings.num_reused += batch.num_reused
     strange = seen.keys() - set(wanted)
     findings.expect(found=strange, wanted=set(), what=f"{name}: ids that nobody asked for")
+    check_followers(findings, job, found["output"])
     codes = Counter(line["error"]["code"] for line in found["error"] if line["error"])
     allowed = _CODES[job.fate]
     refused = {code: count for code, count in codes.items() if code not in allowed}
@@ -222,6 +268,27 @@ def check_files(
     )
 
 
+def check_followers(findings: Findings, job: Job, output: Sequence[dict[str, Any]]) -> None:
+    """Check that a line another one ran for has the answer to the question that it asked."""
+    bodies = {line["custom_id"]: line["response"]["body"] for line in output}
+    for custom_id, body in bodies.items():
+        leader = body.get("batchctl", {}).get("same_as")
+        if leader is None:
+            continue
+        findings.num_followers += 1
+        asked = [
+            job.repeats(int(one.partition("-")[2])) if one in bodies else None
+            for one in (custom_id, leader)
+        ]
+        if (
+            asked[0] is None
+            or asked[0] != asked[1]
+            or body["choices"] != bodies[leader]["choices"]
+            or "same_as" in bodies[leader].get("batchctl", {})
+        ):
+            findings.problems.append(f"{custom_id} has an answer of {leader}, which is another")
+
+
 def _check_rows(findings: Findings, books: Books, job: Job, batch: Batch) -> None:
     """Check that the rows say the same as the files, and that it ended once."""
     name = f"batch {job.number} ({job.batch_id})"
@@ -232,6 +299,19 @@ def _check_rows(findings: Findings, books: Books, job: Job, batch: Batch) -> Non
     )
     completed = batch.request_counts.completed
     findings.expect(found=rows[0][0], wanted=completed, what=f"{name}: results in segments")
+    (shards,) = books.rows(
+        "SELECT coalesce(sum(num_lines), 0)::bigint, coalesce(bool_and(is_run_order), true) "
+        "FROM shards WHERE batch_id = %s",
+        job.batch_id,
+    )
+    folded = job.num_lines - shards[0]
+    findings.expect(
+        # What has its answer from another batch runs for nobody, and nobody for it.
+        found=(max(folded, job.num_folded) if job.reuse else folded, shards[1]),
+        wanted=(job.num_folded, True),
+        what=f"{name}: lines that were folded, and whether it ran in an order of its own",
+    )
+    findings.num_folded += job.num_lines - shards[0]
     published = {one for one in (batch.output_file_id, batch.error_file_id) if one is not None}
     files = books.rows(
         "SELECT id FROM files WHERE purpose = 'batch_output' AND filename LIKE %s",

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -26,10 +26,12 @@ from jobs.domain.shard import (
     Lease,
     UnitKind,
     UnitState,
+    bitmap,
 )
+from storage.blobs.base import BlobInfo
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
-from storage.tables import UNENDED, UNFINISHED, batches, files, shards, units
+from storage.tables import UNENDED, UNFINISHED, batches, files, segments, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -53,6 +55,16 @@ _SUMS = (
     "completion_tokens",
     "cached_tokens",
 )
+
+
+_ENDED = {"state": str(UnitState.DONE), "last_exit": "reused"}
+
+
+class Reused(NamedTuple):
+    """A shard whose results are there before it is, each line its own, and the blob with them."""
+
+    cut: Cut
+    blob: BlobInfo
 
 
 def _no_such_batch(batch_id: BatchId) -> NotFound:
@@ -224,6 +236,9 @@ def record_plan(
     model_key: str | None,
     total: int,
     is_run_order: bool = False,
+    reused: Sequence[Reused] = (),
+    reuse_identity: str | None = None,
+    reuse_blob_key: str | None = None,
     now: datetime | None = None,
 ) -> bool:
     """Insert the shards of a batch, start it and end its plan unit; all or nothing.
@@ -231,6 +246,9 @@ def record_plan(
     Args:
         total: lines of the input; with a run order some of them may not run themselves.
         is_run_order: whether the cuts are of a run-order blob.
+        reused: further shards behind the cuts, whose results are there already.
+        reuse_identity: the model whose answers are given to later batches; None: none are.
+        reuse_blob_key: where the keys of these answers are.
 
     Returns False, and ends the unit, when the batch was stopped meanwhile. A repeated call
     changes nothing.
@@ -251,9 +269,21 @@ def record_plan(
         advance_if_ended(tx, batch, now=now)
         return stopped is None
     batch = replace(
-        advance(batch, BatchEvent.PLANNED, now=now), planned_at=now, model=model_key or batch.model
+        advance(batch, BatchEvent.PLANNED, now=now),
+        planned_at=now,
+        model=model_key or batch.model,
+        num_reused=sum(one.cut.num_lines for one in reused),
     )
-    save_batch(tx, batch, total=total, source_blob_key=source_blob_key, model_key=model_key)
+    save_batch(
+        tx,
+        batch,
+        total=total,
+        source_blob_key=source_blob_key,
+        model_key=model_key,
+        reuse_identity=reuse_identity,
+        reuse_blob_key=reuse_blob_key,
+    )
+    places = [(cut, None) for cut in cuts] + [(one.cut, one.blob) for one in reused]
     new_units = [
         new_unit(
             batch,
@@ -263,7 +293,8 @@ def record_plan(
             model_key=model_key,
             format_version=RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT,
         )
-        for ordinal in range(len(cuts))
+        | ({"last_exit": None} if blob is None else _ENDED)
+        for ordinal, (_, blob) in enumerate(places)
     ]
     if new_units:
         tx.execute(sa.insert(units), new_units)
@@ -276,11 +307,35 @@ def record_plan(
                     "batch_id": batch.id,
                     "ordinal": unit["ordinal"],
                     "blob_key": source_blob_key,
-                    "done": bytes((cut.num_lines + 7) // 8),
+                    "done": bitmap([*range(cut.num_lines if blob else 0)], cut.num_lines),
+                    "num_done": cut.num_lines if blob else 0,
+                    "num_completed": cut.num_lines if blob else 0,
                     "suspects": [],
                     "is_run_order": is_run_order,
                 }
-                for unit, cut in zip(new_units, cuts, strict=True)
+                for unit, (cut, blob) in zip(new_units, places, strict=True)
+            ],
+        )
+    if reused:
+        tx.execute(
+            sa.insert(segments),
+            [
+                {
+                    "unit_id": unit["id"],
+                    "epoch": 0,  # before that of the first claim
+                    "sequence": 0,
+                    "blob_key": blob.key,
+                    "sha256": blob.sha256,
+                    "num_bytes": blob.num_bytes,
+                    "positions": bitmap([*range(cut.num_lines)], cut.num_lines),
+                    "num_completed": cut.num_lines,
+                    "num_failed": 0,
+                    "prompt_tokens": 0,
+                    "completion_tokens": 0,
+                    "cached_tokens": 0,
+                    "created_at": now,
+                }
+                for unit, (cut, blob) in zip(new_units[len(cuts) :], reused, strict=True)
             ],
         )
     end_unit(tx, lease, UnitState.DONE, reason="done")
@@ -481,6 +536,19 @@ def give_up(
         insert_event(tx, batch, now=now)
         end_unit(tx, lease, UnitState.DONE, reason="input_lost")
     return load(tx, batch.id)
+
+
+@reads
+def get_reuse(tx: Transaction, batch_id: BatchId) -> tuple[str, str] | None:
+    """Return whose answers of a batch are given to later ones, and where their keys are."""
+    row = tx.execute(
+        sa.select(batches.c.reuse_identity, batches.c.reuse_blob_key).where(
+            batches.c.id == batch_id, batches.c.reuse
+        )
+    ).one_or_none()
+    if row is None or row.reuse_identity is None or row.reuse_blob_key is None:
+        return None
+    return row.reuse_identity, row.reuse_blob_key
 
 
 def find_stopping(

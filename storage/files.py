@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from jobs.domain.errors import Conflict, NotFound
 from jobs.domain.ids import DEFAULT_TENANT, FileId, TenantId
+from storage.answers import forget_of_file
 from storage.database import Transaction, reads, writes
 from storage.tables import UNFINISHED, batches, files
 
@@ -147,6 +148,8 @@ def mark_deleted(
 ) -> File:
     """Return the file after deleting its row from view; its blob is the collector's.
 
+    What its batches gave to later ones is nobody's any more either.
+
     Raises:
         NotFound: there is none, or it is another tenant's.
         Conflict: an unfinished batch reads it.
@@ -166,6 +169,7 @@ def mark_deleted(
             "cancel the batch or wait for it."
         )
     tx.execute(sa.update(files).where(files.c.id == file_id).values(deleted_at=now or tx.now()))
+    forget_of_file(tx, file_id, row["blob_key"])
     return _from_row(row)
 
 

@@ -84,6 +84,8 @@ def scan(
         at_start = start == 0
         carry = b""  # the beginning of a line that the last chunk did not end
         num_lost = 0  # bytes of the line at hand that were let go, because it is over-long
+        has_begun = False  # whether either is so
+        longest = max_line_bytes + 1
         for chunk in _read_chunks(reader, chunk_bytes):
             at = 0
             if at_start and chunk.startswith(_BOM):
@@ -92,19 +94,20 @@ def scan(
             # Not chunk.split: it looks at each byte, and costs four times as much.
             while (end := chunk.find(b"\n", at)) >= 0:
                 line = chunk[at:end]
+                num_bytes = end + 1 - at
                 at = end + 1
-                if carry:
+                if has_begun:
+                    num_bytes += num_lost + len(carry)
                     line = carry + line
-                    carry = b""
-                num_bytes = num_lost + len(line) + 1
-                if num_bytes > max_line_bytes + 1:
+                    carry, num_lost, has_begun = b"", 0, False
+                if num_bytes > longest:
                     yield number, offset, num_bytes, None
-                    num_lost = 0
                 elif line and not line.isspace():
                     yield number, offset, num_bytes, line.removesuffix(b"\r")
                 number += 1
                 offset += num_bytes
             carry += chunk[at:]
+            has_begun = True
             if num_lost or len(carry) > max_line_bytes:
                 num_lost += len(carry)
                 carry = b""

@@ -10,7 +10,7 @@ from jobs.domain.batch import BatchStatus
 from jobs.domain.errors import Conflict, NotFound
 from jobs.domain.ids import BatchId
 from storage.database import Transaction, reads, writes
-from storage.tables import UNENDED, UNFINISHED, batches, files, segments, shards, units
+from storage.tables import UNENDED, UNFINISHED, answers, batches, files, segments, shards, units
 from storage.transitions import lock_batch
 
 _IN_ONE_QUERY = 500
@@ -30,14 +30,16 @@ def find_needed(tx: Transaction, keys: Collection[str]) -> set[str]:
     A key that none of our writers makes is needed: it is somebody else's.
 
     Needed are the bytes of files that were not deleted, and of deleted ones that an unfinished
-    batch reads; whatever finalizers of an unfinished batch wrote; the run order of a batch that is
-    unfinished or has segments; and segments that have their row, or whose unit is still under the
-    epoch that wrote them, or has not come to it.
+    batch reads; whatever finalizers of an unfinished batch wrote; what planners wrote of a batch
+    that is unfinished or has segments; answers for batches to come that have their row; and
+    segments that have theirs, or whose unit is still under the epoch that wrote them, or has not
+    come to it.
     """
     found: set[str] = set()
     inputs: dict[str, str] = {}
     outputs: dict[str, str] = {}
     plans: dict[str, str] = {}
+    given: dict[str, str] = {}
     places: dict[str, _SegmentPlace] = {}
     for key in keys:
         match key.split("/"):
@@ -47,6 +49,10 @@ def find_needed(tx: Transaction, keys: Collection[str]) -> set[str]:
                 outputs[key] = batch_id
             case ["plans", batch_id, name] if batch_id.startswith("batch_") and name:
                 plans[key] = batch_id
+            case ["segments", batch_id, "reused", name] if batch_id.startswith("batch_") and name:
+                plans[key] = batch_id  # written before its shard has a row
+            case ["reuse", batch_id, name] if batch_id.startswith("batch_") and name:
+                given[key] = batch_id
             case ["segments", _, unit_id, name] if place := _parse_segment(unit_id, name):
                 places[key] = place
             case _:
@@ -54,6 +60,7 @@ def find_needed(tx: Transaction, keys: Collection[str]) -> set[str]:
     found |= _needed_inputs(tx, inputs)
     found |= _needed_outputs(tx, outputs)
     found |= _needed_plans(tx, plans)
+    found |= _needed_answers(tx, given)
     found |= _needed_segments(tx, places)
     return found
 
@@ -99,6 +106,14 @@ def _needed_plans(tx: Transaction, plans: dict[str, str]) -> set[str]:
     query = sa.select(batches.c.id).where(UNFINISHED | has_segments)
     there = _select(tx, query, batches.c.id, plans.values())
     return {key for key, batch_id in plans.items() if batch_id in there}
+
+
+def _needed_answers(tx: Transaction, given: dict[str, str]) -> set[str]:
+    unfinished = _select(
+        tx, sa.select(batches.c.id).where(UNFINISHED), batches.c.id, given.values()
+    )
+    kept = _select(tx, sa.select(answers.c.blob_key), answers.c.batch_id, given.values())
+    return {key for key, batch_id in given.items() if batch_id in unfinished or key in kept}
 
 
 def _needed_segments(tx: Transaction, places: dict[str, _SegmentPlace]) -> set[str]:

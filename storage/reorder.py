@@ -19,9 +19,9 @@ from jobs.domain.errors import BlobStoreUnavailable
 
 _HEADER = struct.Struct("<IQ")
 """Of a block: how many entries, and the bytes of their contents."""
-_BUCKET_BYTES = 32 << 20
+_BUCKET_BYTES = 8 << 20
 _MAX_BUCKETS = 256
-_IN_MEMORY_BYTES = 16 << 20
+_IN_MEMORY_BYTES = 8 << 20
 """What is held before anything is written: small batches never touch the disk."""
 _ENTRY_BYTES = 200
 """What an entry costs in memory, beside its content."""

@@ -127,6 +127,10 @@ batches = sa.Table(
     sa.Column("cancelled_at", Instant),
     sa.Column("output_file_id", sa.Text, sa.ForeignKey("files.id")),
     sa.Column("error_file_id", sa.Text, sa.ForeignKey("files.id")),
+    sa.Column("reuse", sa.Boolean, nullable=False, server_default=sa.false()),
+    _count("num_reused"),
+    sa.Column("reuse_identity", sa.Text),
+    sa.Column("reuse_blob_key", sa.Text),
     sa.UniqueConstraint("tenant_id", "idempotency_key"),
     sa.Index("ix_batches_page", "tenant_id", "created_at", "id"),
     sa.Index("ix_batches_input_file_id", "input_file_id"),
@@ -245,6 +249,7 @@ segments = sa.Table(
     sa.Column("completion_tokens", sa.BigInteger, nullable=False),
     sa.Column("cached_tokens", sa.BigInteger, nullable=False),
     sa.Column("created_at", Instant, nullable=False),
+    sa.Column("identity", sa.Text),
 )
 
 line_faults = sa.Table(
@@ -309,10 +314,35 @@ models = sa.Table(
     sa.Column("published_by", sa.Text),
 )
 
+answer_lengths = sa.Table(
+    "answer_lengths",
+    metadata,
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    sa.Column("model_key", sa.Text, primary_key=True),
+    sa.Column("template", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("num_tokens", sa.BigInteger, nullable=False),
+    sa.Column("learned_at", Instant, nullable=False),
+)
+
 chores = sa.Table(
     "chores",
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("due_at", Instant, nullable=False),
     sa.Column("place", sa.Text),
+)
+
+# No foreign key: the answers of local runs are kept apart from the batches that gave them.
+answers = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("batch_id", sa.Text, primary_key=True),
+    sa.Column("tenant_id", sa.Text, nullable=False),
+    sa.Column("identity", sa.Text, nullable=False),
+    sa.Column("blob_key", sa.Text, nullable=False),
+    sa.Column("num_entries", sa.BigInteger, nullable=False),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.Column("expires_at", Instant, nullable=False),
+    sa.Index("ix_answers_newest", "tenant_id", "identity", "created_at"),
 )

@@ -22,13 +22,14 @@ from engine.supervisor import EngineSupervisor
 from jobs import finalizer, intake, runner
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, EngineDied, NotFound
-from jobs.domain.ids import WorkerId, mint_batch_id, mint_file_id
+from jobs.domain.ids import DEFAULT_TENANT, WorkerId, mint_batch_id, mint_file_id
 from jobs.domain.request import CHAT, Capabilities, Message, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
 from jobs.leases import LeaseKeeper, LeaseTimes
+from jobs.reuse import Cache
 from jobs.wakeups import Doorbell
 from storage import batches, files, shards, units
 from storage.blobs.base import BlobStore, hash_bytes, input_key
@@ -58,6 +59,25 @@ def make_lines(num_lines: int, *, first: int = 0, content: str = "hello") -> byt
         make_line(f"r{number}", f"{content} {number}") + b"\n"
         for number in range(first, first + num_lines)
     )
+
+
+def make_mixed_line(number: int) -> bytes:
+    """Return a line of a batch that is worth another order.
+
+    A quarter of the lines is greedy and repeats others, half of those one single question; the
+    next quarter begins alike.
+    """
+    content = f"hello {number}"
+    body: dict[str, Any] = {}
+    if number % 8 == 0:
+        content, body = "hello everybody", {"temperature": 0}
+    elif number % 8 == 4:
+        content, body = f"hello again {number // 8 % 9}", {"temperature": 0}
+    elif number % 4 == 1:
+        said = "This is said at the beginning of a good many of these requests. " * 12
+        begins = {"role": "system", "content": f"{number // 4 % 3} {said}"}
+        body = {"messages": [begins, {"role": "user", "content": content}]}
+    return make_line(f"r{number}", content, **body)
 
 
 def make_request(request_id: int = 1, content: str = "hello", **sampling: Any) -> Request:
@@ -136,6 +156,7 @@ class Bench:
                 sha256=hash_bytes(content or b""),
                 blob_key=input_key(file_id),
                 created_at=now,
+                tenant_id=changes.get("tenant_id", DEFAULT_TENANT),
             ),
         )
         batch = make_batch(
@@ -162,6 +183,7 @@ class Bench:
         lease: Lease | None = None,
         *,
         describe: Callable[[str], Capabilities] = describe,
+        cache: Cache | None = None,
         **limits: Any,
     ) -> Batch:
         """Plan the batch of `lease`, or whichever is next; return it as it is then."""
@@ -173,6 +195,7 @@ class Bench:
             describe=describe,
             checker=self.sandbox,
             limits=PlanLimits(**limits),
+            cache=cache,
         )
         return batches.get(self.db, lease.batch_id)
 
@@ -184,9 +207,9 @@ class Bench:
         assert batch.status is BatchStatus.IN_PROGRESS, batch.errors
         return batch
 
-    def finalize(self) -> Batch:
+    def finalize(self, cache: Cache | None = None) -> Batch:
         lease = self.claim(UnitKind.FINALIZE)
-        finalizer.finalize(self.db, self.blobs, lease)
+        finalizer.finalize(self.db, self.blobs, lease, cache=cache)
         return batches.get(self.db, lease.batch_id)
 
     def states(self, batch: Batch) -> list[UnitState]:

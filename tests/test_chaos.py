@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from jobs.client import Batch, RequestCounts, Usage
-from scripts.chaos_check import Fate, Findings, Job, check_files
+from jobs.domain.plan import MAX_FOLLOWERS
+from scripts.chaos_check import Fate, Findings, Job, check_files, check_followers
 
 NUM_LINES = 5
 Line = dict[str, Any]
@@ -90,3 +91,43 @@ def test_counts_and_usage_that_do_not_add_up_are_problems() -> None:
         "counts (total, completed, failed)",
         "usage (input, output)",
     ]
+
+
+def make_job(num_lines: int) -> Job:
+    return Job(number=7, num_lines=num_lines, fate="completed", path=Path("in.jsonl"))
+
+
+def follower(custom_id: str, leader: str, said: str) -> Line:
+    one = answer(custom_id)
+    one["response"]["body"] |= {"choices": [said], "batchctl": {"same_as": leader}}
+    return one
+
+
+def test_a_third_of_the_lines_repeats_others_and_one_question_has_several_leaders() -> None:
+    job = make_job(4000)
+    asked = [repr(job.body(index)) for index in range(4000)]
+    assert 4000 - len(set(asked)) > job.num_folded > 1000
+    assert asked.count(asked[0]) == 400 > MAX_FOLLOWERS + 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_good"),
+    [
+        ([("b07-0", "", "yes"), ("b07-10", "b07-0", "yes")], True),
+        ([("b07-0", "", "yes"), ("b07-10", "b07-0", "no")], False),
+        ([("b07-1", "", "yes"), ("b07-10", "b07-1", "yes")], False),
+        ([("b07-0", "b07-10", "yes"), ("b07-10", "b07-0", "yes")], False),
+        ([("b07-3", "", "yes"), ("b07-13", "b07-3", "yes")], False),
+    ],
+)
+def test_a_follower_has_the_answer_to_its_own_question(
+    lines: list[tuple[str, str, str]],
+    is_good: bool,  # noqa: FBT001
+) -> None:
+    output = [follower(*line) for line in lines]
+    for line in output:
+        if not line["response"]["body"]["batchctl"]["same_as"]:
+            del line["response"]["body"]["batchctl"]
+    findings = Findings()
+    check_followers(findings, make_job(20), output)
+    assert findings.is_good is is_good

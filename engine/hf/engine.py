@@ -2,34 +2,42 @@
 
 transformers brings the paged cache, the scheduler and prefix sharing; the loop is ours. It runs
 in the thread of whoever iterates `generate`, one step at a time, so a request ends at exactly the
-token that ends it, errors arrive where they belong, and nothing is polled.
+token that ends it, errors arrive where they belong, and nothing is polled. Requests are encoded,
+and their constraints compiled, in a thread beside it.
 
-    take -> encode -> [ schedule -> forward -> choose -> update ] -> Result
-                        one step, all running sequences
+    take -> prepare -> start -> [ schedule -> forward -> choose -> update ] -> Result
+            (ahead)               one step, all running sequences
 """
 
+import queue
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 import msgspec
-import numpy as np
 import torch
 
+from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
-from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
+from engine.constraints import (
+    ConstraintTooComplex,
+    Enforcement,
+    Masks,
+    Matcher,
+    TokenizerConstraints,
+)
 from engine.hf import rows, steps, tokens, weights
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
-_ADMIT_AT_ONCE = 8
 
 
 class _Sequence:
@@ -71,6 +79,10 @@ class _Sequence:
         self.said: list[int] = []
 
 
+_Prepared = tuple[_Sequence, list[int]] | Result
+"""A sequence and the tokens of its prompt, or the result of a request that cannot run."""
+
+
 class HfEngine:
     """A transformers model that works on `num_slots` sequences at once."""
 
@@ -98,12 +110,19 @@ class HfEngine:
         self._model_defaults = read_model_defaults(loaded.generation_config)
         self._eos = frozenset(loaded.eos_tokens)
         self._stepper: steps.Stepper | None = steps.Stepper(loaded, config)
-        self._mask = np.full((config.slots, self._constraints.num_words), -1, dtype=np.int32)
+        self._tuner: Tuner = self._stepper.tuner
+        self._num_slots = self._stepper.max_slots
+        self._masks = Masks(
+            self._num_slots,
+            self._constraints.num_words,
+            is_beside=loaded.device.type != "cpu",
+        )
         self._context_tokens = min(loaded.context_tokens, self._stepper.max_sequence_tokens)
         self._capabilities = msgspec.structs.replace(
             self._capabilities,
             # One sequence may have all of the cache.
             cache_tokens=self._stepper.max_sequence_tokens,
+            num_slots=self._num_slots,
         )
         self._num_done = 0
 
@@ -114,8 +133,13 @@ class HfEngine:
 
     @property
     def num_slots(self) -> int:
-        """How many sequences are generated at once."""
-        return self._config.slots
+        """How many sequences are generated at once, at most."""
+        return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning:
+        """How many sequences and tokens a step has now; any thread may ask."""
+        return self._tuner.report(cache_tokens=self._capabilities.cache_tokens)
 
     def progress(self) -> int:
         """Return the number of tokens and prefill steps so far; any thread may ask."""
@@ -163,55 +187,79 @@ class HfEngine:
     def _run(
         self, source: Source, stepper: steps.Stepper, live: dict[str, _Sequence]
     ) -> Generator[Result]:
+        ready: queue.SimpleQueue[_Prepared | Failure] = queue.SimpleQueue()
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        while is_open or live:
-            if is_open:
-                taken = self._take(source, len(live))
-                is_open = taken is not None
-                for request in taken or ():
-                    started = self._start(request, stepper)
-                    if isinstance(started, Result):
-                        yield started
-                    else:
-                        live[started.key] = started
-            if time.monotonic() >= next_abort_at:
-                next_abort_at = time.monotonic() + _ABORT_SECONDS
-                for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
-                    stepper.cancel(sequence.key)
-                    del live[sequence.key]
-            keys = stepper.prepare() if live else None
-            if keys is not None:
-                yield from self._step(keys, stepper, live)
-            elif is_open or live:
-                time.sleep(_IDLE_SECONDS)
+        with Ahead(self._prepare, ready.put, num_slots=self._tuner.limit) as ahead:
+            while is_open or live or ahead.pending:
+                ahead.num_slots = self._tuner.limit
+                if is_open and (room := ahead.room):
+                    taken = source.take(room)
+                    is_open = taken is not None
+                    ahead.hand_over(taken or ())
+                # What runs waits for nobody; when nothing does, the next that is ready is awaited.
+                for one in drain(ready, 0 if live else _IDLE_SECONDS):
+                    result = self._start(one, source, stepper, live, ahead)
+                    if result is not None:
+                        ahead.forget(result.id)
+                        yield result
+                if time.monotonic() >= next_abort_at:
+                    next_abort_at = time.monotonic() + _ABORT_SECONDS
+                    for sequence in [s for s in live.values() if source.is_aborted(s.id)]:
+                        stepper.cancel(sequence.key)
+                        del live[sequence.key]
+                        ahead.forget(sequence.id)
+                keys = stepper.prepare() if live else None
+                if keys is not None:
+                    for result in self._step(keys, stepper, live):
+                        ahead.forget(result.id)
+                        yield result
+                elif live:
+                    time.sleep(_IDLE_SECONDS)
 
-    def _take(self, source: Source, num_live: int) -> Sequence[Request] | None:
-        """Ask for what keeps the slots full, and a queue behind them that is twice as long."""
-        room = 3 * self._config.slots - num_live
-        if room <= 0:
-            return ()
-        # Few at a time: encoding holds up the sequences that are already running.
-        return source.take(min(room, max(self._config.slots - num_live, _ADMIT_AT_ONCE)))
+    def _start(
+        self,
+        prepared: _Prepared | Failure,
+        source: Source,
+        stepper: steps.Stepper,
+        live: dict[str, _Sequence],
+        ahead: Ahead[_Prepared],
+    ) -> Result | None:
+        """Queue a sequence that is ready; return the result of a request that cannot run."""
+        if isinstance(prepared, Failure):
+            prepared.surface()
+        if isinstance(prepared, Result):
+            ahead.receive(prepared.id)
+            return prepared
+        sequence, prompt = prepared
+        ahead.receive(sequence.id)
+        if source.is_aborted(sequence.id):
+            ahead.forget(sequence.id)
+        else:
+            live[sequence.key] = sequence
+            stepper.add(sequence.key, prompt)
+        return None
 
     def _step(
         self, keys: list[str], stepper: steps.Stepper, live: dict[str, _Sequence]
     ) -> list[Result]:
         """Move every running sequence on; return the results of those that ended."""
         choosers = [live[key] for key in keys]
-        chosen = stepper.forward([sequence.row for sequence in choosers], self._mask)
+        chosen = stepper.forward([sequence.row for sequence in choosers], self._masks)
         stepper.finish(chosen)
         self._num_done += max(1, len(choosers))
         results: list[Result] = []
         for sequence, token in zip(choosers, chosen, strict=True):
             result = self._advance(sequence, token, stepper)
+            if result is None and self._config.forced_tokens:
+                result = self._jump(sequence, stepper)
             if result is not None:
                 del live[sequence.key]
                 results.append(result)
         return results
 
-    def _start(self, request: Request, stepper: steps.Stepper) -> _Sequence | Result:
-        """Queue a request, or return its result where it cannot run."""
+    def _prepare(self, request: Request) -> _Prepared:
+        """Return a sequence that can be queued; in the thread beside the engine's."""
         where = "messages" if request.messages is not None else "prompt"
         try:
             prompt = self._encoder.encode(request)
@@ -251,8 +299,7 @@ class HfEngine:
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignores_eos=sampling.ignore_eos and request.constraint is None,
         )
-        stepper.add(sequence.key, prompt)
-        return sequence
+        return sequence, prompt
 
     def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
         """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
@@ -283,6 +330,26 @@ class HfEngine:
             return self._end(sequence, stepper, "stop", text=stops.text)
         if len(sequence.said) >= sequence.max_tokens:
             return self._end(sequence, stepper, "length")
+        return None
+
+    def _jump(self, sequence: _Sequence, stepper: steps.Stepper) -> Result | None:
+        """Take the tokens that a constraint leaves no choice about, without a step for each.
+
+        Each counts, and ends the answer, as one that was chosen.
+        """
+        matcher = sequence.row.matcher
+        taken: list[int] = []
+        for token in matcher.forced() if matcher is not None else ():
+            rows.skip(sequence.row)
+            result = self._advance(sequence, token, stepper)
+            if result is not None:
+                return result
+            taken.append(token)
+            if sequence.row.matcher is None:
+                break  # the library gave up: what follows is the model's choice
+        if taken:
+            self._num_done += len(taken)
+            stepper.append(sequence.key, taken)
         return None
 
     def _fail(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result:

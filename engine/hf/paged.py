@@ -6,6 +6,8 @@ away, and it is most of a step. Here a step is split by what it asks for:
 
     decoding    one query per sequence: sequences of similar length together, as one batched
                 product over their gathered pages
+    runs        a few queries behind what is cached, as tokens of an answer that are known or the
+                last of a prompt: together in the same way, as wide as the widest of them
     prefilling  each sequence by itself, causal
 
 The cache tensor and its blocks are transformers'; only the arrangement inside a page is ours,
@@ -27,15 +29,21 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 IMPLEMENTATION = "batchctl_paged"
 _MIN_FILL = 0.6
 """A group holds sequences of at least this share of its longest: less padding, more products."""
+_MAX_RUN = 16
+"""A longer run is a prompt: by itself it is one product of useful size, and pads nobody."""
 _MAX_GROUP_TOKENS = 65_536
 """Bounds the copy of keys and values that a group makes in each layer."""
 
 
 class _Group(msgspec.Struct, frozen=True):
-    """Sequences that decode together: rows `start` to `stop` of the step."""
+    """Sequences that are computed together, with `width` queries each.
 
-    start: int
-    stop: int
+    `rows` are where these stand in the step; a sequence with fewer has its last one repeated.
+    """
+
+    size: int
+    width: int
+    rows: slice | torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     bias: torch.Tensor
@@ -110,11 +118,20 @@ class PagedInputs:
             rows[at] = rows[at].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def prepare_batch_tensors(self, requests_in_batch: list[Any], **_ignored: object) -> None:
-        """Lay out a step: decoding sequences by length, then those that prefill."""
-        decoding = [f for f in requests_in_batch if f.query_length == 1]
+        """Lay out a step: decoding sequences by length, runs by length, then those that prefill."""
+        decoding: list[Any] = []
+        runs: list[Any] = []
+        prefilling: list[Any] = []
+        for future in requests_in_batch:
+            if future.query_length == 1:
+                decoding.append(future)
+            elif future.query_length <= _MAX_RUN and future.state.position_offset:
+                runs.append(future)
+            else:
+                prefilling.append(future)
         decoding.sort(key=lambda f: f.state.position_offset)
-        prefilling = [f for f in requests_in_batch if f.query_length != 1]
-        self.requests_in_batch = decoding + prefilling
+        runs.sort(key=lambda f: f.state.position_offset + f.query_length)
+        self.requests_in_batch = decoding + runs + prefilling
         tokens: list[int] = []
         last: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -127,6 +144,7 @@ class PagedInputs:
                 last.append(len(tokens) - 1)
                 state.tokens_to_process = []
         page = self._page_tokens
+        single, grouped = len(decoding), len(decoding) + len(runs)
         tables = [self._blocks[f.state.request_id] for f in self.requests_in_batch]
         positions = np.empty(len(tokens), dtype=np.int64)
         blocks = np.empty(len(tokens), dtype=np.int64)
@@ -153,37 +171,52 @@ class PagedInputs:
             page_tokens=page,
             key_places=key_places,
             value_places=key_places + self._kv_heads * page,
-            groups=self._group(spans[: len(decoding)], tables),
-            prompts=self._prompts(spans[len(decoding) :], tables[len(decoding) :], len(decoding)),
+            groups=[
+                *self._group(spans[:single], tables, 0),
+                *self._group(spans[single:grouped], tables[single:], single),
+            ],
+            prompts=self._prompts(
+                spans[grouped:], tables[grouped:], sum(length for _, length in spans[:grouped])
+            ),
         )
 
-    def _group(self, spans: list[tuple[int, int]], tables: list[list[int]]) -> list[_Group]:
+    def _group(
+        self, spans: list[tuple[int, int]], tables: list[list[int]], first_row: int
+    ) -> list[_Group]:
+        """Return groups of sequences, of which the first one's queries begin at `first_row`."""
         groups: list[_Group] = []
-        stop = len(spans)
         page = self._page_tokens
+        needed = [-(-(past + length) // page) for past, length in spans]
+        pasts = np.array([past for past, _ in spans])
+        lengths = np.array([length for _, length in spans])
+        rows = first_row + np.cumsum(lengths) - lengths
+        stop = len(spans)
         while stop:
             # Lengths rise, so the last is the longest.
-            num_pages = -(-(spans[stop - 1][0] + 1) // page)
+            num_pages = needed[stop - 1]
             start = stop - 1
             most = max(1, _MAX_GROUP_TOKENS // (num_pages * page))
-            while start and stop - start < most:
-                if -(-(spans[start - 1][0] + 1) // page) < num_pages * _MIN_FILL:
-                    break
+            while start and stop - start < most and needed[start - 1] >= num_pages * _MIN_FILL:
                 start -= 1
-            table = np.zeros((stop - start, num_pages), dtype=np.int64)
+            size, width = stop - start, int(lengths[start:stop].max())
+            table = np.zeros((size, num_pages), dtype=np.int64)
             for row, blocks in enumerate(tables[start:stop]):
                 count = min(len(blocks), num_pages)
                 table[row, :count] = blocks[:count]
             keys, values = self._pages_of(table)
-            lengths = np.array([past + 1 for past, _ in spans[start:stop]])
-            bias = np.where(np.arange(num_pages * page) < lengths[:, None], 0.0, -np.inf)
+            queries = np.minimum(np.arange(width), lengths[start:stop, None] - 1)
+            reach = pasts[start:stop, None] + queries
+            bias = np.where(np.arange(num_pages * page) <= reach[:, :, None], 0.0, -np.inf)
             groups.append(
                 _Group(
-                    start,
-                    stop,
+                    size,
+                    width,
+                    slice(int(rows[start]), int(rows[start]) + size)
+                    if width == 1
+                    else self._tensor((rows[start:stop, None] + queries).reshape(-1)),
                     keys,
                     values,
-                    self._tensor(bias.astype(np.float32)).view(stop - start, 1, 1, -1),
+                    self._tensor(bias.astype(np.float32)).view(size, 1, 1, width, -1),
                 )
             )
             stop = start
@@ -248,15 +281,17 @@ def attend(
     by_page = plan.memory.view(-1, plan.page_tokens * head_dim)
     out = query.new_empty(num_tokens, num_heads, head_dim)
     for group in plan.groups:
-        size = group.stop - group.start
-        asked = query[0, :, group.start : group.stop].view(kv_heads, shared, size, head_dim)
-        asked = asked.permute(2, 0, 1, 3).reshape(size * kv_heads, shared, head_dim)
+        size, width = group.size, group.width
+        asked = query[0, :, group.rows].view(kv_heads, shared, size, width, head_dim)
+        asked = asked.permute(2, 0, 1, 3, 4).reshape(size * kv_heads, shared * width, head_dim)
         keys = by_page.index_select(0, group.keys[layer]).view(size * kv_heads, -1, head_dim)
         scores = torch.bmm(asked, keys.transpose(1, 2)).float().mul_(scale)
-        scores = scores.view(size, kv_heads, shared, -1).add_(group.bias)
-        weights = scores.softmax(dim=-1).to(query.dtype).view(size * kv_heads, shared, -1)
+        scores = scores.view(size, kv_heads, shared, width, -1).add_(group.bias)
+        weights = scores.softmax(dim=-1).to(query.dtype).view(size * kv_heads, shared * width, -1)
         values = by_page.index_select(0, group.values[layer]).view(size * kv_heads, -1, head_dim)
-        out[group.start : group.stop] = torch.bmm(weights, values).view(size, num_heads, head_dim)
+        attended = torch.bmm(weights, values).view(size, kv_heads, shared, width, head_dim)
+        attended = attended.permute(0, 3, 1, 2, 4).reshape(size * width, num_heads, head_dim)
+        out[group.rows] = attended
     for prompt in plan.prompts:
         rows = slice(prompt.start, prompt.stop)
         if prompt.keys is None or prompt.values is None:

@@ -27,6 +27,9 @@ from jobs.domain.result import LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _AHEAD_BATCHES = 4
+_SLOTS = 64
+_CPU_TOKENS, _GPU_TOKENS = 2048, 32_768
+"""In a batch, where nobody says: a processor is busy with few, a GPU wants many."""
 _PADDING = 8
 """Sequences are padded to a multiple of so many tokens."""
 
@@ -69,7 +72,6 @@ class HfPoolingEngine:
             EngineMisconfigured: the model cannot be loaded as configured.
             EngineOutOfMemory: it does not fit.
         """
-        self._config = config
         self._capabilities = describe_model(config, model or config.model)
         loaded = weights.load_encoder(config)
         self._model: Any = loaded.model
@@ -83,7 +85,9 @@ class HfPoolingEngine:
         self._context_tokens = self._capabilities.context_tokens
         self._vocab_size = loaded.vocab_size
         self._takes_types = "token_type_ids" in loaded.tokenizer.model_input_names
-        self._batch_tokens = max(config.batch_tokens, self._context_tokens)
+        self._num_slots = config.slots or _SLOTS
+        budget = config.batch_tokens or (_CPU_TOKENS if self._device.type == "cpu" else _GPU_TOKENS)
+        self._batch_tokens = max(budget, self._context_tokens)
         self._num_done = 0
 
     @property
@@ -94,7 +98,12 @@ class HfPoolingEngine:
     @property
     def num_slots(self) -> int:
         """How many requests are worked on at once."""
-        return self._config.slots
+        return self._num_slots
+
+    @property
+    def tuning(self) -> None:
+        """Nothing: how much it works on depends on the lengths of the texts alone."""
+        return
 
     def progress(self) -> int:
         """Return the number of batches so far; any thread may ask."""
@@ -127,8 +136,8 @@ class HfPoolingEngine:
         waiting: list[_Part] = []
         is_open = True
         while is_open or waiting:
-            if is_open and len(waiting) < _AHEAD_BATCHES * self._config.slots:
-                taken = source.take(self._config.slots)
+            if is_open and len(waiting) < _AHEAD_BATCHES * self._num_slots:
+                taken = source.take(self._num_slots)
                 is_open = taken is not None
                 for request in taken or ():
                     parts = self._encode(request)

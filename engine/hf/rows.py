@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 
-from engine.constraints import Mask, Matcher
+from engine.constraints import Mask, Masks, Matcher
 
 _SHORTLIST = 1024
 """Rows with top-k or top-p look at so many tokens first: a full sort is 20 times dearer."""
@@ -31,7 +31,12 @@ class Row(msgspec.Struct):
     matcher: Matcher | None = None
 
 
-def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tensor:
+def begin_masks(rows: Sequence[Row], masks: Masks) -> None:
+    """Begin to fill the masks of a step, which `choose` needs in the end."""
+    masks.begin([row.matcher for row in rows if row.matcher is not None])
+
+
+def choose(logits: torch.Tensor, rows: Sequence[Row], masks: Masks) -> torch.Tensor:
     """Return the chosen token of each row, as int64 on the device of `logits`.
 
     A row without anything to choose by gets `BAD_LOGITS` or `NO_CHOICE`.
@@ -39,11 +44,11 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tenso
     Args:
         logits: [len(rows), vocabulary]; may be overwritten.
         rows: who chooses, in the order of `logits`.
-        mask: scratch space of at least len(rows) rows of 32-bit words, one bit per token.
+        masks: those that `begin_masks` began to fill for the same rows.
     """
     constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
     if constrained:
-        logits = _constrain(logits, rows, constrained, mask)
+        logits = _constrain(logits, len(rows), constrained, masks.take())
     best, chosen = logits.max(dim=-1)
     sampled = [i for i, row in enumerate(rows) if row.temperature > 0 and row.top_k != 1]
     if sampled:
@@ -61,14 +66,15 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], mask: Mask) -> torch.Tenso
     )
 
 
+def skip(row: Row) -> None:
+    """Pass over a token that was known: the next ones are drawn as if it had been chosen."""
+    if row.rng is not None:
+        row.rng.random()
+
+
 def _constrain(
-    logits: torch.Tensor, rows: Sequence[Row], constrained: list[int], mask: Mask
+    logits: torch.Tensor, num_rows: int, constrained: list[int], words: Mask
 ) -> torch.Tensor:
-    for place, i in enumerate(constrained):
-        matcher = rows[i].matcher
-        if matcher is not None:
-            matcher.fill(mask[place])
-    words = mask[: len(constrained)]
     if logits.device.type == "cpu":
         bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
         forbidden = torch.from_numpy(bits[:, : logits.shape[1]]) == 0
@@ -82,7 +88,7 @@ def _constrain(
         forbidden = torch.nn.functional.pad(
             forbidden, (0, logits.shape[1] - forbidden.shape[1]), value=True
         )
-    if len(constrained) == len(rows):
+    if len(constrained) == num_rows:
         return logits.masked_fill_(forbidden, -torch.inf)
     at = torch.tensor(constrained, device=logits.device)
     return logits.index_copy_(0, at, logits[at].masked_fill_(forbidden, -torch.inf))

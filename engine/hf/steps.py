@@ -3,7 +3,8 @@
 Stands on private parts of transformers, which is why its version is pinned exactly.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import psutil
@@ -25,9 +26,10 @@ from transformers.generation.continuous_batching.utils import stream_context
 from typing_extensions import override
 
 from engine.config import HfConfig
-from engine.constraints import Mask
+from engine.constraints import Masks
 from engine.hf import paged, rows
 from engine.hf.weights import Loaded
+from engine.tuning import DeviceKind, Part, Room, Start, Tuner, choose_hf
 from jobs.domain.errors import EngineOutOfMemory
 
 _CACHE_SHARE_OF_CPU_MEMORY = 0.25
@@ -39,7 +41,18 @@ class _Scheduler(FIFOScheduler):
     A block can be shared once the step that computes it has ended, so of siblings admitted in one
     step each would compute the same blocks. All but one stay queued until the blocks they share
     are there; others take their places meanwhile.
+
+    Attributes:
+        limit: how many sequences may be on their way at once; those that are stay.
+        part: who takes part in the next step.
+        batch_tokens: the next step's token budget.
+        num_queued: sequences that were queued since somebody set it to nothing.
     """
+
+    limit: int
+    part: Part = "all"
+    batch_tokens: int
+    num_queued = 0
 
     @override
     def reset(self) -> None:
@@ -64,6 +77,33 @@ class _Scheduler(FIFOScheduler):
         return tokens
 
     @override
+    def _schedule_request(
+        self,
+        state: RequestState,
+        request_tokens: list[int],
+        token_budget: int,
+        request_ids_to_remove_from_waiting: set[str],
+    ) -> None:
+        if state.status == RequestStatus.DECODING and len(request_tokens) > token_budget:
+            # A known piece of an answer that goes in parts, as a long prompt does. Left as it is,
+            # the first part would be computed again and again.
+            state.status = RequestStatus.PREFILLING
+        super()._schedule_request(
+            state, request_tokens, token_budget, request_ids_to_remove_from_waiting
+        )
+
+    @override
+    def schedule_batch(
+        self, token_budget: int, cache_budget: int
+    ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
+        return super().schedule_batch(self.batch_tokens, cache_budget)
+
+    @override
+    def add_waiting_request(self, state: RequestState) -> None:
+        super().add_waiting_request(state)
+        self.num_queued += 1
+
+    @override
     def _process_candidates(
         self,
         candidates: Iterable[RequestState],
@@ -71,6 +111,7 @@ class _Scheduler(FIFOScheduler):
         cache_budget: int,
         request_ids_to_remove_from_waiting: set[str],
     ) -> tuple[list[FutureRequestState], bool, bool, int, int]:
+        candidates = self._choose(candidates)
         if self.cache.use_prefix_sharing:
             candidates = self._hold_back(candidates)
         # They are gone through once, each before the next is asked for.
@@ -80,6 +121,21 @@ class _Scheduler(FIFOScheduler):
             cache_budget,
             request_ids_to_remove_from_waiting,
         )
+
+    def _choose(self, candidates: Iterable[RequestState]) -> Iterator[RequestState]:
+        """Leave out who is not of the step's part, and who would be one too many."""
+        if self.part != "all":
+            decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
+            yield from decoding[self.part == "odd" :: 1 if self.part == "decoding" else 2]
+            return
+        for state in candidates:
+            # Those that wait come last, and one that was let in is active before the next.
+            if (
+                state.request_id not in self.active_requests
+                and len(self.active_requests) >= self.limit
+            ):
+                return
+            yield state
 
     def _hold_back(self, candidates: Iterable[RequestState]) -> Iterator[RequestState]:
         """Leave out who needs a block next that another one is about to compute.
@@ -135,16 +191,26 @@ class Stepper:
             EngineOutOfMemory: there is no room for one.
         """
         self._model: Any = loaded.model
-        self._uses_own_attention = False
         self._batch: list[Any] = []
-        num_blocks = config.num_blocks or count_blocks(loaded, config)
+        kinds = group_layers_by_attn_type(self._model.config.get_text_config())
+        self._uses_own_attention = not config.flash_attention and paged.suits(
+            loaded.model, list(kinds)
+        )
+        start, num_blocks = choose_start(
+            loaded, config, masks_cache=not (self._uses_own_attention or config.flash_attention)
+        )
+        self.max_slots = start.max_slots
+        self.tuner = Tuner(start, is_live=config.tune)
+        self._clock = _clock_of(loaded)
+        self._began_at = 0.0
+        self._num_evicted = 0
         try:
             try:
-                self._processor = self._open(loaded, config, num_blocks)
+                self._processor = self._open(config, start, num_blocks)
             except MemoryError:
                 # transformers reckons with copies that this attention does not make; where it
                 # says no, let it choose.
-                self._processor = self._open(loaded, config, None)
+                self._processor = self._open(config, start, None)
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise EngineOutOfMemory(
                 "There is no memory left for the cache; lower slots, batch_tokens or num_blocks."
@@ -156,14 +222,18 @@ class Stepper:
             self._processor.inputs_and_outputs = self._paged
         self.max_sequence_tokens = infer_max_single_request_tokens(cache)
 
-    def _open(self, loaded: Loaded, config: HfConfig, num_blocks: int | None) -> Any:  # noqa: ANN401
+    def _open(self, config: HfConfig, start: Start, num_blocks: int | None) -> Any:  # noqa: ANN401
         manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=config.page_tokens,
                 num_blocks=num_blocks,
-                max_batch_tokens=max(config.batch_tokens, config.slots),
-                max_requests_per_batch=config.slots,
+                # What its own inputs have room for, a mask of all the cache for each among them;
+                # this attention has inputs of its own, and the scheduler a budget of its own.
+                max_batch_tokens=start.max_slots
+                if self._uses_own_attention
+                else start.max_batch_tokens,
+                max_requests_per_batch=start.max_slots,
                 max_memory_percent=0.9,
                 scheduler_type="batchctl",
                 use_async_batching=False,
@@ -171,10 +241,8 @@ class Stepper:
                 auto_switch_to_flash=False,
             ),
         )
-        kinds = group_layers_by_attn_type(self._model.config.get_text_config())
-        if not config.flash_attention and paged.suits(loaded.model, list(kinds)):
+        if self._uses_own_attention:
             self._model.set_attn_implementation(paged.IMPLEMENTATION)
-            self._uses_own_attention = True
         return manager._create_batch_processor()  # noqa: SLF001 -- the manager's thread is not used
 
     @property
@@ -225,14 +293,22 @@ class Stepper:
             the sequences that will get a token, in the order of their rows; None if there is
             nothing that can be computed.
         """
+        scheduler, tuner = self._scheduler, self.tuner
+        scheduler.part, scheduler.limit = tuner.next_part(), tuner.limit
+        scheduler.batch_tokens, scheduler.num_queued = tuner.batch_tokens, 0
+        self._began_at = self._clock()
         if not self._processor.prepare_next_batch():
+            tuner.skip()
             return None
+        # Who was queued meanwhile gave its blocks to others.
+        self._num_evicted = scheduler.num_queued
         self._batch = self._processor.inputs_and_outputs.requests_in_batch
         return [f.state.request_id for f in self._batch if f.has_new_token]
 
     @torch.inference_mode()
-    def forward(self, choosers: Sequence[rows.Row], mask: Mask) -> list[int]:
+    def forward(self, choosers: Sequence[rows.Row], masks: Masks) -> list[int]:
         """Run the model and return the token that each row chose."""
+        rows.begin_masks(choosers, masks)
         inputs = self._processor.inputs_and_outputs
         keeps_logits = self._processor.model_runner.supports_logits_to_keep(self._model)
         with stream_context(inputs.compute_stream):
@@ -254,15 +330,18 @@ class Stepper:
                 logits = logits[last]
             if not choosers:
                 return []
-            chosen: list[int] = rows.choose(logits.float(), choosers, mask).tolist()
+            chosen: list[int] = rows.choose(logits.float(), choosers, masks).tolist()
             return chosen
 
     def finish(self, chosen: list[int]) -> None:
         """Hand every sequence its token."""
         cache = self._processor.cache
         following = iter(chosen)
+        num_tokens = num_cached = 0
         for future in self._batch:
             state = future.state
+            num_tokens += future.query_length
+            num_cached += state.position_offset
             if future.has_new_token:
                 token = next(following)
                 state.status = RequestStatus.DECODING
@@ -270,13 +349,42 @@ class Stepper:
                 state.tokens_to_process = [token]
             if future.complete_blocks:
                 cache.mark_complete_blocks(state, future.complete_blocks)
+        self.tuner.note(
+            num_rows=len(chosen),
+            num_tokens=num_tokens,
+            num_cached=num_cached,
+            num_waiting=len(self._scheduler.waiting_requests),
+            num_evicted=self._num_evicted,
+            seconds=self._clock() - self._began_at,
+        )
+
+    def append(self, key: str, tokens: Sequence[int]) -> None:
+        """Give a sequence that has just got its token more of them, which are known already.
+
+        They are computed with the next step, all at once.
+        """
+        state = self._scheduler.active_requests[key]
+        state.generated_tokens.extend(tokens)
+        state.tokens_to_process = [*state.tokens_to_process, *tokens]
 
 
-def count_blocks(loaded: Loaded, config: HfConfig) -> int:
-    """Return how many blocks of the cache to make.
+def _clock_of(loaded: Loaded) -> Callable[[], float]:
+    """Return what steps are timed by: this thread's own time where it does all of the work.
 
-    Never more than all slots at full context need. One block is a tensor of the model's dtype,
-    [2 (key, value), num_layers, page_tokens, num_kv_heads, head_dim].
+    What else the machine does then changes nothing.
+    """
+    is_alone = loaded.device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if is_alone else time.perf_counter
+
+
+def choose_start(loaded: Loaded, config: HfConfig, *, masks_cache: bool) -> tuple[Start, int]:
+    """Return what to begin with, and how many blocks of the cache to make.
+
+    One block is a tensor of the model's dtype, [2 (key, value), num_layers, page_tokens,
+    num_kv_heads, head_dim].
+
+    Args:
+        masks_cache: as in Room.
 
     Raises:
         EngineOutOfMemory: not even one sequence fits.
@@ -289,22 +397,39 @@ def count_blocks(loaded: Loaded, config: HfConfig) -> int:
     block_bytes = 2 * int(text.num_hidden_layers) * config.page_tokens * kv_heads * head_dim
     block_bytes *= itemsize
     # Beside its own bytes, a cached token costs a place in the step's index tensors.
-    if loaded.device.type == "cuda":
-        free_bytes = int(torch.cuda.mem_get_info(loaded.device)[0] * 0.8)
-    elif loaded.device.type == "mps":
-        free_bytes = int(
-            (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()) * 0.5
-        )
+    kind = cast("DeviceKind", loaded.device.type)
+    if kind == "cuda":
+        free_bytes = int(torch.cuda.mem_get_info(loaded.device)[0])
+        cache_bytes = int(free_bytes * 0.8)
+    elif kind == "mps":
+        free_bytes = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        cache_bytes = int(free_bytes * 0.5)
     else:
-        free_bytes = int(psutil.virtual_memory().available * _CACHE_SHARE_OF_CPU_MEMORY)
-    fitting = free_bytes // block_bytes
-    if fitting < 2:  # noqa: PLR2004 -- one to write and one to spare
+        free_bytes = psutil.virtual_memory().available
+        cache_bytes = int(free_bytes * _CACHE_SHARE_OF_CPU_MEMORY)
+    page = config.page_tokens
+    fitting = config.num_blocks or cache_bytes // block_bytes
+    if fitting < 2 and config.num_blocks is None:  # noqa: PLR2004 -- one to write, one to spare
         raise EngineOutOfMemory(
-            f"The cache has room for {fitting} blocks of {config.page_tokens} tokens; use "
-            "quantization nf4, a smaller model or a larger device."
+            f"The cache has room for {fitting} blocks of {page} tokens; use quantization nf4, a "
+            "smaller model or a larger device."
         )
-    per_sequence = -(-loaded.context_tokens // config.page_tokens) + 1
-    return int(min(fitting, config.slots * per_sequence))
+    intermediate = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    start = choose_hf(
+        Room(
+            device=kind,
+            cache_tokens=fitting * page,
+            # A sequence ends within a page, and the next token may begin one.
+            context_tokens=(-(-loaded.context_tokens // page) + 1) * page,
+            step_bytes=(6 * int(text.hidden_size) + 3 * intermediate) * itemsize,
+            free_bytes=free_bytes,
+            masks_cache=masks_cache,
+        ),
+        slots=config.slots,
+        batch_tokens=config.batch_tokens,
+        is_cache_set=config.num_blocks is not None,
+    )
+    return start, start.cache_tokens // page
 
 
 SCHEDULER_MAPPING["batchctl"] = _Scheduler

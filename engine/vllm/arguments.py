@@ -14,6 +14,8 @@ from vllm.plugins import load_general_plugins
 
 from engine import checkpoint
 from engine.config import DROPPED_BY_VLLM, VllmConfig
+from engine.memory import WeightKind, read_size, weight_bytes
+from engine.tuning import choose_vllm
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CPU_CACHE_BYTES = 4 << 30
@@ -62,14 +64,15 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         raise EngineMisconfigured(f"squeezellm is not possible: {DROPPED_BY_VLLM['squeezellm']}.")
     described = read_object(folder / "config.json")
     path = Path(config.model).expanduser()
+    slots, batch_tokens = _amounts(config, folder)
     arguments: dict[str, Any] = {
         "model": str(path) if path.is_dir() else config.model,
         "revision": config.revision,
         "dtype": config.dtype,
         "quantization": _quantization(config.quantization, described),
         "max_model_len": config.context_tokens,
-        "max_num_seqs": config.slots,
-        "max_num_batched_tokens": config.batch_tokens,
+        "max_num_seqs": slots,
+        "max_num_batched_tokens": batch_tokens,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "gpu_memory_utilization": config.gpu_memory_utilization,
@@ -95,6 +98,29 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         return AsyncEngineArgs(**given | config.engine_args)
     except (TypeError, ValueError, AssertionError) as error:
         raise EngineMisconfigured(f"vLLM refuses its arguments: {first_line(error)}") from error
+
+
+def _amounts(config: VllmConfig, folder: Path) -> tuple[int, int | None]:
+    """Return how many sequences, and how many tokens in a step (None: vLLM's own choice)."""
+    if config.slots is not None and config.batch_tokens is not None:
+        return config.slots, config.batch_tokens
+    size = read_size(folder)
+    kind: WeightKind = "nf4" if config.quantization == "nf4" else "16 bit"
+    if size is not None and size.stored_quantization:
+        kind = "as stored"
+    is_gpu = current_platform.is_cuda()
+    slots, batch_tokens = choose_vllm(
+        size,
+        weight_bytes=weight_bytes(size, kind, packs_experts=True) if size is not None else 0,
+        device_bytes=current_platform.get_device_total_memory() if is_gpu else 0,
+        share=config.gpu_memory_utilization,
+        num_gpus=config.tensor_parallel_size * config.pipeline_parallel_size,
+        context_tokens=config.context_tokens,
+    )
+    if config.batch_tokens is not None:
+        # vLLM wants a place in the step for each sequence.
+        return config.slots or min(slots, config.batch_tokens), config.batch_tokens
+    return config.slots or slots, max(batch_tokens, config.slots or 0) if batch_tokens else None
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """vLLM's AsyncLLM behind the Engine protocol.
 
-    the thread of `generate`              the thread "vllm-loop"           vLLM's own processes
-    take, encode, constrain  -- spawn -->  one task per request  -- ZMQ -->  scheduler, model
-    Result  <------ queue of outputs ------  final outputs only  <---------
+    the thread of `generate`         the thread "vllm-loop"           vLLM's own processes
+    take, admit, decode  -- spawn -->  one task per request  -- ZMQ -->  scheduler, model
+    Result  <------- queue -----------  final outputs only  <---------
+                       ^---- what "engine-ahead" has encoded and constrained
 
 vLLM keeps its queue; it is never given more than three times the sequences that it runs at once.
 """
@@ -11,7 +12,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import VllmConfig
 from engine.constraints import Enforcement
 from engine.registry import describe_model, find_folder
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.tuning import Fitting, Reason, Tuning
 from engine.vllm import arguments, startup
 from engine.vllm.constraints import Constraints
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
@@ -42,7 +46,6 @@ _IDLE_SECONDS = 0.002
 _STARVED_SECONDS = 0.01
 _FULL_SECONDS = 0.05
 _ABORT_SECONDS = 0.25
-_TAKE_AT_ONCE = 64
 _CLOSE_SECONDS = 20.0
 _SEED_BITS = 2**63 - 1
 _REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
@@ -68,19 +71,38 @@ class _Running:
         self.task: asyncio.Task[None] | None = None
 
 
-_Outputs = queue.SimpleQueue[tuple[_Running, Any]]
+_Output = tuple[_Running, Any]
+_Prepared = _Running | Result
+_Events = queue.SimpleQueue[_Output | _Prepared | Failure]
 
 
 class _StepCounter(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not where mypy runs
-    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here."""
+    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here.
 
-    def __init__(self, vllm_config: object, engine_indexes: object = None) -> None:
-        del vllm_config, engine_indexes
+    Attributes:
+        fitting: what the cache has been seen to hold.
+    """
+
+    def __init__(self, vllm_config: Any, engine_indexes: object = None) -> None:  # noqa: ANN401
+        del engine_indexes
         self.count = 0
+        self.fitting = Fitting(int(vllm_config.scheduler_config.max_num_seqs))
 
-    def record(self, *_: object, **__: object) -> None:
+    def record(
+        self,
+        scheduler_stats: Any = None,  # noqa: ANN401 -- vLLM's
+        iteration_stats: Any = None,  # noqa: ANN401
+        *_: object,
+        **__: object,
+    ) -> None:
         """Note a step."""
         self.count += 1
+        if scheduler_stats is not None:
+            # What was preempted is computed again from the start.
+            self.fitting.note(
+                num_running=int(scheduler_stats.num_running_reqs),
+                num_evicted=int(getattr(iteration_stats, "num_preempted_reqs", 0)),
+            )
 
     def log(self) -> None:
         """Say nothing."""
@@ -144,7 +166,9 @@ class VllmEngine:
             raise startup.explain(error, said, model=config.model) from error
         described = self._llm.vllm_config
         self._context_tokens = int(described.model_config.max_model_len)
+        self._is_gpu = described.device_config.device_type != "cpu"
         self._num_slots = int(described.scheduler_config.max_num_seqs)
+        self._batch_tokens = int(described.scheduler_config.max_num_batched_tokens)
         cache = described.cache_config
         self._cache_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size or 0)
         self._capabilities = msgspec.structs.replace(
@@ -161,8 +185,40 @@ class VllmEngine:
 
     @property
     def num_slots(self) -> int:
-        """How many sequences are generated at once."""
+        """How many sequences are generated at once, at most."""
         return self._num_slots
+
+    @property
+    def tuning(self) -> Tuning:
+        """How many sequences vLLM is given now; any thread may ask."""
+        config = self._config
+        bound = self._bound()
+        slots_by: Reason = "memory" if self._is_gpu else "device"
+        if config.slots is not None:
+            slots_by = "asked"
+        elif bound < self._num_slots:
+            slots_by = "evictions"
+        batch_tokens_by: Reason = "device" if self._is_gpu else "engine"
+        return Tuning(
+            slots=bound,
+            max_slots=self._num_slots,
+            slots_by=slots_by,
+            batch_tokens=self._batch_tokens,
+            batch_tokens_by="asked" if config.batch_tokens is not None else batch_tokens_by,
+            cache_tokens=self._cache_tokens,
+            num_evictions=self._steps.fitting.num_evictions if self._steps is not None else 0,
+        )
+
+    def _bound(self) -> int:
+        """Return how many sequences the cache holds, as far as that is known and matters."""
+        if self._config.slots is not None or not self._config.tune or self._steps is None:
+            return self._num_slots
+        return self._steps.fitting.bound
+
+    def _most_inside(self) -> int:
+        """Return how many requests vLLM may have: a queue behind its slots, unless they thrash."""
+        bound = self._bound()
+        return 3 * bound if bound >= self._num_slots else bound
 
     def progress(self) -> int:
         """Return the number of vLLM's steps and of answers so far; any thread may ask."""
@@ -205,9 +261,9 @@ class VllmEngine:
         if llm is None:
             raise EngineMisconfigured("The engine is closed.")
         live: dict[int, _Running] = {}
-        outputs: _Outputs = queue.SimpleQueue()
+        events: _Events = queue.SimpleQueue()
         try:
-            yield from self._run(source, llm, live, outputs)
+            yield from self._run(source, llm, live, events)
         except EngineDeadError as error:
             said = self._stderr.text(wait_seconds=1.0)
             if startup.ran_out_of_memory(said):
@@ -224,71 +280,77 @@ class VllmEngine:
             self._abort(list(live.values()))
 
     def _run(
-        self, source: Source, llm: AsyncLLM, live: dict[int, _Running], outputs: _Outputs
+        self, source: Source, llm: AsyncLLM, live: dict[int, _Running], events: _Events
     ) -> Generator[Result]:
         is_open = True
         next_abort_at = time.monotonic() + _ABORT_SECONDS
-        while is_open or live:
-            wait = _FULL_SECONDS
-            room = 3 * self._num_slots - len(live)
-            if is_open and room > 0:
-                taken = source.take(min(room, _TAKE_AT_ONCE))
-                is_open = taken is not None
-                if taken:
-                    yield from self._submit(taken, llm, live, outputs)
-                    wait = 0.0
-                elif is_open:
-                    wait = _STARVED_SECONDS if live else _IDLE_SECONDS
-            if time.monotonic() >= next_abort_at:
-                next_abort_at = time.monotonic() + _ABORT_SECONDS
-                aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
-                self._abort(aborted)
-                for running in aborted:
-                    del live[running.request.id]
-            if live or is_open:
-                yield from self._collect(live, outputs, wait)
+        ready: deque[_Running] = deque()
+        with Ahead(self._prepare, events.put, num_slots=self._bound()) as ahead:
+            while is_open or live or ready or ahead.pending:
+                ahead.num_slots = self._bound()
+                wait = _FULL_SECONDS
+                if is_open and (room := ahead.room):
+                    taken = source.take(room)
+                    is_open = taken is not None
+                    ahead.hand_over(taken or ())
+                    if is_open and not taken:
+                        wait = _STARVED_SECONDS if live else _IDLE_SECONDS
+                if time.monotonic() >= next_abort_at:
+                    next_abort_at = time.monotonic() + _ABORT_SECONDS
+                    aborted = [r for r in live.values() if source.is_aborted(r.request.id)]
+                    self._abort(aborted)
+                    for running in aborted:
+                        del live[running.request.id]
+                        ahead.forget(running.request.id)
+                happened = drain(events, wait)
+                _receive(happened, ready, ahead)
+                for result in self._finish(happened, live):
+                    ahead.forget(result.id)
+                    yield result
+                started = self._admit(ready, source, live, ahead)
+                if started:
+                    self._loop.call_soon_threadsafe(self._spawn, started, llm, events)
 
-    def _submit(
+    def _admit(
         self,
-        taken: Sequence[Request],
-        llm: AsyncLLM,
+        ready: deque[_Running],
+        source: Source,
         live: dict[int, _Running],
-        outputs: _Outputs,
-    ) -> list[Result]:
-        """Hand requests to vLLM; return the results of those that cannot run."""
-        refused: list[Result] = []
+        ahead: Ahead[_Prepared],
+    ) -> list[_Running]:
+        """Take out of what is ready as much as vLLM may have."""
         started: list[_Running] = []
-        for request in taken:
-            running = self._start(request)
-            if isinstance(running, Result):
-                refused.append(running)
+        most = self._most_inside()
+        while ready and len(live) < most:
+            running = ready.popleft()
+            if source.is_aborted(running.request.id):
+                ahead.forget(running.request.id)
             else:
+                live[running.request.id] = running
                 started.append(running)
-                live[request.id] = running
-        if started:
-            self._loop.call_soon_threadsafe(self._spawn, started, llm, outputs)
-        return refused
+        return started
 
-    def _collect(
-        self, live: dict[int, _Running], outputs: _Outputs, wait: float
+    def _finish(
+        self, happened: list[_Output | _Prepared | Failure], live: dict[int, _Running]
     ) -> Generator[Result]:
-        """Yield what has finished, waiting for the first for so long."""
-        try:
-            found = outputs.get(timeout=wait) if wait else outputs.get_nowait()
-            while True:
-                running, output = found
+        """Yield the results of what ended, and of what cannot run."""
+        for one in happened:
+            if isinstance(one, Result):
+                yield one
+            elif isinstance(one, tuple):
+                running, output = one
                 if live.get(running.request.id) is running:
                     if isinstance(output, EngineDeadError):
                         raise output
                     del live[running.request.id]
                     self._num_done += 1
                     yield self._end(running, output)
-                found = outputs.get_nowait()
-        except queue.Empty:
-            return
 
-    def _start(self, request: Request) -> _Running | Result:
-        """Return what vLLM is to be asked, or the result of a request that cannot run."""
+    def _prepare(self, request: Request) -> _Prepared:
+        """Return what vLLM is to be asked, or the result of a request that cannot run.
+
+        In the thread beside the engine's.
+        """
         where = "messages" if request.messages is not None else "prompt"
         try:
             prompt = self._encoder.encode(request)
@@ -389,11 +451,11 @@ class VllmEngine:
         self._steps = next((one for one in loggers if isinstance(one, _StepCounter)), None)
         return llm
 
-    def _spawn(self, started: list[_Running], llm: AsyncLLM, outputs: _Outputs) -> None:
+    def _spawn(self, started: list[_Running], llm: AsyncLLM, events: _Events) -> None:
         for running in started:
-            running.task = self._loop.create_task(self._serve(running, llm, outputs))
+            running.task = self._loop.create_task(self._serve(running, llm, events))
 
-    async def _serve(self, running: _Running, llm: AsyncLLM, outputs: _Outputs) -> None:
+    async def _serve(self, running: _Running, llm: AsyncLLM, events: _Events) -> None:
         output: Any = None
         try:
             async for part in llm.generate(
@@ -405,12 +467,12 @@ class VllmEngine:
                 output = part
         except VLLMValidationError as error:
             if self._give_up_constraint(running):
-                await self._serve(running, llm, outputs)
+                await self._serve(running, llm, events)
                 return
             output = error
         except Exception as error:  # noqa: BLE001 -- it becomes the request's result
             output = error
-        outputs.put((running, output))
+        events.put((running, output))
 
     def _give_up_constraint(self, running: _Running) -> bool:
         """Leave a constraint that vLLM refuses to validation; False where nothing can be left."""
@@ -427,6 +489,22 @@ class VllmEngine:
         """Make vLLM drop requests, and wait until it knows."""
         if aborted and not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(_cancel(aborted), self._loop).result(_CLOSE_SECONDS)
+
+
+def _receive(
+    happened: list[_Output | _Prepared | Failure],
+    ready: deque[_Running],
+    ahead: Ahead[_Prepared],
+) -> None:
+    """Take what has been prepared; what cannot run stays for whoever yields results."""
+    for one in happened:
+        if isinstance(one, Failure):
+            one.surface()
+        if isinstance(one, Result):
+            ahead.receive(one.id)
+        elif isinstance(one, _Running):
+            ahead.receive(one.request.id)
+            ready.append(one)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -45,7 +45,7 @@ class OutputExpiry(BaseModel):
 
 
 class CreateBatch(BaseModel):
-    """A batch to be made; priority, model and on_unsupported_schema are additions of ours."""
+    """A batch to be made; priority, model and what follows are additions of ours."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -71,6 +71,12 @@ class CreateBatch(BaseModel):
     on_unsupported_schema: Literal["validate", "refuse"] = Field(
         default="validate",
         description="What becomes of a schema that cannot be enforced while generating.",
+    )
+    reuse: bool = Field(
+        default=False,
+        strict=True,
+        description="Take answers of the caller's earlier batches that asked for the same, and "
+        "give this batch's to later ones, until they expire.",
     )
 
     @field_validator("metadata", "model", mode="after")
@@ -155,6 +161,10 @@ class BatchObject(BaseModel):
     usage: BatchUsage
     metadata: dict[str, str] | None
     priority: int = Field(description="An addition of ours.")
+    reuse: bool = Field(description="An addition of ours.")
+    num_reused: int = Field(
+        description="Requests whose answer is an earlier batch's (an addition of ours)."
+    )
 
 
 class BatchList(BaseModel):
@@ -215,6 +225,13 @@ def create_batch(
         )
     if body.model is not None:
         _check_model(context, body.model)
+    if body.reuse and context.app.cache is None:
+        raise InvalidInput(
+            "Invalid 'reuse': this server keeps no answers. Its operator would have to set "
+            "reuse.expire_days.",
+            param="reuse",
+            error_code="invalid_value",
+        )
     now = context.app.db.now()
     expiry = body.output_expires_after
     batch = Batch(
@@ -232,6 +249,7 @@ def create_batch(
         metadata=body.metadata,
         output_expires_after_seconds=None if expiry is None else expiry.seconds,
         idempotency_key=idempotency_key,
+        reuse=body.reuse,
     )
     recorded = intake.submit(context.app.db, context.app.doorbell, batch)
     if recorded.id != batch.id:
@@ -263,6 +281,7 @@ _ASKED = (
     "priority",
     "metadata",
     "output_expires_after_seconds",
+    "reuse",
 )
 
 
@@ -401,5 +420,7 @@ def _describe(batch: Batch) -> BatchObject:
         ),
         metadata=batch.metadata,
         priority=batch.priority,
+        reuse=batch.reuse,
+        num_reused=batch.num_reused,
         **instants,
     )

@@ -18,7 +18,7 @@ from jobs.api.uploads import clean_filename, receive_form
 from jobs.domain.errors import BatchctlError, BlobMissing, NotFound
 from jobs.domain.ids import FileId, mint_file_id
 from jobs.telemetry import log
-from storage import files
+from storage import answers, files
 from storage.blobs.base import BlobReader, input_key
 from storage.files import File
 
@@ -225,13 +225,20 @@ def retrieve_file(file_id: str, context: InContext) -> FileObject:
 
 @router.delete("/{file_id}", operation_id="deleteFile", summary="Delete a file")
 def delete_file(file_id: str, context: InContext) -> DeletedFile:
-    """Delete a file, unless a batch that has not ended reads it."""
+    """Delete a file, unless a batch that has not ended reads it.
+
+    What its batch gave to later ones goes as well.
+    """
     file = find_file(context, file_id)
+    given = answers.list_of_file(context.app.db, file.id, file.blob_key)
     try:
         files.mark_deleted(context.app.db, file.id, tenant_id=context.tenant_id)
     except NotFound:  # deleted by another call in this moment
         raise Problem(404, f"No such File object: {file_id}", param="id") from None
     _delete_blob(context, file)
+    for one in given:
+        with suppress(BatchctlError):  # nobody finds them any more; the collector comes later
+            context.app.blobs.delete(one.blob_key)
     return DeletedFile(id=file.id)
 
 

@@ -47,6 +47,7 @@ def submit(
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
     id_column: options.IdColumn = None,
+    reuse: options.Reuse = False,
     idempotency_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", help="Submitting again with the same key changes nothing."),
@@ -95,6 +96,7 @@ def submit(
             idempotency_key=idempotency_key,
             model=making.batch_model,
             priority=priority,
+            reuse=reuse or None,
         )
         if not wait:
             if as_json:
@@ -407,6 +409,7 @@ def _show(batch: Batch) -> None:
             ("requests", output.count(counts.total)),
             ("completed", output.count(counts.completed)),
             ("failed", output.count(counts.failed)),
+            ("reused", output.reused(batch.num_reused, counts.total) if batch.reuse else None),
             (
                 "tokens",
                 f"{output.count(usage.input_tokens)} in, {output.count(usage.output_tokens)} out"

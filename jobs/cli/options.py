@@ -70,6 +70,10 @@ IdColumn = Annotated[
     str | None,
     typer.Option("--id-column", metavar="NAME", help="Column of the custom_id, with --prompt."),
 ]
+Reuse = Annotated[
+    bool,
+    typer.Option("--reuse", help="Take answers of earlier batches, and give this one's to later."),
+]
 BatchArgument = Annotated[str, typer.Argument(metavar="BATCH", help="Id of a batch: batch_...")]
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="Id of a file: file-...")]
 

@@ -184,6 +184,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def reused(number: int, total: int) -> str:
+    """Return how many answers were those of earlier batches."""
+    return f"{count(number)} of {count(total)} answers"
+
+
 def size(num_bytes: float) -> str:
     """Return a number of bytes for people: 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB"):

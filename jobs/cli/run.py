@@ -8,12 +8,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 import typer
 
-from jobs import fields
+from engine.tuning import Tuning, render_tuning
+from jobs import collector, fields
 from jobs.app import App, open_app
 from jobs.catalogue import EngineChoice
 from jobs.cli import exits, interrupts, options, output, rundir
@@ -71,6 +75,7 @@ def run(
         Literal["validate", "refuse"],
         typer.Option(help="A schema that cannot be enforced: validate answers, or refuse it."),
     ] = "validate",
+    reuse: options.Reuse = False,
     prompt: options.Prompt = None,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
@@ -84,6 +89,12 @@ def run(
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
     settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
+    if reuse and not settings.reuse.expire_days:
+        raise InvalidInput(
+            "No answers are kept for later runs; say for how long with reuse.expire_days or "
+            "BATCHCTL_REUSE__EXPIRE_DAYS, such as 30.",
+            param="reuse",
+        )
     name, settings, told = _choose_model(settings, model, engine or "auto", quantization, prompt)
     making = options.Making.of(
         prompt=prompt,
@@ -101,10 +112,12 @@ def run(
             endpoint=endpoint,
             model=name,
             on_unsupported_schema=on_unsupported_schema,
+            reuse=reuse,
             options={
                 **told,
                 "endpoint": endpoint,
                 "on_unsupported_schema": on_unsupported_schema,
+                **({"reuse": "yes"} if reuse else {}),
             },
         )
 
@@ -112,13 +125,29 @@ def run(
             return making.prepare(source, endpoint)
 
         held = _find_or_create(settings, plan, source, pieces, resume=resume)
-    with held.lock, open_app(settings, folder=held.folder, any_model=True) as app:
+    with ExitStack() as stack:
+        stack.enter_context(held.lock)
+        app = stack.enter_context(open_app(settings, folder=held.folder, any_model=True))
         app.remove_leftovers()
+        if reuse:
+            app = replace(app, cache_app=stack.enter_context(_open_cache(settings)))
         if held.told is not None:
             output.say(held.told)
-        batch = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
-        code = _deliver(app, batch, source.name, output_file, errors_file, as_json=as_json)
+        batch, tuning = _execute(app, held.folder, quiet=as_json, again=_command_again(input_file))
+        code = _deliver(
+            app, batch, source.name, output_file, errors_file, tuning=tuning, as_json=as_json
+        )
     raise typer.Exit(code)
+
+
+@contextmanager
+def _open_cache(settings: Settings) -> Iterator[App]:
+    """Yield what all runs in a data folder have together: the answers that they keep."""
+    with open_app(settings, folder=settings.data / "reuse") as cache:
+        # Nobody else looks after this folder.
+        rules = collector.Rules(**settings.collect.model_dump(exclude={"every_seconds"}))
+        collector.collect(cache.db, cache.blobs, rules)
+        yield cache
 
 
 def _choose_model(
@@ -175,8 +204,8 @@ def _find_or_create(
     return found or rundir.create(runs, settings, plan, pieces())
 
 
-def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
-    """Work until the batch has ended.
+def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> tuple[Batch, Tuning | None]:
+    """Work until the batch has ended; return it, and what its engine chose to work with.
 
     Args:
         again: the command that goes on with it.
@@ -191,7 +220,7 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
     batch_id = BatchId(record.batch_id)
     batch = batches.get(app.db, batch_id)
     if batch.status.is_terminal:
-        return batch
+        return batch, None
     lines: dict[str, int] = {}
     failure: BatchctlError | None = None
     both = (signal.SIGINT, signal.SIGTERM)
@@ -224,7 +253,7 @@ def _execute(app: App, folder: Path, *, quiet: bool, again: str) -> Batch:
         if batch.request_counts.completed or batch.request_counts.failed:
             _say_resumable(batch, again)
         raise failure
-    return batch
+    return batch, embedded.tuning
 
 
 def _show(
@@ -276,6 +305,7 @@ def _deliver(
     output_file: Path | None,
     errors_file: Path | None,
     *,
+    tuning: Tuning | None,
     as_json: bool,
 ) -> int:
     """Write the files where they were asked for, sum up, and return the exit code."""
@@ -304,24 +334,28 @@ def _deliver(
                 "requests": counts.total,
                 "completed": counts.completed,
                 "failed": counts.failed,
+                "reused": batch.num_reused,
                 "usage": {
                     "prompt_tokens": usage.prompt_tokens,
                     "completion_tokens": usage.completion_tokens,
                 },
                 "output": str(output_file) if output_file else None,
                 "errors": str(errors_file) if errors_file else None,
+                "tuning": msgspec.structs.asdict(tuning) if tuning is not None else None,
                 "batch": batch.id,
                 "folder": str(app.folder),
             }
         )
         return code
-    _sum_up(batch, output_file, errors_file)
+    _sum_up(batch, output_file, errors_file, tuning)
     if errors_file is None and beside.exists():  # perhaps ours, perhaps not: it stays
         output.say(f"{beside} is of an earlier run: nothing failed in this one.")
     return code
 
 
-def _sum_up(batch: Batch, output_file: Path | None, errors_file: Path | None) -> None:
+def _sum_up(
+    batch: Batch, output_file: Path | None, errors_file: Path | None, tuning: Tuning | None
+) -> None:
     counts, usage = batch.request_counts, batch.usage
     told = [
         ("requests", output.count(counts.total)),
@@ -335,6 +369,10 @@ def _sum_up(batch: Batch, output_file: Path | None, errors_file: Path | None) ->
     ]
     if errors_file is not None:
         told.append(("errors", str(errors_file)))
+    if tuning is not None:
+        told.append(("engine", render_tuning(tuning)))
+    if batch.reuse:
+        told.insert(3, ("reused", output.reused(batch.num_reused, counts.total)))
     for name, value in told:
         output.say(f"{name:<10} {value}")
 

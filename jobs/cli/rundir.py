@@ -61,6 +61,7 @@ class RunPlan:
     model: str | None
     on_unsupported_schema: str
     options: Mapping[str, str]
+    reuse: bool = False
 
 
 def hash_pieces(pieces: Iterable[bytes]) -> str:
@@ -200,6 +201,7 @@ def _fill(incoming: Path, settings: Settings, plan: RunPlan, pieces: Iterator[by
             deadline_at=now + _DEADLINE,
             model_override=plan.model,
             on_unsupported_schema=plan.on_unsupported_schema,
+            reuse=plan.reuse,
         )
         batches.insert(app.db, batch)
     record = RunRecord(

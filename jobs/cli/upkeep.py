@@ -196,6 +196,7 @@ def _show_collected(total: "Collected", num_logs: int, *, dry_run: bool, as_json
     told = {
         "expired_files": total.expired_files,
         "old_segments": total.old_segments,
+        "expired_answers": total.expired_answers,
         "orphans": total.orphans,
         "uploads": total.uploads,
         "engine_logs": num_logs,

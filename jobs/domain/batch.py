@@ -91,7 +91,11 @@ class RequestCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A batch of requests over one input file."""
+    """A batch of requests over one input file.
+
+    With `reuse` it takes answers of earlier batches, `num_reused` of them, and gives its own to
+    later ones.
+    """
 
     id: BatchId
     input_file_id: FileId
@@ -123,6 +127,8 @@ class Batch:
     cancelled_at: datetime | None = None
     output_file_id: FileId | None = None
     error_file_id: FileId | None = None
+    reuse: bool = False
+    num_reused: int = 0
 
 
 _S, _E = BatchStatus, BatchEvent

@@ -9,11 +9,15 @@ is gained the order is that of the file, and nobody has to write it down.
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import xxhash
+
+from jobs.domain.request import CHAT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +31,11 @@ MIN_SHARED = 0.1
 _MIN_STEM_BYTES = 64
 _MIN_SPREAD = 2
 """Answers are told apart by length when the longest third is so many doublings above the rest."""
-_PARTS = 16
+_PIECE = 1 << 16
+"""Lines that are looked at together, so that what it takes is a fraction of what is kept."""
+_PART = 1 << 18
+"""Lines that are sorted at once."""
+_LOW = 0xFFFFFFFF
 _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
@@ -35,39 +43,62 @@ _WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("
 _WIDE_BYTES = 1024 * _WIDE.itemsize
 _NO_KEY = bytes(16)
 _NOTHING = bytes(8)
+_ROLE = b'"role"'
 _BYTES = [bytes((number,)) for number in range(256)]
 _digest = xxhash.xxh3_64_digest
+_PIECE_BYTES = _PIECE * _COLUMNS.itemsize
 
 Fold = Literal["determined", "all", "none"]
 """Which equal requests run once: those whose answer is determined (greedy or seeded), or all."""
 
 
+class Spill(Protocol):
+    """Where columns go when there are many; see storage.spill."""
+
+    def append(self, data: bytes | bytearray) -> None:
+        """Write behind what is there."""
+
+    def read(self, num_bytes: int) -> Iterator[bytes]:
+        """Yield all that was written, from the start, in pieces of so many bytes."""
+
+
 class Columns:
     """What planning remembers of each line: 37 bytes, whatever the line's size."""
 
-    def __init__(self) -> None:
-        """Begin without a line."""
+    def __init__(self, endpoint: str = CHAT, spill: Spill | None = None) -> None:
+        """Begin without a line.
+
+        Args:
+            endpoint: of the lines to come.
+            spill: takes what would be in memory beyond some thousand lines; None: nothing does.
+        """
+        self._prompt_key = b'"messages"' if endpoint == CHAT else b'"prompt"'
         self._rows = bytearray()
         self._new = bytearray()
+        self._spill = spill
+        self._num_spilled = 0
         self.num_bytes = 0
 
     def __len__(self) -> int:
         """Return the number of lines."""
-        return len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
+        num_rows = len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
+        return self._num_spilled + num_rows
 
     def add(
-        self, content: bytes, *, start: int, stem: int = 0, key: bytes | None, max_tokens: int
+        self, content: bytes, *, num_first_chars: int = 0, key: bytes | None, max_tokens: int
     ) -> None:
         """Note the next line.
 
         Args:
             content: the line.
-            start: where in it the prompt begins.
-            stem: where its last message begins; 0: it has one only.
+            num_first_chars: of all its messages but the last.
             key: 16 bytes that are equal exactly where the answers are; None: nobody's answer is
                 sure to be the same.
             max_tokens: the longest answer; 0: unknown.
         """
+        start = content.find(self._prompt_key)
+        if start < 0:  # noqa: PLR1730  calling max costs as much as a hash
+            start = 0  # the name is spelled with escapes
         size = len(content) - start
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.
@@ -81,17 +112,15 @@ class Columns:
                     three = _digest(content[start + third : start + fourth])
                     if size > end:
                         four = _digest(content[start + fourth : start + end])
-        if stem - start >= _MIN_STEM_BYTES:
-            rest = _digest(content[start:stem])
+        if num_first_chars:
+            # To the last message: what stands before it is no shorter than it reads.
+            stem = content.find(_ROLE, start + num_first_chars)
+            if stem - start >= _MIN_STEM_BYTES:
+                rest = _digest(content[start:stem])
         doublings = _BYTES[max_tokens.bit_length()]
         self._new += b"".join((key or _NO_KEY, one, two, three, four, rest, doublings))
         if len(self._new) >= _WIDE_BYTES:
             self._narrow()
-
-    def rows(self) -> "NDArray[Any]":
-        """Return the columns of all lines, without a copy."""
-        self._narrow()
-        return np.frombuffer(self._rows, dtype=_COLUMNS)
 
     def _narrow(self) -> None:
         """Keep half of each hash; taking it line by line costs more than hashing."""
@@ -102,6 +131,68 @@ class Columns:
         del wide
         self._rows += rows.tobytes()
         self._new = bytearray()
+        if len(self._rows) >= _PIECE_BYTES and self._spill is not None:
+            self._spill.append(self._rows)
+            self._num_spilled += len(self._rows) // _COLUMNS.itemsize
+            self._rows.clear()
+
+    def pieces(self) -> "Iterator[tuple[int, NDArray[Any]]]":
+        """Yield the columns of some lines after the other, with the number of the first."""
+        self._narrow()
+        at = 0
+        if self._num_spilled and self._spill is not None:
+            for piece in self._spill.read(_PIECE_BYTES):
+                rows = np.frombuffer(piece, dtype=_COLUMNS)
+                yield at, rows
+                at += len(rows)
+        for start in range(0, len(self._rows), _PIECE_BYTES):
+            rows = np.frombuffer(self._rows[start : start + _PIECE_BYTES], dtype=_COLUMNS)
+            yield at, rows
+            at += len(rows)
+
+    def shorts(self) -> "NDArray[np.uint32]":
+        """Return a fourth of each key; 0: there is none."""
+        found = np.empty(len(self), dtype=np.uint32)
+        for at, rows in self.pieces():
+            found[at : at + len(rows)] = rows["low"] & _LOW
+        return found
+
+    def prefixes(self, level: int) -> "NDArray[np.uint32]":
+        """Return one of the hashes of how each line begins; 0: it is too short."""
+        found = np.empty(len(self), dtype=np.uint32)
+        for at, rows in self.pieces():
+            found[at : at + len(rows)] = rows["prefixes"][:, level]
+        return found
+
+    def doublings(self) -> "NDArray[np.uint8]":
+        """Return for each line how often its longest answer doubles; 0: unknown."""
+        found = np.empty(len(self), dtype=np.uint8)
+        for at, rows in self.pieces():
+            found[at : at + len(rows)] = rows["doublings"]
+        return found
+
+    def templates(self) -> "NDArray[np.uint32]":
+        """Return for each line what tells its template: lines of one template have one number.
+
+        That is everything before the last message, or without that how the only one begins;
+        0: the line is too short for either.
+        """
+        found = np.empty(len(self), dtype=np.uint32)
+        for at, rows in self.pieces():
+            stems = rows["prefixes"][:, -1]
+            found[at : at + len(rows)] = np.where(stems != 0, stems, rows["prefixes"][:, 0])
+        return found
+
+    def keys(self, lines: "NDArray[np.uint32]") -> "tuple[NDArray[Any], NDArray[Any]]":
+        """Return both halves of the keys of some lines, given in the order of the file."""
+        low, high = (np.empty(len(lines), dtype=np.uint64) for _ in range(2))
+        begin = 0
+        for at, rows in self.pieces():
+            end = begin + int(np.searchsorted(lines[begin:], at + len(rows)))
+            inside = lines[begin:end] - np.uint32(at)
+            low[begin:end], high[begin:end] = rows["low"][inside], rows["high"][inside]
+            begin = end
+        return low, high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +203,8 @@ class RunOrder:
         rank: for each line, the place at which it runs, or at which its leader does;
             None: as in the file.
         is_follower: for each line, whether another one runs for it; None: none does.
-        num_leaders: lines that run.
+        num_leaders: lines that have a place of their own.
+        num_reused: how many of them need not run; theirs are the last places.
         num_groups: groups that share a prefix; 0 where the order is not by prefix.
         shared: share of the prompts' bytes that is repeated by them.
     """
@@ -120,6 +212,7 @@ class RunOrder:
     rank: "NDArray[np.uint32] | None"
     is_follower: "NDArray[np.bool_] | None"
     num_leaders: int
+    num_reused: int = 0
     num_groups: int = 0
     shared: float = 0.0
 
@@ -135,77 +228,149 @@ def order(
     cache_tokens: int = 0,
     by_prefix: bool = True,
     by_length: bool = True,
+    learned: Mapping[int, int] = MappingProxyType({}),
+    reused: "NDArray[np.bool_] | None" = None,
 ) -> RunOrder:
     """Return the run order of a batch.
 
     Args:
+        reused: which lines have their answer already; None: none does.
         cache_tokens: what the engine's cache holds; 0: unknown.
         by_prefix: whether lines may be grouped by how they begin.
         by_length: whether long answers go first.
+        learned: tokens of an answer to templates, by what `Columns.templates` calls them.
     """
-    rows = columns.rows()
-    leader = _fold(rows)
-    if leader is None:
-        leaders = np.arange(len(rows), dtype=np.uint32)
-    else:
-        leaders = np.flatnonzero(leader == np.arange(len(rows), dtype=np.uint32)).astype(np.uint32)
-    buckets = _buckets(rows["doublings"][leaders]) if by_length else None
+    num = num_leaders = len(columns)
+    leader = _fold(columns, reused)
+    leaders = is_follower = None
+    if leader is not None or reused is not None:
+        leaders = np.arange(num, dtype=np.uint32)
+        runs = np.ones(num, dtype=np.bool_) if leader is None else leader == leaders
+        is_follower = None if leader is None else ~runs
+        if reused is not None:
+            runs &= ~reused
+        leaders = leaders[runs]
+        num_leaders = len(leaders)
+    buckets = _buckets(_of(_predict(columns, learned), leaders)) if by_length else None
     groups = None
     shared = 0.0
     if by_prefix:
-        groups = _Groups(rows["prefixes"], leaders)
+        groups = _Groups(columns, leaders)
         shared = groups.repeated_bytes / max(1, columns.num_bytes)
         # A token is a byte at least, and what is shared goes on for up to as long again behind
         # the longest beginning that was compared.
         fits = 0 < 2 * groups.distinct_bytes < cache_tokens
         if shared < MIN_SHARED or fits:
             groups = None
-    places = _arrange(leaders, groups, buckets)
+    places = _arrange(groups, buckets)
     num_groups = groups.num_groups if groups is not None and places is not None else 0
-    if places is None and leader is None:
-        return RunOrder(rank=None, is_follower=None, num_leaders=len(leaders), shared=shared)
-    rank = np.zeros(len(rows), dtype=np.uint32)
-    ordered = leaders if places is None else leaders[places]
-    rank[ordered] = np.arange(len(ordered), dtype=np.uint32)
-    is_follower = None
-    if leader is not None:
-        is_follower = leader != np.arange(len(rows), dtype=np.uint32)
-        rank = rank[leader]
+    if places is None and leader is None and reused is None:
+        return RunOrder(rank=None, is_follower=None, num_leaders=num_leaders, shared=shared)
+    turns = np.arange(num_leaders, dtype=np.uint32)
+    placed: NDArray[Any] = turns if places is None else places
+    rank = np.zeros(num, dtype=np.uint32)
+    rank[placed if leaders is None else leaders[placed]] = turns
+    num_reused = 0
+    if reused is not None:
+        num_reused = int(np.count_nonzero(reused))
+        rank[reused] = np.arange(num_leaders, num_leaders + num_reused, dtype=np.uint32)
     return RunOrder(
-        rank=rank,
+        rank=rank if leader is None else rank[leader],
         is_follower=is_follower,
-        num_leaders=len(leaders),
+        num_leaders=num_leaders + num_reused,
+        num_reused=num_reused,
         num_groups=num_groups,
         shared=shared,
     )
 
 
-def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
+def _of(values: "NDArray[Any]", leaders: "NDArray[np.uint32] | None") -> "NDArray[Any]":
+    """Return what is known of the leaders; None: all lines are."""
+    return values if leaders is None else values[leaders]
+
+
+def _predict(columns: Columns, learned: Mapping[int, int]) -> "NDArray[np.uint8]":
+    """Return how long answers will be, in doublings: as those of their template were before.
+
+    No answer is longer than its line allows. Where fewer than half of the lines are of a template
+    that is known, what the lines allow says more.
+    """
+    allowed = columns.doublings()
+    if not learned or not len(allowed):
+        return allowed
+    known = np.array(sorted(learned), dtype=np.uint32)
+    doublings = np.array([learned[int(one)].bit_length() for one in known], dtype=np.uint8)
+    templates = columns.templates()
+    places = np.minimum(np.searchsorted(known, templates), len(known) - 1)
+    is_known = known[places] == templates
+    if 2 * np.count_nonzero(is_known) < len(allowed):
+        return allowed
+    # The others may be as long as any.
+    found = np.where(is_known, doublings[places], doublings[places[is_known]].max())
+    return np.where(allowed > 0, np.minimum(found, allowed), found)
+
+
+def _fold(columns: Columns, reused: "NDArray[np.bool_] | None") -> "NDArray[np.uint32] | None":
     """Return for each line the one that runs for it, itself or an earlier one; None: all run.
 
-    In parts, so that what sorting needs stays a fraction of the columns.
+    One that has its answer runs for nobody, and nobody for it.
+
+    Of most lines a fourth of the key tells that they are nobody's duplicate. The others are
+    compared in parts, so that what that needs stays a fraction of the columns.
     """
-    low, high = rows["low"], rows["high"]
+    short = columns.shorts()
+    if reused is not None:
+        short[reused] = 0
+    alike = _repeated(short)
+    if not len(alike):
+        return None
+    lines = np.flatnonzero(_is_in(short, alike)).astype(np.uint32)
+    num_parts = -(-len(lines) // _PART)
+    part_of = short[lines] % num_parts
     leader = None
-    for part in range(_PARTS):
-        lines = np.flatnonzero((low % _PARTS == part) & ((low != 0) | (high != 0)))
-        if len(lines) < 2:  # noqa: PLR2004  one is nobody's duplicate
-            continue
-        if not _repeats(low[lines]):
-            continue
-        lines = lines[np.lexsort((high[lines], low[lines]))]
-        is_new = np.ones(len(lines), dtype=np.bool_)
-        is_new[1:] = (low[lines[1:]] != low[lines[:-1]]) | (high[lines[1:]] != high[lines[:-1]])
+    for part in range(num_parts):
+        members = lines[part_of == part]
+        low, high = columns.keys(members)
+        # Lexsort keeps equal ones in the order of the file, so a leader comes before its followers.
+        ranked = np.lexsort((high, low))
+        members, low, high = members[ranked], low[ranked], high[ranked]
+        is_new = np.ones(len(members), dtype=np.bool_)
+        is_new[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
         if is_new.all():
             continue
         first = np.flatnonzero(is_new)
-        place = np.arange(len(lines)) - np.repeat(first, np.diff(np.append(first, len(lines))))
-        # Lexsort keeps equal ones in the order of the file, so a leader comes before its followers.
+        place = np.arange(len(members)) - np.repeat(first, np.diff(np.append(first, len(members))))
         leads = place % (MAX_FOLLOWERS + 1)
         if leader is None:
-            leader = np.arange(len(rows), dtype=np.uint32)
-        leader[lines] = lines[np.arange(len(lines)) - leads]
+            leader = np.arange(len(columns), dtype=np.uint32)
+        leader[members] = members[np.arange(len(members)) - leads]
     return leader
+
+
+def _repeated(values: "NDArray[Any]") -> "NDArray[Any]":
+    """Return the values, but 0, that are there more than once: each once, sorted."""
+    found = []
+    most = int(values.max(initial=0))
+    num_parts = 1 + len(values) // _PART
+    for part in range(num_parts):
+        # Of each range of values by itself, since sorting takes as much again as what is sorted.
+        low, high = most * part // num_parts, most * (part + 1) // num_parts
+        ranked = values[(values > low) & (values <= high)]
+        ranked.sort()
+        again = ranked[1:][ranked[1:] == ranked[:-1]]
+        found.append(again[np.append(True, again[1:] != again[:-1])[: len(again)]])
+    return np.concatenate(found)
+
+
+def _is_in(values: "NDArray[Any]", wanted: "NDArray[Any]") -> "NDArray[np.bool_]":
+    """Return which values are among some that are sorted."""
+    found = np.zeros(len(values), dtype=np.bool_)
+    if len(wanted):
+        for start in range(0, len(values), _PIECE):
+            piece = values[start : start + _PIECE]
+            at = np.minimum(np.searchsorted(wanted, piece), len(wanted) - 1)
+            found[start : start + _PIECE] = wanted[at] == piece
+    return found
 
 
 def _buckets(doublings: "NDArray[np.uint8]") -> "NDArray[np.int8] | None":
@@ -235,82 +400,102 @@ class _Groups:
     """The leaders that share a beginning, as a tree whose nodes are counted by their bytes.
 
     Attributes:
-        top: which leaders share the shortest prefix: one number each.
+        top: which leaders share the shortest prefix, from 1 on; 0: with nobody.
         leaf: which of them share everything that any two of them share; ordered as the tree is.
     """
 
-    def __init__(self, prefixes: "NDArray[np.uint32]", leaders: "NDArray[np.uint32]") -> None:
-        path = np.zeros(len(leaders), dtype=np.uint64)
+    def __init__(self, columns: Columns, leaders: "NDArray[np.uint32] | None") -> None:
+        num = len(columns) if leaders is None else len(leaders)
+        self.top = self.leaf = np.zeros(num, dtype=np.uint32)
         self.repeated_bytes = 0
         self.distinct_bytes = 0
         self.num_groups = 0
-        self.top = np.arange(len(leaders))
-        sizes = (*PREFIX_BYTES, PREFIX_BYTES[-1])
+        self._num_leaves = 1
         before = 0
-        is_shared = begin_alike = np.ones(len(leaders), dtype=np.bool_)
-        for level, size in enumerate(sizes):
-            step = prefixes[leaders, level].astype(np.uint64)
-            # Whose beginnings differ share nothing that comes later. The last hash is that of the
-            # stem, which may end before a piece does.
-            step[~(begin_alike if level == len(PREFIX_BYTES) else is_shared)] = 0
-            if not _repeats(step):
-                is_shared = np.zeros(len(leaders), dtype=np.bool_)
-                begin_alike = is_shared if level == 0 else begin_alike
-                before = size
-                continue
-            _, node, counts = np.unique(
-                path << np.uint64(32) | step, return_inverse=True, return_counts=True
-            )
-            is_shared = (counts > 1)[node] & (step != 0)
-            nodes = int(np.count_nonzero(np.bincount(node[is_shared], minlength=1)))
-            num_shared = int(np.count_nonzero(is_shared))
-            self.repeated_bytes += (num_shared - nodes) * (size - before)
-            self.distinct_bytes += nodes * (size - before)
-            self.num_groups = max(self.num_groups, nodes)
-            step[~is_shared] = 0
-            path = np.unique(path << np.uint64(32) | step, return_inverse=True)[1].astype(np.uint64)
+        goes_on = np.ones(num, dtype=np.bool_)
+        for level, size in enumerate((*PREFIX_BYTES, PREFIX_BYTES[-1])):
+            step = _of(columns.prefixes(level), leaders)
+            alike = _is_in(step, _repeated(step))
+            if level < len(PREFIX_BYTES):
+                # What is equal behind a piece that is not is no beginning. The last hash is of
+                # all that comes before, and stands by itself.
+                alike &= goes_on
+            num_shared, num_nodes, goes_on = self._descend(step, alike)
+            self.repeated_bytes += (num_shared - num_nodes) * (size - before)
+            self.distinct_bytes += num_nodes * (size - before)
+            self.num_groups = max(self.num_groups, num_nodes)
             if level == 0:
-                begin_alike = is_shared
-                alone = np.flatnonzero(~is_shared)
-                self.top = path.astype(np.int64)
-                self.top[alone] = int(self.top.max(initial=0)) + 1 + np.arange(len(alone))
+                # Chance alone makes a few hashes equal among millions.
+                if num_shared * PREFIX_BYTES[-1] < MIN_SHARED * columns.num_bytes:
+                    return
+                self.top = self.leaf.copy()
             before = size
-        self.leaf = path.astype(np.int64)
+            del step, alike
+
+    def _descend(
+        self, step: "NDArray[np.uint32]", alike: "NDArray[np.bool_]"
+    ) -> "tuple[int, int, NDArray[np.bool_]]":
+        """Go one level down; return how many leaders share it, in how many nodes, and which do.
+
+        Args:
+            alike: those that may share it, because their hashes are not theirs alone.
+        """
+        path = self.leaf
+        nodes = _repeated(_key_of(path[alike], step[alike]))
+        if not len(nodes):
+            return 0, 0, np.zeros(len(path), dtype=np.bool_)
+        parents = np.arange(self._num_leaves, dtype=np.uint32)
+        known = np.union1d(_key_of(parents, np.uint32(0)), nodes)
+        is_shared = np.empty(len(path), dtype=np.bool_)
+        for start in range(0, len(path), _PIECE):
+            piece = slice(start, start + _PIECE)
+            keys = _key_of(path[piece], step[piece])
+            is_shared[piece] = alike[piece] & _is_in(keys, nodes)
+            keys[~is_shared[piece]] &= np.uint64(_LOW << 32)
+            path[piece] = np.searchsorted(known, keys)
+        self._num_leaves = len(known)
+        return int(np.count_nonzero(is_shared)), len(nodes), is_shared
 
 
-def _repeats(numbers: "NDArray[np.uint64]") -> bool:
-    """Return whether one that is not 0 is there twice; much cheaper to see than which."""
-    ordered = np.sort(numbers)
-    return bool(((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)).any())
+def _key_of(path: "NDArray[np.uint32]", step: "NDArray[np.uint32] | np.uint32") -> "NDArray[Any]":
+    keys: NDArray[Any] = path.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= step
+    return keys
 
 
 def _arrange(
-    leaders: "NDArray[np.uint32]",
-    groups: _Groups | None,
-    buckets: "NDArray[np.int8] | None",
+    groups: _Groups | None, buckets: "NDArray[np.int8] | None"
 ) -> "NDArray[np.int64] | None":
     """Return the order of the leaders, or None where it is the one they have."""
-    num = len(leaders)
-    if groups is None:
-        if buckets is None:
-            return None
+    if groups is not None:
+        # Leaves in the order of their top groups, then of the tree, then of the file.
+        keys = _turns(groups.top, buckets)
+        keys |= groups.leaf
+        places = np.argsort(keys, kind="stable")
+    elif buckets is not None:
         places = np.argsort(buckets, kind="stable")
     else:
-        turn = _turns(groups.top, buckets)
-        # Leaves in the order of their top groups, then of the tree, then of the file.
-        places = np.lexsort((np.arange(num), groups.leaf, turn))
-    return None if bool((places == np.arange(num)).all()) else places
+        return None
+    return None if bool((places[1:] > places[:-1]).all()) else places
 
 
-def _turns(top: "NDArray[np.int64]", buckets: "NDArray[np.int8] | None") -> "NDArray[np.int64]":
-    """Return for each leader the place of its top group: long answers first, then by arrival."""
-    _, first, node = np.unique(top, return_index=True, return_inverse=True)
-    if buckets is None:
-        ranked = np.argsort(first, kind="stable")
-    else:
-        longest = np.full(len(first), 2, dtype=np.int8)
-        np.minimum.at(longest, node, buckets)
-        ranked = np.lexsort((first, longest))
-    place = np.empty(len(first), dtype=np.int64)
-    place[ranked] = np.arange(len(first))
-    return place[node]
+def _turns(top: "NDArray[np.uint32]", buckets: "NDArray[np.int8] | None") -> "NDArray[np.uint64]":
+    """Return for each leader the turn of its top group: long answers first, then by arrival.
+
+    The bucket is in the two highest bits, the group's first leader in the thirty behind them.
+    """
+    num = len(top)
+    first = np.arange(num, dtype=np.uint64)
+    is_grouped = top != 0
+    grouped = top[is_grouped]
+    leads = np.zeros(int(top.max(initial=0)) + 1, dtype=np.uint64)
+    leads[grouped[::-1]] = first[is_grouped][::-1]  # the last one written is the first in the file
+    first[is_grouped] = leads[grouped]
+    if buckets is not None:
+        longest = np.full(len(leads), 2, dtype=np.int8)
+        np.minimum.at(longest, grouped, buckets[is_grouped])
+        rank = np.where(is_grouped, longest[top], buckets)
+        first |= rank.astype(np.uint64) << np.uint64(30)
+    first <<= np.uint64(32)
+    return first

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
-import xxhash
+from xxhash import xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
@@ -140,6 +140,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         quantization: of its weights, such as "none" or "nf4"; empty: unknown.
         tokenizer_hash: of its tokenizer's file; empty: unknown.
         is_greedy: whether a line that says nothing of it gets the likeliest answer.
+        revision: tells apart what has one fingerprint, as far as the machine that has the model
+            can see: its weight files as they are there, and the engine's version.
     """
 
     model: str
@@ -156,6 +158,12 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     tokenizer_hash: str = ""
     is_greedy: bool = False
+    revision: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Whose answers these are: two models with one identity give the same; empty: unknown."""
+        return f"{self.fingerprint}/{self.revision}" if self.fingerprint else ""
 
     @property
     def serves_everything(self) -> bool:
@@ -450,7 +458,11 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
 
         The model is not among what they depend on: a batch runs on one.
         """
-        return xxhash.xxh3_128_digest(_encode(self.asked) + self.terms.encoded)
+        return xxh3_128_digest(self.request())
+
+    def request(self) -> bytes:
+        """Return all that is asked: equal bytes where requests are equal, the model aside."""
+        return _encode(self.asked) + self.terms.encoded
 
 
 class Sketcher:

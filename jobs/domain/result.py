@@ -86,12 +86,14 @@ def render_result(
     created: int,
     same_as: str | None = None,
     pooling: Pooling | None = None,
+    reused_from: str | None = None,
 ) -> bytes:
     """Return the line (without its newline) that the output or error file holds.
 
     A result with an error belongs in the error file, any other in the output file.
     `request_id` is unique in the system; `created` is in unix seconds. `same_as` is the custom_id
     of the equal request that ran for this one: what was computed is told there, and is 0 here.
+    So it is with `reused_from`, the id of the earlier batch that the answer was taken from.
     `pooling` is what was asked for where the answer is no text.
 
     Source: the JSONL formats of the OpenAI Batch API; `batchctl` is an addition of ours, present
@@ -103,7 +105,7 @@ def render_result(
         line["response"] = None
         line["error"] = {"code": error.code, "message": error.message}
         return _encode(line)
-    usage = result.usage if same_as is None else Usage()
+    usage = result.usage if same_as is None and reused_from is None else Usage()
     usage_body = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -151,10 +153,13 @@ def render_result(
             }
             body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
             body.update(created=created, model=model, choices=[choice], usage=usage_body)
-    if result.constraint is not None or result.attempts > 1 or same_as is not None:
+    is_copy = same_as is not None or reused_from is not None
+    if result.constraint is not None or result.attempts > 1 or is_copy:
         told: dict[str, object] = {"constraint": result.constraint, "attempts": result.attempts}
         if same_as is not None:
             told["same_as"] = same_as
+        if reused_from is not None:
+            told["reused_from"] = reused_from
         body["batchctl"] = told
     line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
     line["error"] = None

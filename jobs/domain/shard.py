@@ -113,7 +113,8 @@ class Shard:
 class Segment:
     """An immutable blob with some of a shard's results: the checkpoint.
 
-    `positions` has one bit per line of the shard, like `Shard.done`.
+    `positions` has one bit per line of the shard, like `Shard.done`. `identity` is that of the
+    model which gave all of these results; None: there was none, or more than one.
     """
 
     unit_id: UnitId
@@ -126,6 +127,7 @@ class Segment:
     num_completed: int
     num_failed: int
     usage: Usage
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

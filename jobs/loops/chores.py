@@ -112,6 +112,7 @@ class ChoreLoop:
                 "collected",
                 expired_files=found.expired_files,
                 old_segments=found.old_segments,
+                expired_answers=found.expired_answers,
                 orphans=found.orphans,
                 uploads=found.uploads,
                 num_bytes=found.num_bytes,

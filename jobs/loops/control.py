@@ -5,10 +5,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from engine.sandbox import Sandbox
-from jobs import finalizer, intake, metrics
+from jobs import finalizer, intake, lengths, metrics
 from jobs.domain.batch import LineProblem
 from jobs.domain.errors import BatchctlError, BlobCorrupt, BlobMissing, LeaseLost
-from jobs.domain.ids import UnitId
+from jobs.domain.ids import BatchId, UnitId
 from jobs.domain.retry import Settlement, decide
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.loops.turns import Crew, Stopped
@@ -88,7 +88,18 @@ class ControlLoop:
             )
         self._app.doorbell.hint(Hint.PROGRESS, lease.batch_id)
         self._app.doorbell.announce()
+        if lease.kind is UnitKind.FINALIZE and outcome == "done":
+            self._learn(lease.batch_id)
         return True
+
+    def _learn(self, batch_id: BatchId) -> None:
+        """Note how long the answers were, for batches to come; what goes wrong costs only that."""
+        if not self._app.plan_limits().by_template:
+            return
+        try:
+            lengths.learn(self._app.db, self._app.blobs, batch_id)
+        except BatchctlError as error:
+            log.warning("lengths_not_learned", batch_id=batch_id, code=error.code)
 
     def _run(self, lease: Lease, progress: "_Progress") -> str:
         """Run a unit; return how it ended."""
@@ -96,7 +107,7 @@ class ControlLoop:
         if lease.kind is UnitKind.FINALIZE:
             note = progress.phase("finalizing")
             try:
-                finalizer.finalize(app.db, app.blobs, lease, on_progress=note)
+                finalizer.finalize(app.db, app.blobs, lease, cache=app.cache, on_progress=note)
             except (BlobCorrupt, BlobMissing):
                 if not finalizer.run_lost_again(app.db, app.blobs, lease, on_progress=note):
                     raise
@@ -109,6 +120,7 @@ class ControlLoop:
             describe=app.describe,
             checker=self._checker,
             limits=app.plan_limits(),
+            cache=app.cache,
             on_progress=progress.phase("planning"),
         )
         return "done"

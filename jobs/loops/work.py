@@ -6,9 +6,12 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from engine.deaths import DeathBudget
 from engine.process import ProcessEngine
 from engine.supervisor import EngineSupervisor
+from engine.tuning import Tuning
 from jobs import metrics, runner
 from jobs.domain.errors import (
     BatchctlError,
@@ -76,6 +79,7 @@ class WorkLoop:
         self._busy = False
         self._num_results = 0
         self._num_tokens = 0
+        self._tuning: Tuning | None = None
         self._past_starts = 0
 
     # --- what others see ---
@@ -96,6 +100,11 @@ class WorkLoop:
     def model(self) -> str | None:
         """The model that the engine has, or is loading."""
         return self._model
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the engine worked with last, where it chose that."""
+        return self._tuning
 
     @property
     def state(self) -> WorkState:
@@ -221,6 +230,11 @@ class WorkLoop:
         else:
             log.info("worker_quarantine_over")
 
+    def _note_tuning(self, model: str, tuning: Tuning) -> None:
+        self._tuning = tuning
+        metrics.note_tuning(model, slots=tuning.slots, batch_tokens=tuning.batch_tokens)
+        log.info("engine_tuned", model=model, **msgspec.structs.asdict(tuning))
+
     def _note_result(self, result: Result) -> None:
         self._num_results += 1
         self._num_tokens += result.usage.completion_tokens
@@ -278,10 +292,11 @@ class WorkLoop:
                         start_seconds=leases.load_seconds,
                         stall_seconds=leases.stall_seconds,
                         request_seconds=leases.request_seconds,
+                        on_tuned=lambda tuning: self._note_tuning(model, tuning),
                         stop=self._crew.stopping.is_set,
                     )
 
-            self._model = model
+            self._model, self._tuning = model, None
             self._supervisor = EngineSupervisor(
                 start,
                 budget=self._budget,

@@ -3,6 +3,9 @@
 files/<file id>                                              an uploaded input
 outputs/<batch id>/<epoch>-<kind>.jsonl                      a produced file
 plans/<batch id>/<epoch>.jsonl                               the lines of an input as they run
+plans/<batch id>/<epoch>.keys                                16 bytes that tell each line's answer
+reuse/<batch id>/<epoch>                                     answers for batches to come
+segments/<batch id>/reused/<epoch>-<sequence>                results that were there before a shard
 segments/<batch id>/<unit id>/<epoch>-<sequence>-<sha256>    results of some lines of a shard
 """
 
@@ -18,7 +21,7 @@ from jobs.domain.shard import Lease
 
 OutputKind = Literal["output", "error"]
 
-ROOTS = ("files/", "outputs/", "plans/", "segments/")
+ROOTS = ("files/", "outputs/", "plans/", "reuse/", "segments/")
 """What every key begins with; a bucket without a prefix may hold other people's blobs too."""
 
 
@@ -165,6 +168,21 @@ def output_key(batch_id: BatchId, epoch: int, kind: OutputKind) -> str:
 def plan_key(batch_id: BatchId, epoch: int) -> str:
     """Return where the planner that holds `epoch` writes the lines in the order they will run."""
     return f"plans/{batch_id}/{epoch}.jsonl"
+
+
+def keys_key(batch_id: BatchId, epoch: int) -> str:
+    """Return where the planner that holds `epoch` writes what tells the answer of each line."""
+    return f"plans/{batch_id}/{epoch}.keys"
+
+
+def answers_key(batch_id: BatchId, epoch: int) -> str:
+    """Return where the finalizer that holds `epoch` writes answers for batches to come."""
+    return f"reuse/{batch_id}/{epoch}"
+
+
+def reused_key(batch_id: BatchId, epoch: int, sequence: int) -> str:
+    """Return where the planner that holds `epoch` writes results that need not be computed."""
+    return f"{segments_prefix(batch_id)}reused/{epoch}-{sequence}"
 
 
 def segment_key(lease: Lease, sequence: int, sha256: str) -> str:

@@ -1,15 +1,17 @@
-"""A model of 7 to 8 billion random weights on a GPU: batched against one by one, and the bound.
+"""G1, G4, G5, G6 and G7: batches, and a model of 7 to 8 billion random weights, on a GPU.
 
-    python tests/benchmarks/gpu.py [--shape 8b|7b|tiny] [--device cuda|cpu] [--engines hf,nf4,vllm]
-        [--sequences 1,16,64,256] [--prompt 128] [--answer 128] [--repeats 3] [--folder DIR]
-        [--json FILE]
+    python tests/benchmarks/gpu.py [--rows G1,G4,G5,G6,G7] [--shape 8b|7b|tiny] [--device cuda|cpu]
+        [--batches vllm|hf] [--engines hf,nf4,vllm] [--sequences 1,16,64,256] [--prompt 128]
+        [--answer 128] [--repeats 3] [--requests 20000] [--folder DIR] [--json FILE]
 
-The weights are made on the device and saved once; each engine then loads them in a process of its
-own, as a worker would. Prompts are random tokens, answers greedy and of exact length. For each
-number of sequences: output tokens per second of wall time, prompts included; that over one
-sequence at a time; and its share of what the memory allows, if each step reads all weights and
-the cache once at the speed of a plain copy on the same device. Without --json the figures go to
-standard output. On a machine without CUDA nothing is measured, unless --device is cpu.
+The weights are made on the device and saved once; each row, and of G7 each engine, then loads them
+in a process of its own, as a worker would. G1 to G6 are in gpu_batches.py, and run on vLLM where it
+is installed, else on hf. G7 is batched against one by one: prompts are random tokens, answers
+greedy and of exact length. For each number of sequences: output tokens per second of wall time,
+prompts included; that over one sequence at a time; and its share of what the memory allows, if each
+step reads all weights and the cache once at the speed of a plain copy on the same device. The
+figures go to FILE, or to standard output. On a machine without CUDA nothing is measured, unless
+--device is cpu.
 """
 
 import argparse
@@ -22,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -39,6 +42,10 @@ from engine.devices import discover_visible
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.registry import open_engine
 from jobs.domain.request import Request, SamplingParams
+from jobs.telemetry import configure_logging
+from tests.benchmarks import gpu_batches, suite
+from tests.benchmarks.gpu_batches import FULL, SMALL, Batches, Sizes
+from tests.benchmarks.measuring import Row
 from tests.sources import ListSource
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -71,6 +78,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 ENGINES = ("hf", "nf4", "vllm")
+ROWS = (*gpu_batches.ROWS, "G7")
+_CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+_PAGE = 32
+_FEW = 16
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "vllm", "batchctl")
 
 
@@ -83,6 +94,7 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")  # noqa: S106 -- no password
+    fast.chat_template = _CHAT
     config = LlamaConfig(
         **SHAPES[shape],
         tie_word_embeddings=False,
@@ -147,6 +159,40 @@ def config_of(engine: str, folder: Path, arguments: argparse.Namespace) -> Engin
         context_tokens=context,
         batch_tokens=max(2048, slots) if arguments.device == "cuda" else 512,
     )
+
+
+def config_of_batches(row: str, folder: Path, arguments: argparse.Namespace) -> EngineConfig:
+    """Return how to open the engine of a row other than G7."""
+    sizes = sizes_of(arguments)
+    tokens = sizes.cache_tokens if row == "G4" else None
+    if arguments.batches == "vllm":
+        size = read_size(folder)
+        each = size.cache_bytes_per_token if size is not None else 0
+        return VllmConfig(
+            model=str(folder),
+            slots=sizes.slots,
+            context_tokens=sizes.context_tokens,
+            dtype="bfloat16" if arguments.device == "cuda" else "float32",
+            enforce_eager=arguments.device != "cuda",
+            engine_args={} if tokens is None else {"kv_cache_memory_bytes": tokens * each},
+        )
+    # Beside what is shared, room for what each sequence has of its own.
+    own = sizes.slots * sizes.context_tokens // 16
+    return HfConfig(
+        model=str(folder),
+        device=arguments.device,
+        slots=sizes.slots,
+        context_tokens=sizes.context_tokens,
+        batch_tokens=max(2048, sizes.slots) if arguments.device == "cuda" else 512,
+        page_tokens=_PAGE,
+        num_blocks=None if tokens is None else (tokens + own) // _PAGE,
+    )
+
+
+def sizes_of(arguments: argparse.Namespace) -> Sizes:
+    """Return how much is run: little of it on a CPU, where it only shows that it works."""
+    sizes = FULL if arguments.device == "cuda" else SMALL
+    return sizes if arguments.requests is None else replace(sizes, requests=arguments.requests)
 
 
 def run(engine: Engine, num: int, arguments: argparse.Namespace, *, seed: int) -> float:
@@ -242,9 +288,12 @@ def describe_machine() -> dict[str, Any]:
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS))
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engines", type=lambda text: text.split(","), default=None)
+    parser.add_argument("--batches", choices=("vllm", "hf"), help="engine of G1 to G6")
+    parser.add_argument("--requests", type=int, help="of G1; a quarter of them in G4")
     parser.add_argument(
         "--sequences",
         type=lambda text: [int(part) for part in text.split(",")],
@@ -255,18 +304,54 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the model is made, and kept")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*ENGINES, *gpu_batches.ROWS), help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
-def measure_apart(engine: str, folder: Path, given: Sequence[str]) -> dict[str, Any]:
-    """Return the figures of one engine from a process of its own; a failure is its error."""
-    told = folder.parent / f"{folder.name}-{engine}.json"
+def ratios(engines: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """Yield the rows of G7, from the figures of its engines."""
+    speeds = {
+        one["engine"]: {run["sequences"]: run["tokens_per_second"] for run in one["runs"]}
+        for one in engines
+        if "runs" in one
+    }
+    nf4, half, vllm = (speeds.get(name, {}) for name in ENGINES[1:2] + ENGINES[:1] + ENGINES[2:])
+    for num in sorted(nf4):
+        if num > 1 and 1 in nf4:
+            yield Row(
+                id=f"G7 nf4 {num}",
+                what=f"NF4 at {num} sequences ÷ one by one",
+                values=[nf4[num] / nf4[1]],
+                must=15 if num == max(nf4) else None,
+                goal=30 if num == max(nf4) else None,
+            )
+        if num in half:
+            yield Row(
+                id=f"G7 nf4 ÷ bf16 {num}",
+                what=f"NF4 ÷ bfloat16 at {num} sequences",
+                values=[nf4[num] / half[num]],
+                must=0.8,
+                goal=1.0 if num <= _FEW else 0.9,
+            )
+    for num in sorted(half.keys() & vllm.keys()):
+        yield Row(
+            id=f"G7 hf ÷ vllm {num}",
+            what=f"hf ÷ vLLM at {num} sequences, bfloat16",
+            values=[half[num] / vllm[num]],
+            must=0.35,
+            goal=0.6,
+        )
+
+
+def measure_apart(one: str, folder: Path, given: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of one engine or row from a process of its own; a failure is its error."""
+    told = folder.parent / f"{folder.name}-{one}.json"
     command = [sys.executable, __file__, *given, "--folder", str(folder)]
-    done = subprocess.run([*command, "--one", engine, "--to", str(told)], check=False)
+    done = subprocess.run([*command, "--one", one, "--to", str(told)], check=False)
     if done.returncode != 0:
-        return {"engine": engine, "error": f"ended with {done.returncode}"}
+        name = "row" if one in gpu_batches.ROWS else "engine"
+        return {name: one, "error": f"ended with {done.returncode}"}
     found: dict[str, Any] = json.loads(told.read_text())
     told.unlink()
     return found
@@ -276,14 +361,24 @@ def main(given: Sequence[str] | None = None) -> None:
     """Measure and print, or say that there is nothing to measure on."""
     given = list(sys.argv[1:] if given is None else given)
     arguments = parse(given)
+    configure_logging(level="ERROR")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         return
     if arguments.device == "cpu":
         torch.set_num_threads(1)
+    if arguments.batches is None:
+        has_vllm = arguments.device == "cuda" and find_spec("vllm") is not None
+        arguments.batches = "vllm" if has_vllm else "hf"
+    if arguments.one in gpu_batches.ROWS:
+        config = config_of_batches(arguments.one, arguments.folder, arguments)
+        found = Batches(config, arguments.folder, sizes_of(arguments)).measure(arguments.one)
+        summed = [one.summary() | {"engine": arguments.batches} for one in found]
+        arguments.to.write_text(json.dumps({"row": arguments.one, "rows": summed}))
+        return
     if arguments.one:
-        found = measure(arguments.one, arguments.folder, arguments)
-        arguments.to.write_text(json.dumps(found))
+        figures = measure(arguments.one, arguments.folder, arguments)
+        arguments.to.write_text(json.dumps(figures))
         return
     engines = arguments.engines or ["hf", "nf4"]
     if arguments.engines is None and arguments.device == "cuda" and find_spec("vllm"):
@@ -292,15 +387,24 @@ def main(given: Sequence[str] | None = None) -> None:
         folder = arguments.folder or Path(temporary) / f"random-{arguments.shape}"
         if not (folder / "config.json").exists():
             make_model(folder, arguments.shape, arguments.device)
-        result = {
-            **describe_machine(),
-            "device": arguments.device,
-            "shape": arguments.shape,
-            "prompt_tokens": arguments.prompt,
-            "answer_tokens": arguments.answer,
-            "engines": [measure_apart(one, folder, given) for one in engines],
-        }
-    text = json.dumps(result, indent=2) + "\n"
+        parts = [
+            measure_apart(row, folder, given) for row in gpu_batches.ROWS if row in arguments.rows
+        ]
+        measured = [measure_apart(one, folder, given) for one in engines if "G7" in arguments.rows]
+    rows = [row for part in parts for row in part.get("rows", ())]
+    rows += [row.summary() for row in ratios(measured)]
+    result = {
+        **describe_machine(),
+        "device": arguments.device,
+        "shape": arguments.shape,
+        "prompt_tokens": arguments.prompt,
+        "answer_tokens": arguments.answer,
+        "rows": rows,
+        "failed": [part for part in parts if "error" in part],
+        "engines": measured,
+    }
+    sys.stderr.write(suite.render([row | {"load": 0.0} for row in rows]) + "\n")
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     if arguments.json:
         arguments.json.write_text(text)
     else:

@@ -1,14 +1,19 @@
 """P: the same files through `vllm run-batch` and through `batchctl run` with vLLM, on the CPU.
 
-    P unique    every prompt is another, as W1
+    P unique    every prompt is another, as W1: about 80 tokens in, 80 out
     P repeats   half of the lines repeat others, as W9
-    P shared    90 % of each prompt is that of its group, as W3; the cache holds three groups
+    P shared    as W3: 16 groups with 384 to 1,200 tokens in common, 90 % of each prompt; 16 out
 
-Whole commands on either side, of which a run of one line is subtracted, since both spend much of
-their time on starting vLLM. Same model (random, 30 million parameters), same options: float32,
-eager, 32 sequences, the same cache, prefix caching on, one thread. A ratio is the processor time of
-the whole tree of processes, vLLM's over ours: above 1 we are faster. Beside it: answer tokens per
-second on the clock, and tokens that were computed, prompts without what the cache held.
+Whole commands on either side, in turns. Both spend much of their time on starting vLLM and on
+ending it, so the median of what runs of one line take is subtracted, on either side its own. Same
+model (random, 30 million parameters) and same engine arguments: float32, eager, 32 sequences,
+2,048 tokens in a step, prefix caching on, a cache for three groups beside what runs; one thread
+computes.
+
+A ratio is ours over theirs in answer tokens per second on the clock: above 1 we are faster. Beside
+it: the ratio of processor times of the whole trees of processes, also without vLLM's core process
+(it spins while its worker computes); tokens that were computed, which are prompts without what the
+cache held, and answers; how many lines both answered alike.
 
 vLLM is in an environment of its own (sh scripts/vllm_env.sh); VLLM_PYTHON names another one's.
 """
@@ -21,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +39,13 @@ from tests.benchmarks.measuring import ROOT, Row, main, num_pairs_at, scaled
 SLOTS = 32
 MODEL = "bench"
 CONTEXT = 2048
-CACHE_BYTES = 1 << 30
-NUM_GROUPS = 12
+BATCH_TOKENS = 2048
+NUM_LINES = 160
+NUM_GROUPS = 16
 _CACHED_GROUPS = 3
 _SHARED_TOKENS = 1200
+_OWN_TOKENS = 160
+_CORE_NAME = "VLLM::EngineCor"
 LAYERS, HEADS, HEAD_SIZE = 8, 8, 64
 _BYTES_OF_TOKEN = 2 * LAYERS * HEADS * HEAD_SIZE * 4
 _MAKE_MODEL = f"""
@@ -57,19 +65,27 @@ tokenizer.save_pretrained(sys.argv[2])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """What a command took: seconds on the clock and of processors, answer tokens, and computed."""
+    """What a command took: seconds on the clock and of processors, answer tokens, and computed.
+
+    Attributes:
+        core: of `cpu`, what vLLM's core process took.
+        answers: by custom_id.
+    """
 
     wall: float
     cpu: float
+    core: float
     tokens: int
     computed: int
+    answers: Mapping[str, str]
 
-    def __sub__(self, other: "Spent") -> "Spent":
-        return Spent(
-            wall=self.wall - other.wall,
-            cpu=self.cpu - other.cpu,
-            tokens=self.tokens - other.tokens,
-            computed=self.computed - other.computed,
+    def less(self, starts: "Sequence[Spent]") -> "Spent":
+        """Return this without what the median of `starts` takes."""
+        return replace(
+            self,
+            wall=self.wall - statistics.median(one.wall for one in starts),
+            cpu=self.cpu - statistics.median(one.cpu for one in starts),
+            core=self.core - statistics.median(one.core for one in starts),
         )
 
 
@@ -98,6 +114,7 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
     """Return what a whole command took, its descendants included."""
     clock = time.monotonic()
     used: dict[int, float] = {}
+    cores: set[int] = set()
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=said) as done,
@@ -109,6 +126,8 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
                 for one in (root, *root.children(recursive=True)):
                     times = one.cpu_times()
                     used[one.pid] = times.user + times.system
+                    if one.name().startswith(_CORE_NAME):
+                        cores.add(one.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 done.wait(0.1)
         wall = time.monotonic() - clock
@@ -116,44 +135,51 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
         if done.returncode:
             sys.exit(f"{command[:4]} ended with {done.returncode}:\n{said.read()[-2000:]}")
     tokens = computed = 0
-    for line in output.read_text("utf-8").splitlines():
-        body: dict[str, Any] = json.loads(line)["response"]["body"]
+    answers: dict[str, str] = {}
+    for text in output.read_text("utf-8").splitlines():
+        line: dict[str, Any] = json.loads(text)
+        body = line["response"]["body"]
         usage = body["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        # A line that is answered with another one's answer shows no usage.
         computed += usage["prompt_tokens"] - cached + usage["completion_tokens"]
-        same_as = body.get("batchctl", {}).get("same_as")
-        # What another line was answered with is delivered here too, and computed once.
-        tokens += usage["completion_tokens"] if same_as is None else 0
-    return Spent(wall=wall, cpu=sum(used.values()), tokens=tokens, computed=computed)
+        tokens += usage["completion_tokens"]
+        answers[line["custom_id"]] = body["choices"][0]["message"]["content"]
+    return Spent(
+        wall=wall,
+        cpu=sum(used.values()),
+        core=sum(seconds for pid, seconds in used.items() if pid in cores),
+        tokens=tokens,
+        computed=computed,
+        answers=answers,
+    )
 
 
 class Peers:
-    """Both commands, over one model with one size of cache."""
+    """Both commands, over one model with one cache."""
 
-    def __init__(self, python: Path, work: Path, *, cache_bytes: int) -> None:
+    def __init__(self, python: Path, work: Path) -> None:
         self._python = str(python)
         self._work = work
         self._model = work / "model"
-        self._cache_bytes = cache_bytes
-        self._starts: dict[int, tuple[Spent, Spent]] = {}
-        options = {"slots": SLOTS, "enforce_eager": True}
+        self.starts: list[tuple[Spent, Spent]] = []
+        held = max(CONTEXT, _CACHED_GROUPS * _SHARED_TOKENS) + SLOTS * _OWN_TOKENS
+        self._cache_bytes = held * _BYTES_OF_TOKEN
+        options = {"slots": SLOTS, "enforce_eager": True, "batch_tokens": BATCH_TOKENS}
         (work / "batchctl.toml").write_text(
             f'[models.{MODEL}]\nsource = {json.dumps(str(self._model))}\nengine = "vllm"\n'
             f"options = {{{', '.join(f'{k} = {json.dumps(v)}' for k, v in options.items())}}}\n"
             f'[vllm]\ndtype = "float32"\n'
-            f"[vllm.engine_args]\nkv_cache_memory_bytes = {cache_bytes}\n"
+            f"[vllm.engine_args]\nkv_cache_memory_bytes = {self._cache_bytes}\n"
         )
 
     def write(self, name: str, lines: Iterable[bytes]) -> None:
         (self._work / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
 
-    def starts(self, seed: int, lines: Sequence[bytes]) -> tuple[Spent, Spent]:
-        """Return what one line takes, theirs and ours; once for each seed."""
-        if seed not in self._starts:
-            name = f"one-{self._cache_bytes}-{seed}"
-            self.write(name, lines[:1])
-            self._starts[seed] = self.theirs(name), self.ours(name)
-        return self._starts[seed]
+    def start(self, name: str, line: bytes) -> None:
+        """Measure what a file of one line takes, theirs and ours."""
+        self.write(name, [line])
+        self.starts.append((self.theirs(name), self.ours(name)))
 
     def ours(self, name: str) -> Spent:
         output = self._work / f"{name}.ours.jsonl"
@@ -175,6 +201,7 @@ class Peers:
                 *("-i", f"{name}.jsonl", "-o", str(output), "--model", str(self._model)),
                 *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
                 *("--max-num-seqs", str(SLOTS), "--enable-prefix-caching"),
+                *("--max-num-batched-tokens", str(BATCH_TOKENS), "--disable-log-stats"),
                 *("--kv-cache-memory-bytes", str(self._cache_bytes)),
                 "--enable-prompt-tokens-details",
             ],
@@ -183,53 +210,52 @@ class Peers:
         )
 
 
-def compare(peers: Peers, name: str, make: Callable[[int], list[bytes]], num_pairs: int) -> Row:
-    """Return a row about files that `make` makes for each seed."""
-    must, goal, what = {
-        "unique": (1.0, 1.05, "unique prompts"),
-        "repeats": (1.9, 1.98, "50 % duplicates"),
-        "shared": (1.1, 1.5, "90 % shared prefixes"),
-    }[name]
-    pairs: list[tuple[Spent, Spent]] = []
-    delivered = 0
-    for seed in range(num_pairs):
-        whole = f"{name}{seed}"
-        lines = make(seed)
-        peers.write(whole, lines)
-        their_start, our_start = peers.starts(seed, lines)
-        # Beside each other in time: the machine's other work is the same for both.
-        if seed % 2:
-            our_all, their_all = peers.ours(whole), peers.theirs(whole)
-        else:
-            their_all, our_all = peers.theirs(whole), peers.ours(whole)
-        pairs.append((their_all - their_start, our_all - our_start))
-        delivered = pairs[-1][0].tokens
+_ROWS = {
+    "unique": (1.0, 1.05, "unique prompts"),
+    "repeats": (1.9, 1.98, "50 % duplicates"),
+    "shared": (1.1, 1.5, "90 % shared prefixes"),
+}
+
+
+def make_lines(name: str, num_lines: int, seed: int) -> list[bytes]:
+    if name == "shared":
+        made = workloads.shared_prefix(num_lines, seed=seed, model=MODEL, num_groups=NUM_GROUPS)
+    elif name == "repeats":
+        made = workloads.duplicates(num_lines, seed=seed, model=MODEL, shrink=0.4)
+    else:
+        made = workloads.chat(num_lines, seed=seed, model=MODEL, shrink=0.4)
+    return list(made)
+
+
+def describe(name: str, pairs: Sequence[tuple[Spent, Spent]]) -> Row:
+    """Return the row of pairs of theirs and ours, without their starts."""
+    must, goal, what = _ROWS[name]
     theirs, ours = pairs[-1]
-    clocks = [theirs.wall / ours.wall for theirs, ours in pairs]
+    # As many are delivered to our user: what another line was answered with counts as well.
+    delivered = theirs.tokens
+    alike = sum(ours.answers[key] == text for key, text in theirs.answers.items())
+    cpu = statistics.median(theirs.cpu / ours.cpu for theirs, ours in pairs)
+    calm = statistics.median(
+        (theirs.cpu - theirs.core) / (ours.cpu - ours.core) for theirs, ours in pairs
+    )
     return Row(
         id=f"P {name}",
-        what=f"vllm run-batch ÷ batchctl run, {what}",
-        values=[theirs.cpu / ours.cpu for theirs, ours in pairs],
+        what=f"batchctl run ÷ vllm run-batch, tokens/s, {what}",
+        values=[theirs.wall / ours.wall for theirs, ours in pairs],
         must=must,
         goal=goal,
-        note=f"{len(lines)} requests, {delivered} answer tokens; processor time; on the clock "
-        f"{statistics.median(clocks):.2f}: {delivered / ours.wall:.0f} answer tokens/s against "
-        f"{delivered / theirs.wall:.0f}; tokens computed {ours.computed} against "
-        f"{theirs.computed}",
+        note=f"{len(theirs.answers)} requests, {delivered} answer tokens: "
+        f"{delivered / ours.wall:.0f} tokens/s against {delivered / theirs.wall:.0f}, starts "
+        f"subtracted; by processor time {cpu:.2f}, without vLLM's core {calm:.2f}; tokens computed "
+        f"{ours.computed} against {theirs.computed}; {alike} answers alike",
     )
 
 
 def measure(size: float) -> list[Row]:
     """Return one row for each kind of file."""
     python, num_pairs = find_python(), num_pairs_at(3, size)
-    num_lines = scaled(200, size, least=8)
-
-    def shared(seed: int) -> list[bytes]:
-        return list(
-            workloads.shared_prefix(num_lines, seed=seed, model=MODEL, num_groups=NUM_GROUPS)
-        )
-
-    rows = []
+    num_lines = scaled(NUM_LINES, size, least=8)
+    pairs: dict[str, list[tuple[Spent, Spent]]] = {name: [] for name in _ROWS}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         demo = ROOT / "engine" / "demo" / "model"
@@ -239,27 +265,25 @@ def measure(size: float) -> list[Row]:
             check=True,
             capture_output=True,
         )
-        roomy = Peers(python, work, cache_bytes=CACHE_BYTES)
-        rows += [
-            compare(
-                roomy,
-                "unique",
-                lambda seed: list(workloads.chat(num_lines, seed=seed, model=MODEL, shrink=0.4)),
-                num_pairs,
-            ),
-            compare(
-                roomy,
-                "repeats",
-                lambda seed: list(
-                    workloads.duplicates(num_lines, seed=seed, model=MODEL, shrink=0.4)
-                ),
-                num_pairs,
-            ),
-        ]
-        tokens = max(CONTEXT, _CACHED_GROUPS * _SHARED_TOKENS) + SLOTS * 160
-        tight = Peers(python, work, cache_bytes=tokens * _BYTES_OF_TOKEN)
-        rows.append(compare(tight, "shared", shared, num_pairs))
-    return rows
+        peers = Peers(python, work)
+        for seed in range(num_pairs):
+            peers.start(f"one{seed}", make_lines("unique", 1, seed)[0])
+            for name, found in pairs.items():
+                whole = f"{name}{seed}"
+                peers.write(whole, make_lines(name, num_lines, seed))
+                # Beside each other in time, and neither always first.
+                if seed % 2:
+                    ours = peers.ours(whole)
+                    found.append((peers.theirs(whole), ours))
+                else:
+                    theirs = peers.theirs(whole)
+                    found.append((theirs, peers.ours(whole)))
+    their_starts = [theirs for theirs, _ in peers.starts]
+    our_starts = [ours for _, ours in peers.starts]
+    return [
+        describe(name, [(t.less(their_starts), o.less(our_starts)) for t, o in found])
+        for name, found in pairs.items()
+    ]
 
 
 if __name__ == "__main__":

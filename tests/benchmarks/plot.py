@@ -10,10 +10,12 @@ import argparse
 import html
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.benchmarks.measuring import ROOT
-from tests.benchmarks.suite import OUTPUT, Summary, bound, verdict
+from tests.benchmarks.reasons import explained
+from tests.benchmarks.suite import OUTPUT, Summary, bound, misses_goal, verdict
 
 PAGE = ROOT / "docs" / "performance.md"
 FOLDER = ROOT / "docs" / "performance"
@@ -23,8 +25,9 @@ _ROW, _TOP = 26, 34
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#444}.value{fill:#111;font-weight:600}"
     ".axis{stroke:#999}.must{stroke:#111;stroke-width:1.5}.range{stroke:#333;stroke-width:1.5}"
-    ".goal{fill:#fff;stroke:#111}.met{fill:#5b8c5a}.missed{fill:#c65f4b}.some{fill:#d9a441}"
+    ".id{fill:#111;font-weight:600}.goal{fill:#fff;stroke:#111}.met{fill:#5b8c5a}.missed{fill:#c65f4b}.some{fill:#d9a441}"
 )
+_LEGEND = (("met", "goal met"), ("some", "must met"), ("missed", "missed"))
 _COLOURS = {"goal met": "met", "must met": "some", "goal missed": "some", "MISSED": "missed"}
 
 
@@ -44,7 +47,8 @@ def draw(rows: list[Summary]) -> str:
     def x(value: float) -> float:
         return _LEFT + _WIDTH * math.log(value / low) / math.log(high / low)
 
-    height = _TOP + _ROW * len(rows) + 12
+    bottom = _TOP + _ROW * len(rows)
+    height = bottom + _ROW + 8
     width = _LEFT + _WIDTH + _RIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img">',
@@ -56,7 +60,7 @@ def draw(rows: list[Summary]) -> str:
             kind = "must" if tick == 1 else "axis"
             parts.append(
                 f'<line class="{kind}" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP - 8}" '
-                f'y2="{height - 8}" stroke-opacity="{1 if tick == 1 else 0.4}"/>'
+                f'y2="{bottom}" stroke-opacity="{1 if tick == 1 else 0.4}"/>'
                 f'<text x="{x(tick):.1f}" y="{_TOP - 14}" text-anchor="middle">'
                 f"{'must' if tick == 1 else f'x {tick:g}'}</text>"
             )
@@ -66,7 +70,9 @@ def draw(rows: list[Summary]) -> str:
         length = max(1.5, end - start)
         kind = _COLOURS[verdict(row)]
         ends = sorted((x(ratio(row, "low")), x(ratio(row, "high"))))
-        label = html.escape(f"{row['id']}  {row['what']}")
+        # What follows the number of a row is in its text as well.
+        label = f'<tspan class="id">{html.escape(row["id"].split(" ")[0])}</tspan>'
+        label += f"  {html.escape(row['what'])}"
         parts += [
             f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{label}</text>',
             f'<rect class="{kind}" x="{start:.1f}" y="{y - 7}" width="{length:.1f}" height="14"/>',
@@ -79,7 +85,20 @@ def draw(rows: list[Summary]) -> str:
                 f'<path class="goal" d="M{at:.1f} {y - 6}l5 6l-5 6l-5 -6z">'
                 f"<title>goal {row['goal']:g}</title></path>"
             )
-    return "\n".join([*parts, "</svg>", ""])
+    return "\n".join([*parts, *_legend(bottom + _ROW // 2 + 4), "</svg>", ""])
+
+
+def _legend(y: int) -> Iterator[str]:
+    at = _LEFT
+    for kind, said in _LEGEND:
+        yield f'<rect class="{kind}" x="{at}" y="{y - 6}" width="12" height="12"/>'
+        yield f'<text x="{at + 18}" y="{y + 4}">{said}</text>'
+        at += 90
+    yield f'<path class="goal" d="M{at + 6} {y - 6}l5 6l-5 6l-5 -6z"/>'
+    yield f'<text x="{at + 18}" y="{y + 4}">goal</text>'
+    at += 66
+    yield f'<line class="range" x1="{at}" x2="{at + 18}" y1="{y}" y2="{y}"/>'
+    yield f'<text x="{at + 24}" y="{y + 4}">range of pairs</text>'
 
 
 def table(rows: list[Summary]) -> str:
@@ -104,6 +123,9 @@ def table(rows: list[Summary]) -> str:
             f"{row['note']} ({row['at']})",
         )
         lines.append("| " + " | ".join(cells) + " |")
+    missed = explained([row for row in rows if misses_goal(row)])
+    lines += ["", "What misses its goal, why, and the next idea:", ""] if missed else []
+    lines += [f"- **{names}** {reason}" for names, reason in missed]
     return "\n".join(lines)
 
 

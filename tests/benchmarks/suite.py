@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from tests.benchmarks.measuring import ROOT, cpu_seconds
+from tests.benchmarks.reasons import explained
 
 OUTPUT = ROOT / "build" / "bench.json"
 PARTS = {
@@ -38,6 +39,7 @@ PARTS = {
     "memory": ("C10",),
     "repeats": ("C11",),
     "killed": ("C12",),
+    "tuning": ("T1",),
     "peers": ("P",),
 }
 APART = ("C10", "P")
@@ -113,8 +115,13 @@ def verdict(row: Summary) -> str:
     return "goal met"
 
 
+def misses_goal(row: Summary) -> bool:
+    """Return whether a row does not reach what it is meant to."""
+    return verdict(row) not in {"", "goal met"}
+
+
 def render(rows: list[Summary]) -> str:
-    """Return the rows as a table for a terminal."""
+    """Return the rows as a table for a terminal, and why some of them miss their goal."""
     table = [("", "what", "median", "range", "must", "goal", "", "load")]
     table += [
         (
@@ -130,10 +137,13 @@ def render(rows: list[Summary]) -> str:
         for row in rows
     ]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
         for cells in table
-    )
+    ]
+    missed = explained([row for row in rows if misses_goal(row)])
+    lines += ["", *(f"{names}: {reason}" for names, reason in missed)] if missed else []
+    return "\n".join(lines)
 
 
 def bound(row: Summary, name: str) -> str:

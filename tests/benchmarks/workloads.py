@@ -172,9 +172,12 @@ def heavy_tail(
 
 
 def schemas(
-    num_lines: int, *, seed: int = 0, model: str = "demo", shrink: float = 1.0
+    num_lines: int, *, seed: int = 0, model: str = "demo", shrink: float = 1.0, salt: int = 0
 ) -> Iterator[bytes]:
-    """W8: a schema of its own for each line, of five sizes."""
+    """W8: a schema of its own for each line, of five sizes.
+
+    Two salts of equally many digits make prompts of the same lengths that share no beginning.
+    """
     rng = random.Random(f"W8 {seed}")
     for number in range(num_lines):
         fields = {
@@ -196,7 +199,7 @@ def schemas(
         yield _line(
             number,
             model,
-            f"{number} {_words(rng, _lognormal(rng, 110, 1.1, 1000) * shrink)}",
+            f"{salt}.{number} {_words(rng, _lognormal(rng, 110, 1.1, 1000) * shrink)}",
             900,
             temperature=1,
             seed=number,

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.builders import make_mixed_line
 from tests.integration.fleet.conftest import blobs, fleet, make_fleet, valkey
 
 __all__ = ["blobs", "fleet", "make_fleet", "valkey"]  # fixtures
@@ -59,6 +60,14 @@ class Bench:
     @property
     def ledger(self) -> Path:
         return self.folder / "ledger"
+
+    def write_mixed_input(self, num_lines: int) -> None:
+        """Write lines of which some repeat others, and some begin alike."""
+        self.write_input(num_lines, lambda number: make_mixed_line(number).decode())
+
+    def num_followers(self) -> int:
+        """Return how many lines of the output have the answer of an equal one."""
+        return self.output.read_bytes().count(b'"same_as"')
 
     def write_input(self, num_lines: int, line: Callable[[int], str] = request_line) -> None:
         with self.input.open("w") as file:

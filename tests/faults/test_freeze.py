@@ -52,7 +52,7 @@ def test_worker_that_wakes_after_its_shards_were_given_away_writes_nothing_under
     fleet = make_fleet(valkey.connection_url, step_seconds=0.01, slots=32)
     fleet.start("control", role="control")
     frozen = fleet.start("frozen", role="engine", celery=False)
-    batch = fleet.submit(NUM_LINES)
+    batch = fleet.submit(NUM_LINES, mixed=True)
     wait_for(lambda: fleet.num_done(batch.id) > NUM_LINES / 10, seconds=120)
     for one in frozen.tree():
         one.suspend()

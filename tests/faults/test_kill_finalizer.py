@@ -15,7 +15,7 @@ from storage.tables import outbox, units
 from tests.integration.fleet.conftest import MakeFleet
 from tests.integration.fleet.fleets import Fleet, Member, wait_for
 
-NUM_LINES, NUM_KILLS = 6000, 10  # in 300 shards, each with a segment that is read
+NUM_LINES, NUM_KILLS = 6000, 10  # in some 200 shards, each with a segment that is read
 
 
 class Finalizing:
@@ -26,7 +26,7 @@ class Finalizing:
         self._num_started = 0
         fleet.start("engine", role="engine")
         planner = self.start(ready=True)
-        self.batch = fleet.submit(NUM_LINES)
+        self.batch = fleet.submit(NUM_LINES, mixed=True)
         wait_for(lambda: fleet.num_done(self.batch.id) > 0, seconds=120)
         planner.kill()  # so that nobody finalizes it yet
         wait_for(lambda: self.get().status is BatchStatus.FINALIZING, seconds=120)

@@ -39,9 +39,9 @@ def await_growth(bench: Bench) -> None:
 def test_kills_of_the_server_and_its_engine_lose_and_double_nothing(
     bench: Bench, rng: random.Random
 ) -> None:
-    bench.model_options = {"step_seconds": 0.006}
+    bench.model_options = {"step_seconds": 0.008}
     num_lines = 4000
-    bench.write_input(num_lines)
+    bench.write_mixed_input(num_lines)
     batch_id = ""
     for _ in range(4):
         with serving(bench) as (process, client):
@@ -69,3 +69,4 @@ def test_kills_of_the_server_and_its_engine_lose_and_double_nothing(
         assert process.wait(timeout=30) == 0
     ids = [json.loads(line)["custom_id"] for line in content.splitlines()]
     assert ids == [f"r{n}" for n in range(num_lines)]
+    assert content.count(b'"same_as"') > num_lines / 5, "what repeats others was not run by itself"

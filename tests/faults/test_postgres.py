@@ -240,7 +240,7 @@ def test_a_fleet_whose_commits_are_cut_finishes_its_batch(
     fleet.start("control", role="control", database=behind)
     fleet.start("one", role="engine", database=behind)
     proxy.cut_commits(lambda: rng.choice(choices))
-    batch = fleet.submit(600)
+    batch = fleet.submit(600, mixed=True)
     fleet.wait_done(batch.id, seconds=240)
     assert_sound(fleet, batch.id, 600)
     assert proxy.num_cut_commits > 20
@@ -253,7 +253,7 @@ def test_a_fleet_whose_connections_are_ended_finishes_its_batch(
 ) -> None:
     fleet = make_fleet(NOBODY, step_seconds=0.01, slots=16)
     fleet.start("all", role="all", celery=False)
-    batch = fleet.submit(400)
+    batch = fleet.submit(400, mixed=True)
     num_ended, most = 0, 0
     with psycopg.connect(postgres_url.replace("+psycopg", ""), autocommit=True) as admin:
         while not fleet.get(batch.id).status.is_terminal:
@@ -281,7 +281,7 @@ def test_a_fleet_goes_on_after_each_crash_of_postgres(
         fleet = stack.enter_context(open_fleet(tmp_path, values, step_seconds=0.02, slots=16))
         fleet.start("control", role="control")
         fleet.start("one", role="engine")
-        batch = fleet.submit(600)
+        batch = fleet.submit(600, mixed=True)
         for _ in range(4):
             await_progress(fleet, batch)
             postgres.crash()
@@ -303,7 +303,7 @@ def test_a_worker_behind_a_silent_connection_loses_its_leases_and_comes_back(
     behind = {"url": proxied_url, "statement_timeout_seconds": 1, "connect_timeout_seconds": 2}
     fleet.start("control", role="control", celery=False)
     cut_off = fleet.start("cut-off", role="engine", celery=False, database=behind)
-    batch = fleet.submit(300)
+    batch = fleet.submit(300, mixed=True)
     await_progress(fleet, batch)
     proxy.go_silent()
     wait_for(lambda: events(cut_off, "lease_lost"), what="for the worker to fence itself")
@@ -358,7 +358,7 @@ def test_a_long_transaction_beside_it_holds_no_batch_up(
     with psycopg.connect(postgres_url.replace("+psycopg", "")) as report:
         report.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         report.execute("SELECT count(*) FROM units")
-        batch = fleet.submit(400)
+        batch = fleet.submit(400, mixed=True)
         fleet.wait_done(batch.id)
         seen = report.execute("SELECT count(*) FROM units").fetchone()
         assert seen == (0,), "it still sees what was there when it began"

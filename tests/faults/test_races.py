@@ -44,7 +44,7 @@ def test_two_of_each_loop_plan_sweep_and_finalize_every_batch_once(
 ) -> None:
     fleet = make_fleet(valkey.connection_url, step_seconds=0.002, slots=32)
     fleet.values["leases"] = UNHURRIED
-    made = [fleet.submit(60) for _ in range(8)]
+    made = [fleet.submit(60, mixed=True) for _ in range(8)]
     for name in ("control-1", "control-2"):
         fleet.start(name, role="control", celery=False)
     for name in ("engine-1", "engine-2"):
@@ -67,7 +67,7 @@ def test_a_finalizer_that_wakes_behind_another_one_publishes_nothing(
     first = fleet.start("first", role="control", celery=False, blobs=behind)
     fleet.start("engine", role="engine", celery=False)
     proxy.hold_for = "/outputs/"
-    batch = fleet.submit(100)
+    batch = fleet.submit(100, mixed=True)
     wait_for(lambda: proxy.done["held"], what="for the finalizer to write")
     first.signal(signal.SIGSTOP)
     second = fleet.start("second", role="control", celery=False)
@@ -102,7 +102,7 @@ def test_a_worker_that_wakes_when_its_shards_are_somebody_elses_writes_nothing_m
     fleet = make_fleet(NOBODY, step_seconds=0.02, slots=8)
     fleet.start("control", role="control", celery=False)
     sleeper = fleet.start("sleeper", role="engine", celery=False)
-    batch = fleet.submit(600)
+    batch = fleet.submit(600, mixed=True)
     lease_seconds = fleet.settings().leases.lease_seconds
     for number in range(2):
         before = fleet.num_done(batch.id)

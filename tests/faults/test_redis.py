@@ -54,7 +54,7 @@ def test_a_broker_that_is_wiped_all_the_time_costs_no_line(
     fleet.start("control", role="control")
     fleet.start("one", role="engine")
     with wiping(valkey.connection_url, seconds=0.3) as wiped:
-        found = [fleet.submit(200) for _ in range(3)]
+        found = [fleet.submit(200, mixed=True) for _ in range(3)]
         for batch in found:
             fleet.wait_done(batch.id)
             assert_sound(fleet, batch.id, 200)

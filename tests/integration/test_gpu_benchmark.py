@@ -10,7 +10,7 @@ import torch
 
 from tests.integration.runs import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SCRIPT = REPOSITORY / "tests" / "benchmarks" / "gpu.py"
 
 
@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=800,
     )
 
 
@@ -32,7 +32,8 @@ def test_nothing_is_measured_without_a_gpu() -> None:
 
 def test_small_mode_measures_both_kinds_of_weights_on_a_cpu(tmp_path: Path) -> None:
     done = run(
-        *("--device", "cpu", "--shape", "tiny", "--sequences", "1,4", "--prompt", "8"),
+        *("--rows", "G7", "--device", "cpu", "--shape", "tiny", "--sequences", "1,4"),
+        *("--prompt", "8"),
         *("--answer", "8", "--repeats", "1", "--json", str(tmp_path / "found.json")),
     )
     assert done.returncode == 0, done.stderr
@@ -47,5 +48,25 @@ def test_small_mode_measures_both_kinds_of_weights_on_a_cpu(tmp_path: Path) -> N
                 one["tokens_per_second"] / one["bound_tokens_per_second"]
             )
         assert engine["runs"][0]["over_one_by_one"] == 1
+    assert [row["id"] for row in found["rows"]] == [
+        "G7 nf4 ÷ bf16 1",
+        "G7 nf4 4",
+        "G7 nf4 ÷ bf16 4",
+    ]
     half, four = found["engines"]
     assert four["weight_bytes_estimated"] < half["weight_bytes_estimated"]
+
+
+def test_small_mode_measures_batches_on_a_cpu(tmp_path: Path) -> None:
+    done = run(
+        *("--rows", "G1,G4,G5,G6", "--device", "cpu", "--shape", "tiny"),
+        *("--json", str(tmp_path / "found.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["failed"] == []
+    assert [row["id"] for row in found["rows"]] == [
+        *("G1 W1", "G1 W2", "G4", "G4 saved", "G5", "G6"),
+    ]
+    assert all(row["low"] > 0 for row in found["rows"])
+    assert next(row for row in found["rows"] if row["id"] == "G4 saved")["high"] <= 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.demo import model_path
 from tests.builders import make_line, make_lines
 from tests.integration.runs import Folder
 
@@ -52,6 +53,26 @@ def test_failed_requests_go_to_the_error_file_in_input_order(folder: Folder) -> 
     )
     assert summed["usage"]["completion_tokens"] == tokens
     assert ended.stderr == "", "nothing but JSON"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_engine_that_chose_its_slots_says_how_many_and_why(folder: Folder) -> None:
+    name = folder.write("in.jsonl", make_lines(3))
+    told = ("-m", "demo", "--engine", "hf", "-o", "out.jsonl")
+    ended = folder.run(name, *told, "--json", seconds=180)
+    assert ended.code == 0, ended.stderr
+    tuning = json.loads(ended.stdout)["tuning"]
+    assert (tuning["slots"], tuning["max_slots"], tuning["slots_by"]) == (32, 128, "device")
+    assert tuning["cache_tokens"] > tuning["batch_tokens"] == 512
+    model = {"source": str(model_path()), "engine": "hf", "options": {"slots": 3}}
+    folder.settings = {"BATCHCTL_MODELS": json.dumps({"mine": model})}
+    ended = folder.run(name, *("-m", "mine", "-o", "out.jsonl"), seconds=180)
+    assert ended.code == 0, ended.stderr
+    assert "engine     3 slots (as set), 512 tokens a step" in ended.stderr
+    # Who chooses nothing says nothing.
+    ended = Folder(folder.path).run_file(make_lines(3), "--json")
+    assert json.loads(ended.stdout)["tuning"] is None
 
 
 def test_answers_go_to_standard_output_when_no_file_is_named(folder: Folder) -> None:

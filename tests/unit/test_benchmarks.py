@@ -9,6 +9,7 @@ import pytest
 from jobs.domain.request import CHAT, parse_line
 from tests.benchmarks import plot, suite
 from tests.benchmarks.measuring import Row
+from tests.benchmarks.reasons import REASONS, UNKNOWN, reason_of
 from tests.benchmarks.workloads import WORKLOADS, duplicates, shared_prefix
 
 
@@ -58,10 +59,22 @@ def test_a_row_says_what_it_reached(row: dict[str, Any], said: str) -> None:
     assert said in suite.render([row])
 
 
+def test_a_row_that_misses_its_goal_is_told_with_the_reason() -> None:
+    missed, met = make_row(1.2, id="C10 engine", must=1.3, goal=1.1, less=True), make_row(3.0)
+    told = suite.render([missed, met])
+    assert f"\nC10 engine: {REASONS['C10']}" in told
+    assert f"- **C10 engine** {REASONS['C10']}" in plot.table([missed, met])
+    assert UNKNOWN not in told
+    assert UNKNOWN in suite.render([make_row(0.9, id="C100")])
+    assert reason_of("C10 ordered engine") == REASONS["C10 ordered"]
+    assert suite.render([met]).count("\n") == 1
+
+
 def test_a_plot_is_an_image_with_every_row() -> None:
     rows = [make_row(0.9, 1.2), make_row(1e-9, id="C2"), make_row(1.0, id="<C3>", less=True)]
     drawn = ET.fromstring(plot.draw(rows))  # noqa: S314  our own
-    assert sum(one.tag.endswith("rect") for one in drawn.iter()) == 1 + len(rows)
+    marks = 1 + 3  # the paper, and what the colours mean
+    assert sum(one.tag.endswith("rect") for one in drawn.iter()) == marks + len(rows)
 
 
 def test_a_table_is_written_between_its_marks_again_and_again() -> None:

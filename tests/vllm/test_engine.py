@@ -3,8 +3,10 @@
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from engine.registry import open_engine
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from tests.builders import await_true
 from tests.sources import ListSource
-from tests.vllm.conftest import Ask
+from tests.vllm.conftest import Ask, open_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PERSON = json.loads((EXAMPLES / "people.jsonl").read_text("utf-8").splitlines()[0])
@@ -270,3 +272,51 @@ def test_asking_again_takes_another_seed(tiny: Engine, ask: Ask) -> None:
     assert result.error is not None
     assert result.attempts == AskingConfig(max_asks=2).max_asks
     assert result.usage.completion_tokens > 0
+
+
+def test_request_that_takes_long_to_prepare_holds_up_nobody(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: Any = tiny._engine  # type: ignore[attr-defined]  # noqa: SLF001 -- the engine inside
+    encode, go_on = inner._encoder.encode, threading.Event()  # noqa: SLF001
+    was_released: list[bool] = []
+
+    def encode_late(request: Request) -> list[int]:
+        if request.id == 3:
+            was_released.append(go_on.wait(60.0))
+        tokens: list[int] = encode(request)
+        return tokens
+
+    monkeypatch.setattr(inner._encoder, "encode", encode_late)  # noqa: SLF001
+    requests = [chat(number, "Hello", max_tokens=8, ignore_eos=True) for number in range(4)]
+    found: list[int] = []
+    for result in tiny.generate(ListSource(requests)):
+        assert result.error is None
+        found.append(result.id)
+        if len(found) == 3:
+            go_on.set()
+    assert was_released == [True], "the others ended while it was being prepared"
+    assert sorted(found[:3]) == [0, 1, 2]
+    assert found[3:] == [3]
+
+
+def test_preemptions_lower_what_vllm_is_given_where_the_number_is_left_open(
+    tiny_model: Path, ask: Ask
+) -> None:
+    # 6 MiB hold 6,144 tokens, so 17 sequences of 360; at first 48 have room for their beginning.
+    cache = {"kv_cache_memory_bytes": 6 << 20}
+    with closing(open_vllm(tiny_model, slots=None, engine_args=cache)) as engine:
+        begun = engine.tuning
+        assert begun is not None
+        assert (begun.slots, begun.max_slots, begun.slots_by) == (256, 256, "device")
+        how = {"temperature": 0, "max_tokens": 300, "ignore_eos": True}
+        asked = [
+            Request(id=i, prompt=tuple(range(20 + i, 80 + i)), sampling=SamplingParams(**how))  # type: ignore[arg-type]
+            for i in range(90)
+        ]
+        answers = ask(engine, asked)
+        assert [answers[i].usage.completion_tokens for i in range(90)] == [300] * 90
+        ended = engine.tuning
+        assert ended is not None
+        assert ended.num_evictions > 0
+        assert (ended.slots_by, ended.slots < 48) == ("evictions", True)

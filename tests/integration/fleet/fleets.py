@@ -24,10 +24,10 @@ from jobs.app import App, open_app
 from jobs.domain.batch import Batch
 from jobs.domain.ids import BatchId
 from jobs.settings import Settings
-from storage import batches, files, workers
+from storage import batches, files, shards, workers
 from storage.config import BlobSettings
 from storage.workers import Worker
-from tests.builders import Bench, Clock, make_line
+from tests.builders import Bench, Clock, make_line, make_mixed_line
 from tests.conftest import free_port
 
 _T = TypeVar("_T")
@@ -93,6 +93,7 @@ class Fleet:
     model_options: dict[str, Any]
     stack: ExitStack
     members: list[Member] = field(default_factory=list)
+    mixed: set[BatchId] = field(default_factory=set)
     _app: App | None = None
 
     @property
@@ -201,12 +202,24 @@ class Fleet:
 
     # --- batches ---
 
-    def submit(self, num_lines: int, *, model: str = "simulated", **changes: Any) -> Batch:
+    def submit(
+        self, num_lines: int, *, model: str = "simulated", mixed: bool = False, **changes: Any
+    ) -> Batch:
+        """Submit a batch.
+
+        Args:
+            mixed: some lines repeat others, and some begin alike, so that it runs in an order of
+                its own.
+        """
         lines = b"".join(
-            make_line(f"r{number}", f"hello {number}", model=model) + b"\n"
+            make_mixed_line(number) + b"\n"
+            if mixed
+            else make_line(f"r{number}", f"hello {number}", model=model) + b"\n"
             for number in range(num_lines)
         )
         batch = self.bench.submit(lines, **changes)
+        if mixed:
+            self.mixed.add(batch.id)
         self.app.doorbell.announce()
         return batch
 
@@ -234,6 +247,14 @@ class Fleet:
     def assert_once_each(self, batch: Batch, num_lines: int) -> None:
         """Check that each line of a batch is in its files, exactly once."""
         assert self.custom_ids(batch) == Counter(f"r{number}" for number in range(num_lines))
+        if batch.id in self.mixed:
+            assert self.num_that_run(batch) < 0.9 * num_lines
+
+    def num_that_run(self, batch: Batch) -> int:
+        """Return how many lines of a batch that has an order of its own run, and not others."""
+        listed = [shard for shard, _ in shards.list_for_batch(self.app.db, batch.id)]
+        assert all(shard.is_run_order for shard in listed)
+        return sum(shard.num_lines for shard in listed)
 
     def generated_tokens(self) -> int:
         content = self.ledger.read_bytes() if self.ledger.exists() else b""

@@ -19,6 +19,7 @@ class Parrot:
     """An engine that answers each request with its next prepared text, a few at a time."""
 
     num_slots = 2
+    tuning = None
     capabilities = Capabilities(model="parrot", engine="parrot")
 
     def __init__(

@@ -187,3 +187,22 @@ def test_a_tool_that_spells_a_control_token_is_refused(
     request = Request(id=1, messages=(Message("user", "x"),), tools=forged)
     with pytest.raises(InvalidLine, match="control tokens"):
         encoder_of(tokenizer, TOOLS_TEMPLATE).encode(request)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Once upon a time",
+        " \t\n  blanks  at\u00a0both ends \n",
+        "<|im_start|>user<|im_end|><|endoftext|>",
+        "\u00e9a\u0301\u4e2d\u6587\U0001f980\u200d\U0001f98a\x00\ufffd",
+        "word " * 5000,
+    ],
+    ids=["words", "blanks", "control", "unicode", "long"],
+)
+def test_tokens_are_those_of_the_tokenizers_plain_encode(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    """They come by another call of the library, which frees Python's lock meanwhile."""
+    expected = tokenizer.backend_tokenizer.encode(text).ids
+    assert encoder_of(tokenizer).encode(Request(id=1, prompt=text)) == expected

@@ -7,7 +7,7 @@ import pytest
 
 from engine import constraints
 from engine.config import ConstraintBackend
-from engine.constraints import BoundedCache, TokenizerConstraints, check, validate
+from engine.constraints import BoundedCache, Masks, TokenizerConstraints, check, validate
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint
 
@@ -262,20 +262,23 @@ def test_cache_forgets_the_oldest_by_number_and_by_weight() -> None:
     ],
     ids=["json_schema", "regex", "choice"],
 )
+@pytest.mark.parametrize("is_beside", [False, True], ids=["at once", "beside"])
 def test_walk_along_the_masks_ends_in_a_valid_answer(
-    backend: ConstraintBackend, constraint: Constraint
+    backend: ConstraintBackend,
+    constraint: Constraint,
+    is_beside: bool,  # noqa: FBT001 -- a value of the table
 ) -> None:
     tokenizer = llguidance.LLTokenizer("byte")
     made = TokenizerConstraints(tokenizer, backend=backend)
-    row = np.zeros((1, made.num_words), dtype=np.int32)
+    masks = Masks(2, made.num_words, is_beside=is_beside)
     rng = np.random.default_rng(0)
     for _ in range(5):
         matcher, enforcement = made.matcher(constraint)
         assert enforcement == "enforced"
         said = bytearray()
         while not matcher.is_finished():
-            row[:] = -1
-            matcher.fill(row[0])
+            masks.begin([matcher])
+            (row,) = masks.take()
             allowed = np.flatnonzero(
                 np.unpackbits(row.view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
             )
@@ -294,14 +297,18 @@ def test_outlines_core_says_which_schemas_it_only_half_keeps() -> None:
     assert check(bounded) == "enforced"
 
 
-def test_matcher_that_gives_up_lets_everything_pass_and_says_so() -> None:
+@pytest.mark.parametrize("is_beside", [False, True], ids=["at once", "beside"])
+def test_matcher_that_gives_up_lets_everything_pass_and_says_so(
+    is_beside: bool,  # noqa: FBT001 -- a value of the table
+) -> None:
     tokenizer = llguidance.LLTokenizer("byte")
     limits = llguidance.LLParserLimits(initial_lexer_fuel=10)
     grammar = constraints.grammar_of(schema(PERSON))
     tired = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     matcher = constraints._LlguidanceMatcher(tired)  # noqa: SLF001 -- no schema tires it on demand
-    row = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
-    matcher.fill(row)
-    assert (row == -1).all()
+    masks = Masks(1, (tokenizer.vocab_size + 31) // 32, is_beside=is_beside)
+    masks.begin([matcher])
+    assert (masks.take() == -1).all()
+    assert not matcher.forced()
     assert not matcher.advance(65)
     assert not matcher.is_finished()

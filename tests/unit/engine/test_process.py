@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from engine.config import SimulatedConfig
+from engine.config import HfConfig, SimulatedConfig
+from engine.demo import model_path
 from engine.process import ProcessEngine
 from jobs.domain.errors import (
     EngineDied,
@@ -24,6 +26,9 @@ from jobs.domain.errors import (
 from jobs.domain.request import Request
 from jobs.domain.result import Result
 from tests.builders import await_true, descriptors, make_request
+
+if TYPE_CHECKING:
+    from engine.tuning import Tuning
 
 CONFIG = SimulatedConfig(step_seconds=0.001, slots=4, reply_tokens=4, context_tokens=10**8)
 LONG = "[[tokens=1000000]]"
@@ -94,6 +99,30 @@ def test_process_says_what_its_engine_can_do(engine: ProcessEngine) -> None:
     assert (engine.capabilities.model, engine.capabilities.engine) == ("m", "simulated")
     assert engine.num_slots == 4
     assert engine.count_tokens(make_request(1, "x" * 40)) == 14
+
+
+def test_engine_that_chooses_its_slots_tells_which_and_what_came_of_them(tmp_path: Path) -> None:
+    told: list[Tuning] = []
+    with closing(
+        ProcessEngine(
+            HfConfig(model=str(model_path()), device="cpu", threads=1),
+            model="demo",
+            log_path=tmp_path / "engine.log",
+            on_tuned=told.append,
+        )
+    ) as engine:
+        (first,) = told
+        assert (first.slots, first.max_slots, first.slots_by) == (32, 128, "device")
+        assert engine.num_slots == 128
+        assert first.cache_tokens == engine.capabilities.cache_tokens > 0
+        asked = [make_request(n, ignore_eos=True, max_tokens=40) for n in range(64)]
+        assert len(collect(engine, *asked)) == 64
+        # What it came to in the end is there with the end.
+        assert engine.tuning is not None
+        assert engine.tuning.num_comparisons > 0
+        choices = [one.choice for one in told]
+        assert len(set(choices)) == len(choices), "said once"
+        assert choices[-1] == engine.tuning.choice
 
 
 def test_every_request_of_every_session_is_answered_once(engine: ProcessEngine) -> None:

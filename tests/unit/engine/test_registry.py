@@ -4,14 +4,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.asking import Asking
-from engine.config import GenerationDefaults, HfConfig, SimulatedConfig
+from engine.config import GenerationDefaults, HfConfig, SimulatedConfig, VllmConfig
 from engine.registry import describe_model, open_engine
 from jobs.domain.errors import EngineMisconfigured
-from jobs.domain.request import CHAT, COMPLETIONS
+from jobs.domain.request import CHAT, COMPLETIONS, Capabilities
 
 
 def test_model_is_described_from_its_files(tiny_model: Path) -> None:
@@ -66,6 +67,71 @@ def test_fingerprint_changes_with_what_could_change_answers(
         assert describe_model(config.model_copy(update=change), "a").fingerprint != first
     (copy / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     assert describe_model(HfConfig(model=str(copy)), "a").fingerprint != first
+
+
+def test_identity_changes_with_the_weights_where_the_fingerprint_cannot(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    weights = copy / "model.safetensors"
+    content, before = weights.read_bytes(), weights.stat()
+
+    def describe(**changes: Any) -> Capabilities:  # noqa: ANN401
+        return describe_model(HfConfig(model=str(copy), **changes), "a")
+
+    def write(written: bytes, *, later_ns: int = 0) -> None:
+        weights.write_bytes(written)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + later_ns))
+
+    first = describe()
+    found = {first.identity}
+    for change in (
+        lambda: write(content[:-1] + bytes([content[-1] ^ 1])),
+        lambda: write(content + b"x"),
+        lambda: write(content, later_ns=10_000_000),
+        lambda: (copy / "further.bin").write_bytes(b"x"),
+    ):
+        change()
+        again = describe()
+        assert again.fingerprint == first.fingerprint
+        found.add(again.identity)
+    assert len(found) == 5
+    (copy / "further.bin").unlink()
+    write(content)
+    assert describe().identity == first.identity
+    assert describe(slots=7, batch_tokens=99).identity == first.identity, "no answer hangs on it"
+    assert describe(flash_attention=True).identity != first.identity
+
+
+def test_identity_changes_with_an_adapter_and_the_arguments_of_vllm(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"one")
+
+    def identity(**changes: Any) -> str:  # noqa: ANN401
+        return describe_model(VllmConfig(model=str(tiny_model), **changes), "a").identity
+
+    found = [identity(), identity(adapter=str(adapter)), identity(engine_args={"seed": 3})]
+    (adapter / "adapter_model.safetensors").write_bytes(b"two")
+    found.append(identity(adapter=str(adapter)))
+    assert len(set(found)) == 4
+    assert identity(slots=7) == identity()
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tiny_model: Path, tmp_path: Path) -> None:
+    """Its weights may come later than its description."""
+    found = []
+    for commit in ("abc", "def"):
+        folder = tmp_path / "snapshots" / commit
+        shutil.copytree(tiny_model, folder)
+        with_weights = describe_model(HfConfig(model=str(folder)), "a").identity
+        (folder / "model.safetensors").unlink()
+        found.append(describe_model(HfConfig(model=str(folder)), "a").identity)
+        assert found[-1] == with_weights
+    assert found[0] != found[1]
 
 
 def test_model_without_a_template_serves_completions_only(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from engine.constraints import Mask
-from engine.hf.rows import BAD_LOGITS, NO_CHOICE, Row, choose
+from engine.constraints import Mask, Masks
+from engine.hf.rows import BAD_LOGITS, NO_CHOICE, Row, begin_masks, choose
 
 VOCABULARY = 2000
 
@@ -16,10 +17,14 @@ class OnlyThese:
     def __init__(self, *tokens: int) -> None:
         self._tokens = tokens
 
-    def fill(self, row: Mask) -> None:
+    def fill(self, row: Mask, address: int) -> None:
+        assert row.ctypes.data == address
         row[:] = 0
         for token in self._tokens:
             row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+
+    def forced(self) -> Sequence[int]:
+        return ()
 
     def advance(self, token: int) -> bool:
         return token in self._tokens
@@ -31,16 +36,14 @@ class OnlyThese:
         return False
 
 
-def scratch(num_rows: int) -> Mask:
-    return np.full((num_rows, (VOCABULARY + 31) // 32), -1, dtype=np.int32)
-
-
 def logits_of(num_rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
 def pick(logits: torch.Tensor, rows: list[Row]) -> list[int]:
-    chosen: list[int] = choose(logits.clone(), rows, scratch(len(rows))).tolist()
+    masks = Masks(len(rows), (VOCABULARY + 31) // 32)
+    begin_masks(rows, masks)
+    chosen: list[int] = choose(logits.clone(), rows, masks).tolist()
     return chosen
 
 

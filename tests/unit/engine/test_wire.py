@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import wire
+from engine.tuning import Tuning
 from jobs.domain.request import Capabilities, Constraint, Message, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
 
@@ -38,6 +39,7 @@ FROM_ENGINE: list[wire.FromEngine] = [
     wire.Started([1]),
     wire.Results([RESULT, Result(id=1)]),
     wire.Progress(2**40),
+    wire.Progress(1, Tuning(slots=3, max_slots=4, slots_by="steps", num_evictions=1)),
     wire.Count(num_tokens=9),
     wire.Fatal("engine_error", "It broke."),
     wire.End(),

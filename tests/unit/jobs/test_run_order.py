@@ -381,3 +381,14 @@ def test_answers_are_the_same_in_any_order(bench: Bench) -> None:
     assert is_run_order(bench, planned)
     assert not is_run_order(bench, plain)
     assert normalised(bench.output_of(planned)) == normalised(bench.output_of(plain))
+
+
+def test_audit_of_a_batch_whose_run_order_was_removed_after_its_end(bench: Bench) -> None:
+    batch = run(bench, with_repeats(6))
+    references.forget_segments(bench.db, batch.id)
+    for key in list(bench.blobs.list_keys()):
+        if key.startswith(("plans/", "segments/")):
+            bench.blobs.delete(key)
+    report = audit(bench.db, bench.blobs, batch.id)
+    assert report.violated == ()
+    assert [check.name for check in report.checks if check.skipped] == ["shards", "segments"]

@@ -23,7 +23,7 @@ from jobs.domain.errors import (
     EngineUnavailable,
     StorageError,
 )
-from jobs.domain.ids import WorkerId
+from jobs.domain.ids import TenantId, WorkerId
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Segment, UnitKind, UnitState, count_bits
@@ -171,6 +171,130 @@ def test_feed_reads_ahead_however_small_the_shards_are(bench: Bench) -> None:
         await_true(lambda: num_pending_shards(bench) <= 70 - 2 - 64)
         engine.go_on()
         assert worker.result() == 70
+
+
+class HoardingEngine(ScriptedEngine):
+    """Takes three times what it runs, as the engines with a queue of their own do."""
+
+    @override
+    def generate(self, source: Source) -> Generator[Result]:
+        self.num_slots *= 3
+        yield from super().generate(source)
+
+
+@pytest.mark.parametrize("make_engine", [ScriptedEngine, HoardingEngine])
+def test_two_to_three_times_the_slots_wait_across_borders_of_shards_batches_and_tenants(
+    bench: Bench, make_engine: type[ScriptedEngine]
+) -> None:
+    num_lines, shard_lines = 60, 5
+    for tenant in ("first", "second", "first", "second", "third"):
+        bench.submit(make_lines(num_lines), tenant_id=TenantId(tenant))
+        bench.plan(shard_lines=shard_lines)
+    total, slots = 5 * num_lines, 30
+    # What lacks one line gets a shard more; an answer is counted after it was taken back.
+    most = 3 * slots + shard_lines
+    engine = make_engine(slots=slots)
+    engine.pause_after(0)
+
+    def num_waiting() -> int:
+        num_leased = total - shard_lines * num_pending_shards(bench)
+        return num_leased - engine.num_answered - slots
+
+    class WatchedReads(BlobsOfTheTest):
+        most_waiting = 0
+
+        def open_reader(self, key: str, *, start: int = 0, length: int | None = None) -> BlobReader:
+            self.most_waiting = max(self.most_waiting, num_waiting())
+            return bench.blobs.open_reader(key, start=start, length=length)
+
+    store = WatchedReads(bench.blobs, lambda _number: None)
+    with Worker(bench, engine, blobs=store) as worker:
+        for num_answered in (0, 40, 80):
+            engine.pause_after(num_answered)
+            await_set(engine.paused)
+            await_true(lambda: num_waiting() > 2 * slots)
+        await_true(lambda: num_waiting() >= 3 * slots - shard_lines)
+        with pytest.raises(AssertionError, match="too long"):
+            await_true(lambda: store.most_waiting > most, seconds=1)
+        engine.go_on()
+        assert worker.result() == total
+    assert store.most_waiting <= most
+
+
+def test_urgent_batch_of_another_tenant_waits_for_no_more_than_what_was_read_ahead(
+    bench: Bench,
+) -> None:
+    bench.submit(make_lines(300), tenant_id=TenantId("large"))
+    bench.plan(shard_lines=10)
+    engine = ScriptedEngine(slots=30)
+    engine.pause_after(0)
+    with Worker(bench, engine) as worker:
+        await_set(engine.paused)
+        await_true(lambda: num_pending_shards(bench) <= (300 - 30 - 90) // 10)
+        bench.submit(
+            make_lines(3, content="urgent"), tenant_id=TenantId("small"), window_seconds=600
+        )
+        bench.plan()
+        engine.go_on()
+        assert worker.result() == 303
+    first = next(place for place, text in enumerate(engine.asked) if text.startswith("urgent"))
+    assert first <= 30 + 90
+    assert engine.asked[first : first + 3] == [f"urgent {n}" for n in range(3)]
+
+
+def test_next_shards_are_read_while_the_engine_runs_what_was_read_before(bench: Bench) -> None:
+    store = ReadsWhenTold(bench)
+    bench.submit_planned(make_lines(40), shard_lines=10)
+    engine = ScriptedEngine(slots=4)
+    engine.pause_after(0)
+    with Worker(bench, engine, blobs=store) as worker:
+        await_true(lambda: store.num_reads == 3)
+        assert engine.num_answered == 0
+        # What was read is answered, although the read of the third shard goes on and on.
+        engine.go_on()
+        await_true(lambda: engine.num_answered == 20)
+        store.go_on.set()
+        assert worker.result() == 40
+    assert set(store.threads) == {"feed-read"}
+
+
+class ReadsWhenTold(BlobsOfTheTest):
+    """Holds up the third read of an input, and notes which threads read."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench.blobs, lambda _number: None)
+        self._inner = bench.blobs
+        self.num_reads = 0
+        self.threads: list[str] = []
+        self.go_on = threading.Event()
+
+    def open_reader(self, key: str, *, start: int = 0, length: int | None = None) -> BlobReader:
+        self.num_reads += 1
+        self.threads.append(threading.current_thread().name)
+        if self.num_reads == 3:
+            assert self.go_on.wait(60)
+        return self._inner.open_reader(key, start=start, length=length)
+
+
+def test_results_are_written_while_the_engine_goes_on(bench: Bench) -> None:
+    go_on = threading.Event()
+    writers: set[str] = set()
+
+    def hold_up(_number: int) -> None:
+        writers.add(threading.current_thread().name)
+        assert go_on.wait(60)
+
+    batch = bench.submit_planned(make_lines(40), shard_lines=10)
+    engine = ScriptedEngine(slots=4)
+    store = BlobsOfTheTest(bench.blobs, hold_up)
+    with Worker(bench, engine, blobs=store, settings=replace(NEVER, flush_results=5)) as worker:
+        await_true(lambda: engine.num_answered == 40)
+        assert store.num_puts == 1, "the first segment is still being written"
+        assert num_done(bench, batch) == 0
+        go_on.set()
+        assert worker.result() == 40
+    assert writers == {"feed-write"}
+    assert num_done(bench, batch) == 40
 
 
 def test_worker_leaves_other_models_alone(bench: Bench) -> None:

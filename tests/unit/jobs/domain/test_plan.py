@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.domain.plan import MAX_FOLLOWERS, Columns, RunOrder, order
+from storage.spill import Spill
 
 SHARED = 1200
 
@@ -29,7 +30,6 @@ def make_columns(
         key = keys[number] if keys is not None else None
         columns.add(
             content,
-            start=content.index(b'"messages"'),
             key=key_of(key) if key is not None else None,
             max_tokens=lengths[number] if lengths is not None else 0,
         )
@@ -75,10 +75,20 @@ def test_a_stem_that_ends_within_a_piece_still_tells_groups_apart() -> None:
     for number in range(40):
         system = "s" * 300 + "ab"[number % 2] * 100
         content = f'{system}"role" question {number}'.encode()
-        columns.add(content, start=0, stem=len(system), key=None, max_tokens=0)
+        columns.add(content, num_first_chars=len(system), key=None, max_tokens=0)
     found = order(columns)
     turns = [number % 2 for number in sequence(found)]
     assert turns in (sorted(turns), sorted(turns, reverse=True))
+
+
+@pytest.mark.parametrize("own", [200, 700, 1300])
+def test_what_is_alike_behind_words_of_its_own_is_not_shared(own: int) -> None:
+    prompts = [
+        f"{hashlib.sha256(str(n).encode()).hexdigest() * 30}"[:own] + f" {n % 3} lorem ipsum" * 300
+        for n in range(60)
+    ]
+    found = order(make_columns(prompts))
+    assert (found.is_arrival, found.shared) == (True, 0)
 
 
 def test_one_beginning_of_all_lines_is_no_reason_for_another_order() -> None:
@@ -178,7 +188,30 @@ def test_every_line_runs_once_or_follows_an_equal_one(
         assert leader <= number
 
 
+def test_columns_on_disk_are_those_in_memory() -> None:
+    rng = random.Random(0)
+    num_lines = 150_000  # more than two pieces
+    with Spill() as spill:
+        spilled, held = Columns(spill=spill), Columns()
+        for _ in range(num_lines):
+            group, number = rng.randrange(300), rng.randrange(100_000)
+            content = b"%d %s %d" % (group, b"x" * 700, number)
+            key = key_of(str(content)) if number % 3 else None
+            for columns in (spilled, held):
+                columns.add(content, key=key, max_tokens=number)
+        assert len(spilled) == len(held) == num_lines
+        found, wanted = order(spilled), order(held)
+        assert found.num_leaders == wanted.num_leaders < num_lines
+        assert found.num_groups == wanted.num_groups == 300
+        assert found.rank is not None
+        assert wanted.rank is not None
+        assert found.is_follower is not None
+        assert wanted.is_follower is not None
+        assert np.array_equal(found.rank, wanted.rank)
+        assert np.array_equal(found.is_follower, wanted.is_follower)
+
+
 @pytest.mark.parametrize("num_lines", [20_000])
 def test_what_is_kept_of_a_line_is_small(num_lines: int) -> None:
     columns = make_columns(["x"] * num_lines)
-    assert columns.rows().nbytes <= 48 * num_lines
+    assert sum(rows.nbytes for _, rows in columns.pieces()) <= 48 * num_lines
