@@ -235,6 +235,8 @@ def _fold(rows: "NDArray[Any]") -> "NDArray[np.uint32] | None":
     """
     low, high = rows["low"], rows["high"]
     leader = None
+    if not _repeats(low):
+        return None
     for part in range(_PARTS):
         lines = np.flatnonzero((low % _PARTS == part) & ((low != 0) | (high != 0)))
         if len(lines) < 2:  # noqa: PLR2004  one is nobody's duplicate
