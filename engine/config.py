@@ -96,7 +96,7 @@ class HfConfig(_Config):
     flash_attention: bool = False
     context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
     slots: int = Field(default=32, ge=1, description="sequences generated at once")
-    page_tokens: int = Field(default=32, ge=1, description="tokens in one block of the cache")
+    page_tokens: int = Field(default=16, ge=1, description="tokens in one block of the cache")
     num_blocks: int | None = Field(default=None, ge=1, description="unset: from the free memory")
     batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
     forced_tokens: bool = Field(
