@@ -86,7 +86,7 @@ def measure(size: float) -> list[Row]:
         for is_planned in (True, False):
             ledger = Path(folder) / f"ledger-{is_planned}"
             config = SimulatedConfig(
-                slots=SLOTS, step_seconds=0.001, reply_tokens=CAP, ledger=str(ledger), reply="x"
+                slots=SLOTS, step_seconds=0.0005, reply_tokens=CAP, ledger=str(ledger), reply="x"
             )
             with open_local(config, model="simulated") as local:
                 local.run(lines, limits=None if is_planned else ARRIVAL)
