@@ -98,7 +98,7 @@ class HfConfig(_Config):
     slots: int | None = Field(
         default=None, ge=1, description="sequences generated at once; unset: as many as pay"
     )
-    page_tokens: int = Field(default=32, ge=1, description="tokens in one block of the cache")
+    page_tokens: int = Field(default=16, ge=1, description="tokens in one block of the cache")
     num_blocks: int | None = Field(default=None, ge=1, description="unset: from the free memory")
     batch_tokens: int | None = Field(
         default=None, ge=1, description="token budget of one step; unset: by device and work"

@@ -423,11 +423,12 @@ class Tuner:
         # Whatever disturbs a step makes it longer.
         whole, half = _lower_quartile(self._wholes), _lower_quartile(self._halves)
         if half <= 0:
-            return  # too quick for the clock
-        ratio = whole / half
-        if _CLEAR[0] < ratio < _CLEAR[1] and len(self._wholes) < _MAX_COMPARISONS:
-            return
-        self._climb.judge(ratio)
+            self._climb.is_settled = True  # too quick for the clock: nobody can tell
+        else:
+            ratio = whole / half
+            if _CLEAR[0] < ratio < _CLEAR[1] and len(self._wholes) < _MAX_COMPARISONS:
+                return
+            self._climb.judge(ratio)
         self._wholes.clear()
         self._halves.clear()
         self._num_judged += 1

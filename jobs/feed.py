@@ -427,7 +427,8 @@ class Feed:
             buffer.entries.append((index, int(error is not None), line))
             buffer.num_bytes += len(line)
             self._buffered_bytes += len(line)
-        buffer.identities.add(self._identity())
+        if shard.batch.reuse:
+            buffer.identities.add(self._identity())
         buffer.positions.append(held.position)
         buffer.usage += result.usage
         if error is not None:

@@ -319,7 +319,7 @@ class Harvest:
         """Get the keys of the batch's lines.
 
         Raises:
-            BlobMissing: they are gone.
+            BlobMissing, BlobCorrupt, ValueError: they are gone or damaged.
             OSError: there is no room for them.
         """
         open_file = self._stack.enter_context
@@ -439,7 +439,7 @@ def harvesting(
         )
         try:
             harvest.load(blobs, keys_key)
-        except (BlobMissing, OSError) as error:
+        except (BlobMissing, BlobCorrupt, OSError, ValueError) as error:
             log.warning("answers_not_kept", blob_key=keys_key, error=str(error))
         yield harvest
 

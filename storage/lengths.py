@@ -10,7 +10,7 @@ from storage.database import Transaction, reads, writes
 from storage.tables import answer_lengths
 
 MAX_TEMPLATES = 4096
-"""What is kept for one tenant and model: that which was learned last."""
+"""Of one tenant and model."""
 
 
 @writes
@@ -20,9 +20,14 @@ def record(
     model_key: str,
     num_tokens: Mapping[int, int],
     *,
+    keep: int = MAX_TEMPLATES,
     now: datetime | None = None,
 ) -> None:
-    """Note the mean answer of each template, in the place of what was known of it before."""
+    """Note the mean answer of each template, in the place of what was known of it before.
+
+    Args:
+        keep: so many templates are known at most; what was learned long ago goes.
+    """
     if not num_tokens:
         return
     now = now or tx.now()
@@ -53,7 +58,7 @@ def record(
         sa.select(answer_lengths.c.learned_at)
         .where(*of_them)
         .order_by(answer_lengths.c.learned_at.desc())
-        .offset(MAX_TEMPLATES - 1)
+        .offset(keep - 1)
         .limit(1)
         .scalar_subquery()
     )

@@ -4,6 +4,7 @@ A row's choice depends on that row alone: its logits, its parameters and its own
 So a seed gives the same answer whoever else is in the batch.
 """
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -76,8 +77,9 @@ def _constrain(
     logits: torch.Tensor, num_rows: int, constrained: list[int], words: Mask
 ) -> torch.Tensor:
     if logits.device.type == "cpu":
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-        forbidden = torch.from_numpy(bits[:, : logits.shape[1]]) == 0
+        # Turned over while it is short: what is unpacked is then the answer, byte for byte.
+        bits = np.unpackbits(np.invert(words).view(np.uint8), axis=1, bitorder="little")
+        forbidden = torch.from_numpy(bits[:, : logits.shape[1]]).view(torch.bool)
     else:
         packed = torch.from_numpy(words).to(logits.device, non_blocking=True)
         shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
@@ -107,8 +109,10 @@ def _sample(logits: torch.Tensor, best: torch.Tensor, rows: list[Row]) -> torch.
         device=device,
         dtype=_exact(device),
     )
-    # exp((logit - best) / T): not normalized; the draw is scaled instead.
-    weights = ((logits - best.unsqueeze(-1)) / temperatures.unsqueeze(-1)).exp_()
+    # exp((logit - best) / T): not normalized; the draw is scaled instead. As a power of 2, which
+    # has no slow way through -inf: a constraint leaves that nearly everywhere.
+    scales = temperatures.unsqueeze_(-1).mul_(math.log(2))
+    weights = (logits - best.unsqueeze(-1)).div_(scales).exp2_()
     filtered = [i for i, row in enumerate(rows) if row.top_k > 0 or row.top_p < 1]
     if not filtered:
         return _invert(weights, drawn)

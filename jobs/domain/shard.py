@@ -183,19 +183,20 @@ class Cutter:
         self._first: tuple[int, int, int] | None = None
         self._end = 0
         self._num_lines = 0
+        self._last_byte = 0
 
     def add(self, *, index: int, line: int, byte_start: int, num_bytes: int) -> Cut | None:
         """Add a line; return the shard before it when this line begins another."""
-        finished = None
-        if self._first is not None and (
-            self._num_lines >= self._max_lines
-            or byte_start + num_bytes - self._first[2] > self._max_bytes
-        ):
-            finished = self.finish()
-        if self._first is None:
-            self._first = (index, line, byte_start)
-        self._num_lines += 1
-        self._end = byte_start + num_bytes
+        end = byte_start + num_bytes
+        if 0 < self._num_lines < self._max_lines and end <= self._last_byte:
+            self._num_lines += 1
+            self._end = end
+            return None
+        finished = self.finish()
+        self._first = (index, line, byte_start)
+        self._last_byte = byte_start + self._max_bytes
+        self._num_lines = 1
+        self._end = end
         return finished
 
     def finish(self) -> Cut | None:

@@ -86,7 +86,7 @@ class Arms:
                 HfConfig(
                     model=str(folder),
                     slots=SLOTS,
-                    num_blocks=1024,
+                    num_blocks=2048,
                     device="cpu",
                     forced_tokens=is_skipping,
                 )

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.process import ProcessEngine
 from engine.sandbox import Sandbox
 from engine.supervisor import EngineSupervisor
-from jobs import finalizer, intake, runner, settings
+from jobs import finalizer, intake, lengths, runner, settings
 from jobs.app import App, open_app
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.ids import mint, mint_batch_id, mint_file_id, mint_worker_id
@@ -29,7 +29,7 @@ from storage.files import File
 from tests.benchmarks.measuring import cpu_seconds
 from tests.sources import ListSource
 
-ARRIVAL = PlanLimits(fold="none", by_prefix=False, by_length=False)
+ARRIVAL = PlanLimits(fold="none", by_prefix=False, by_length=False, by_template=False)
 """Every line runs, as it stands in the file."""
 
 
@@ -144,6 +144,8 @@ class Local:
             name = self._engine.capabilities.model
             runner.work(context, supervisor, model_keys=[name], stop=threading.Event())
             finalizer.finalize(app.db, app.blobs, claim(app, UnitKind.FINALIZE))
+            if (limits or app.plan_limits()).by_template:
+                lengths.learn(app.db, app.blobs, batch.id)
         spent = cpu_seconds() - begin
         done = batches.get(app.db, batch.id)
         assert done.request_counts.completed == len(lines), done

@@ -20,7 +20,7 @@ from tests.benchmarks.measuring import Row, main, num_pairs_at, pairs_of, scaled
 NUM_GROUPS = 8
 LONGEST_SHARED, ANSWER = 1200, 16
 SLOTS = 16
-PAGE = 32
+PAGE = 16
 _SEEDS = 3
 
 

@@ -1,4 +1,4 @@
-"""The protocol of leases as a small transition system, for an exhaustive search.
+"""The protocol of leases as a small transition system, for the exhaustive search beside it.
 
 One batch of one plan, its shards and its finalizer; workers that claim, write, commit, give back,
 crash, and wait for as long as they like between any two steps; a sweeper; a client that cancels.
@@ -27,8 +27,6 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from typing_extensions import override
-
 _T = TypeVar("_T")
 
 # Plain strings: the hash of an enum's member is several times as slow.
@@ -38,8 +36,8 @@ VALIDATING, IN_PROGRESS, FINALIZING = "validating", "in_progress", "finalizing"
 CANCELLING, COMPLETED = "cancelling", "completed"
 PLAN, SHARD, FINALIZE = "plan", "shard", "finalize"
 
-_ENDED_UNIT = frozenset({DONE, FAILED, CANCELLED, EXPIRED})
-_ENDED_BATCH = frozenset({COMPLETED, FAILED, CANCELLED, EXPIRED})
+ENDED_UNIT = frozenset({DONE, FAILED, CANCELLED, EXPIRED})
+ENDED_BATCH = frozenset({COMPLETED, FAILED, CANCELLED, EXPIRED})
 _NOBODY = -1
 _WORKERS = "ABCD"
 
@@ -395,7 +393,7 @@ class Protocol:
         if target == PENDING and unit.kind != FINALIZE and self._has(Guard.RELEASE_STOP):
             target = _stopped_state(state.batch) or target
         state = self._write_end(state, held.unit, target, epoch=unit.epoch)
-        if unit.kind != FINALIZE and target in _ENDED_UNIT:
+        if unit.kind != FINALIZE and target in ENDED_UNIT:
             state = self._after_work(state, unit.kind, target)
         return _with_worker(state, worker, None)
 
@@ -423,7 +421,7 @@ class Protocol:
             target = _stopped_state(state.batch) or target
         epoch = unit.epoch + 1 if self._has(Guard.REAP_EPOCH) else unit.epoch
         state = self._write_end(_lose(state, number), number, target, epoch=epoch)
-        if unit.kind != FINALIZE and target in _ENDED_UNIT:
+        if unit.kind != FINALIZE and target in ENDED_UNIT:
             state = self._after_work(state, unit.kind, target)
         return state
 
@@ -502,7 +500,7 @@ class Protocol:
     def advance_finished(self, state: State) -> State:
         """`batches.advance_finished`."""
         batch, work = state.batch, [unit.state for unit in state.units[:-1]]
-        if batch.status in _ENDED_BATCH or state.units[-1].state != ABSENT:
+        if batch.status in ENDED_BATCH or state.units[-1].state != ABSENT:
             return state
         stopping = batch.status == CANCELLING or batch.ending != ""
         if not (
@@ -565,12 +563,12 @@ class Protocol:
     def _check_frozen(self, before: Unit, after: Unit) -> None:
         """The trigger `tr_units_ended`."""
         changed = before[1:3] != after[1:3]
-        if before.state in _ENDED_UNIT and changed and self._has(Guard.FROZEN):
+        if before.state in ENDED_UNIT and changed and self._has(Guard.FROZEN):
             raise _RefusedError
 
     def _save(self, state: State, batch: Batch) -> State:
         """`transitions.save_batch`, and the trigger `tr_batches_ended`."""
-        ended = state.batch.status in _ENDED_BATCH
+        ended = state.batch.status in ENDED_BATCH
         if ended and batch != state.batch and self._has(Guard.FROZEN):
             raise _RefusedError
         return state._replace(batch=batch)
@@ -692,121 +690,3 @@ def _renamed(state: State) -> State:
             old = [(-1, place, positions) for place, positions in enumerate(gone)]
             shards[number - 1] = shard._replace(segments=tuple(sorted(old + kept)))
     return State(state.batch, tuple(units), tuple(shards), tuple(workers))
-
-
-# --- the search ---
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a search found: the first rule that broke and the shortest way there, or none.
-
-    `statuses` are those that the batch was seen in.
-    """
-
-    num_states: int
-    statuses: frozenset[str]
-    broken: Rule | None = None
-    trace: tuple[str, ...] = ()
-
-    @override
-    def __str__(self) -> str:
-        if self.broken is None:
-            return f"{self.num_states} states, nothing broken"
-        steps = "\n".join(f"{n:3}. {words}" for n, words in enumerate(self.trace, start=1))
-        return f"{self.broken.value}: broken after\n{steps}"
-
-
-def _broken_state(state: State, rules: frozenset[Rule]) -> Rule | None:
-    published = state.batch.published
-    if published is not None:
-        if Rule.COMPLETE in rules and 0 in published:
-            return Rule.COMPLETE
-        if Rule.UNIQUE in rules and any(count > 1 for count in published):
-            return Rule.UNIQUE
-    for shard in state.shards:
-        union = total = 0
-        for _, _, positions in shard.segments:
-            if Rule.ROWS in rules and union & positions:
-                return Rule.ROWS
-            union |= positions
-            total += positions.bit_count()
-        if Rule.HONEST in rules and (union != shard.done or total != shard.counted):
-            return Rule.HONEST
-    return None
-
-
-def _changes_what_ended(before: State, after: State) -> bool:
-    if before.batch.status in _ENDED_BATCH and before.batch != after.batch:
-        return True
-    for number, (old, new) in enumerate(zip(before.units, after.units, strict=True)):
-        if old.state not in _ENDED_UNIT:
-            continue
-        if old.state != new.state:
-            return True
-        if old.kind == SHARD and before.shards[number - 1].done != after.shards[number - 1].done:
-            return True
-    return False
-
-
-class _Search:
-    """What was seen so far, in the order of the number of steps."""
-
-    def __init__(self, first: State) -> None:
-        self.states = [first]
-        self.numbers = {first: 0}
-        self.came: list[tuple[int, str]] = [(-1, "")]
-        self.before: list[list[int]] = [[]]
-
-    def add(self, step: Step, current: int) -> None:
-        """Note where a step led."""
-        number = self.numbers.get(step.state)
-        if number is None:
-            number = self.numbers[step.state] = len(self.states)
-            self.states.append(step.state)
-            self.came.append((current, step.words))
-            self.before.append([])
-        self.before[number].append(current)
-
-    def trace(self, number: int) -> tuple[str, ...]:
-        """Return the steps to a state."""
-        words: list[str] = []
-        while number:
-            number, step = self.came[number]
-            words.append(step)
-        return tuple(reversed(words))
-
-    def find_stuck(self) -> int | None:
-        """Return the first state from which the batch cannot end."""
-        ends = [n for n, state in enumerate(self.states) if state.batch.status in _ENDED_BATCH]
-        can_end = set(ends)
-        while ends:
-            new = [number for number in self.before[ends.pop()] if number not in can_end]
-            can_end.update(new)
-            ends += new
-        return next((n for n in range(len(self.states)) if n not in can_end), None)
-
-    def found(self, broken: Rule | None = None, trace: tuple[str, ...] = ()) -> Found:
-        """Return what the search came to."""
-        statuses = frozenset(state.batch.status for state in self.states)
-        return Found(num_states=len(self.states), statuses=statuses, broken=broken, trace=trace)
-
-
-def search(protocol: Protocol, *, rules: frozenset[Rule] = frozenset(Rule)) -> Found:
-    """Return what breaks first, in the fewest steps, among everything that can happen."""
-    seen = _Search(protocol.first())
-    current = 0
-    while current < len(seen.states):
-        state = seen.states[current]
-        for step in protocol.steps(state):
-            broken = step.broken if step.broken in rules else None
-            if broken is None and step.state not in seen.numbers:
-                broken = _broken_state(step.state, rules)
-            if broken is None and Rule.FINAL in rules and _changes_what_ended(state, step.state):
-                broken = Rule.FINAL
-            if broken is not None:
-                return seen.found(broken, (*seen.trace(current), step.words))
-            seen.add(step, current)
-        current += 1
-    stuck = seen.find_stuck() if Rule.ENDS in rules else None
-    return seen.found() if stuck is None else seen.found(Rule.ENDS, seen.trace(stuck))

@@ -5,7 +5,8 @@
 
 import pytest
 
-from tests.model.protocol import Found, Guard, Protocol, Rule, search
+from tests.model.protocol import Guard, Protocol, Rule
+from tests.model.search import Found, search
 
 G, R = Guard, Rule
 STATUSES = frozenset(

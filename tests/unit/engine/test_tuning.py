@@ -301,6 +301,12 @@ def test_a_step_without_anybody_ends_a_comparison() -> None:
     assert tuner.next_part() == "all"
 
 
+def test_steps_too_quick_for_the_clock_decide_nothing() -> None:
+    machine = Machine(Tuner(start()), lambda _rows: 0.0)
+    assert machine.run(600) == 32
+    assert set(machine.parts[200:]) == {"all"}
+
+
 def test_nothing_moves_that_was_asked_for_or_is_not_to_be_tuned() -> None:
     for asked in (
         Tuner(start(slots_by="asked", batch_tokens_by="asked")),

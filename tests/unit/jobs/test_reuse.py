@@ -1,5 +1,6 @@
 """Answers of earlier batches, from planning to the files."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -300,14 +301,34 @@ def test_of_damaged_answers_the_others_are_used(bench: Bench, reusing: Reusing) 
     assert contents_of(bench.output_of(batch)) == [f"re: hello {n}" for n in range(6)]
 
 
-def test_lost_keys_cost_the_answers_and_not_the_batch(bench: Bench, reusing: Reusing) -> None:
+@pytest.mark.parametrize(("left", "num_kept"), [(None, 0), (0, 0), (40, 2)])
+def test_lost_keys_cost_the_answers_and_not_the_batch(
+    bench: Bench, reusing: Reusing, left: int | None, num_kept: int
+) -> None:
     reusing.submit(lines_of(range(3)))
     reusing.plan()
     (key,) = bench.blobs.list_keys("plans/")
-    bench.blobs.delete(key)
+    if left is None:
+        bench.blobs.delete(key)
+    else:
+        bench.blobs.put(key, bench.blobs.get(key)[:left])
     with Worker(bench, ScriptedEngine()) as worker:
         worker.result()
-    assert bench.finalize(reusing.cache).status is BatchStatus.COMPLETED
+    batch = bench.finalize(reusing.cache)
+    assert batch.status is BatchStatus.COMPLETED
+    reusing.run(lines_of(range(3)))
+    assert reusing.num_run == 3 - num_kept
+
+
+def test_a_full_disk_for_temporary_files_costs_the_answers_and_not_the_batch(
+    bench: Bench, reusing: Reusing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jobs.reuse.Harvest._write", fail)
+    batch = reusing.run(lines_of(range(3)))
+    assert batch.status is BatchStatus.COMPLETED
     assert list(bench.blobs.list_keys("reuse/")) == []
 
 

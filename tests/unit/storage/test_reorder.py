@@ -23,6 +23,18 @@ def test_entries_of_one_rank_stay_in_the_order_they_came_in() -> None:
         assert [content for _, _, content in reorder.read()] == [b"a", b"b", b"c"]
 
 
+@pytest.mark.parametrize("num_bytes", [100, 300 << 20], ids=["one bucket", "many buckets"])
+def test_more_than_memory_may_hold_comes_back_the_same(num_bytes: int) -> None:
+    # Twice what is held, and then some that stays in memory.
+    entries = [(number // 3, number, bytes([number % 256]) * 70_000) for number in range(600)]
+    mixed = sorted(entries, key=lambda entry: (entry[1] % 3, -entry[0]))
+    with Reorder(num_ranks=200, num_bytes=num_bytes) as reorder:
+        for entry in mixed:
+            reorder.add(*entry)
+        found = list(reorder.read())
+    assert found == entries, "those of one rank in the order they came in"
+
+
 def test_nothing_to_sort_is_no_fault() -> None:
     with Reorder(num_ranks=0, num_bytes=0) as reorder:
         assert list(reorder.read()) == []

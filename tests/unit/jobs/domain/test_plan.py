@@ -215,3 +215,48 @@ def test_columns_on_disk_are_those_in_memory() -> None:
 def test_what_is_kept_of_a_line_is_small(num_lines: int) -> None:
     columns = make_columns(["x"] * num_lines)
     assert sum(rows.nbytes for _, rows in columns.pieces()) <= 48 * num_lines
+
+
+def templates_in_turns(*names: str, lengths: list[int] | None = None) -> Columns:
+    columns = Columns()
+    for number, name in enumerate(names):
+        system = f'"messages" {name} ' * 10
+        columns.add(
+            f'{system}"role" question {number}'.encode(),
+            num_first_chars=len(system) - 20,
+            key=None,
+            max_tokens=lengths[number] if lengths else 4096,
+        )
+    return columns
+
+
+def known_of(columns: Columns, **tokens: int) -> dict[int, int]:
+    """Return how long answers are to templates, by the order in which these come first."""
+    first = dict.fromkeys(columns.templates().tolist())
+    return dict(zip(first, tokens.values(), strict=False))
+
+
+def test_templates_whose_answers_were_long_go_first() -> None:
+    columns = templates_in_turns(*"abc" * 4)
+    assert order(columns, by_prefix=False).is_arrival
+    found = order(columns, by_prefix=False, learned=known_of(columns, a=10, b=2000, c=100))
+    assert [number % 3 for number in sequence(found)] == [1] * 4 + [2] * 4 + [0] * 4
+
+
+def test_what_is_known_of_few_lines_changes_nothing() -> None:
+    columns = templates_in_turns(*"abcd" * 4)
+    assert order(columns, by_prefix=False, learned=known_of(columns, a=10)).is_arrival
+    assert order(columns, by_prefix=False, learned={5: 7}).is_arrival
+    assert order(Columns(), learned={5: 7}).is_arrival
+
+
+def test_a_line_that_allows_less_than_its_template_took_is_short() -> None:
+    columns = templates_in_turns(*"ab" * 6, lengths=[4096, 16] * 6)
+    found = order(columns, by_prefix=False, learned=known_of(columns, a=500, b=2000))
+    assert [number % 2 for number in sequence(found)] == [0] * 6 + [1] * 6
+
+
+def test_a_template_that_nobody_knows_counts_as_long_as_any() -> None:
+    columns = templates_in_turns(*"abc" * 4)
+    found = order(columns, by_prefix=False, learned=known_of(columns, a=2000, b=10))
+    assert [number % 3 == 1 for number in sequence(found)] == [False] * 8 + [True] * 4

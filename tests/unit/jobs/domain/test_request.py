@@ -784,3 +784,51 @@ def test_texts_that_cannot_be_used_are_refused(
         with pytest.raises(InvalidLine) as caught:
             read(line)
         assert (caught.value.error_code, caught.value.param) == (code, param)
+
+
+def digest(**body: Any) -> bytes:  # noqa: ANN401
+    return Sketcher(CHAT).sketch(make_line("a", **body)).digest()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": 5},
+        {"temperature": 1},
+        {"top_p": 0.5},
+        {"top_k": 5},
+        {"seed": 5},
+        {"stop": "a"},
+        {"ignore_eos": True},
+        {"response_format": {"type": "json_object"}},
+        {"guided_regex": "a"},
+        {"content": "bye"},
+        {"messages": [{"role": "system", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": "hello", "name": "me"}]},
+    ],
+    ids=lambda body: next(iter(body)),
+)
+def test_requests_that_differ_have_other_digests(body: dict[str, Any]) -> None:
+    assert digest(**body) != digest()
+
+
+@pytest.mark.parametrize(
+    ("body", "other"),
+    [
+        ({"stop": "a"}, {"stop": ["a"]}),
+        ({"stop": []}, {}),
+        ({"max_tokens": 5}, {"max_completion_tokens": 5}),
+        ({"temperature": 1}, {"temperature": 1.0}),
+        ({"ignore_eos": False}, {}),
+        ({"user": "me", "n": 1, "stream": False, "model": "other", "tools": []}, {}),
+        ({"messages": [{"content": [{"type": "text", "text": "hello"}], "role": "user"}]}, {}),
+        (
+            {"guided_json": {"type": "object"}},
+            {"structured_outputs": {"json": {"type": "object"}}},
+        ),
+    ],
+)
+def test_requests_that_are_written_differently_have_one_digest(
+    body: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert digest(**body) == digest(**other)
