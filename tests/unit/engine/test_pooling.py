@@ -43,10 +43,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> BertConfig:
     return config
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a random encoder that says how it pools, as sentence-transformers save it."""
-    folder = tmp_path_factory.mktemp("encoder")
+def make_encoder(folder: Path) -> None:
+    """Save a random encoder that says how it pools, as sentence-transformers save it."""
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
     BertModel(tiny_config(tokenizer)).save_pretrained(folder)
@@ -64,6 +62,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode_mean_tokens": True})
     )
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    make_encoder(folder)
     return folder
 
 
