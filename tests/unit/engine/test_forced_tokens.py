@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import override
 
 from engine.config import AskingConfig, HfConfig
-from engine.constraints import TokenizerConstraints, validate
+from engine.constraints import Masks, TokenizerConstraints, validate
 from engine.hf import tokens
 from engine.hf.engine import HfEngine
 from jobs.domain.request import Constraint, Request, SamplingParams
@@ -295,3 +295,15 @@ def test_outlines_core_answers_alike_with_forced_tokens_switched_on(
     slow, quick = (ask(one.engine, asked) for one in both)
     for request in asked:
         assert is_same(slow[request.id], quick[request.id])
+
+
+def test_masks_filled_while_the_model_runs_give_the_same_answers(
+    tiny_model: Path, both: tuple[Counted, Counted], ask: Ask
+) -> None:
+    beside = Counted(tiny_model, forced_tokens=True)
+    num_words = beside.engine._constraints.num_words  # noqa: SLF001 -- as on a GPU
+    beside.engine._masks = Masks(4, num_words, is_beside=True)  # noqa: SLF001
+    asked = [ask_for(number) for number in range(8)]
+    expected, found = (ask(one.engine, asked) for one in (both[0], beside))
+    for request in asked:
+        assert is_same(expected[request.id], found[request.id]), request.id
