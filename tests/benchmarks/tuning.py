@@ -24,7 +24,7 @@ from tests.benchmarks.local import requests_of
 from tests.benchmarks.measuring import Row, main, num_pairs_at, scaled
 from tests.sources import ListSource
 
-BY_HAND = (16, 32, 64, 128)
+BY_HAND = (32, 64, 128)
 
 
 def run(folder: Path, requests: Sequence[Request], slots: int | None) -> tuple[float, str]:
@@ -46,11 +46,10 @@ def tuned(
     num_requests: int,
     shrink: float,
     num_rounds: int,
-    by_hand: Sequence[int],
 ) -> Row:
     """Return T1 for one model."""
     requests = requests_of(list(workloads.chat(num_requests, shrink=shrink)))
-    arms: list[int | None] = [None, *by_hand]
+    arms: list[int | None] = [None, *BY_HAND]
     speeds: dict[int | None, list[float]] = {arm: [] for arm in arms}
     ended = ""
     for number in range(num_rounds):
@@ -58,9 +57,9 @@ def tuned(
             speed, chosen = run(folder, requests, arm)
             speeds[arm].append(speed)
             ended = chosen if arm is None else ended
-    medians = {arm: statistics.median(speeds[arm]) for arm in by_hand}
-    best = max(by_hand, key=lambda arm: medians[arm])
-    listed = ", ".join(f"{arm}: {medians[arm]:.0f}" for arm in by_hand)
+    medians = {arm: statistics.median(speeds[arm]) for arm in BY_HAND}
+    best = max(BY_HAND, key=lambda arm: medians[arm])
+    listed = ", ".join(f"{arm}: {medians[arm]:.0f}" for arm in BY_HAND)
     return Row(
         id=f"T1 {name}",
         what=f"slots left open ÷ the best set by hand, {name}",
@@ -81,7 +80,6 @@ def measure(size: float) -> list[Row]:
             num_requests=scaled(256, size, least=8),
             shrink=0.3,
             num_rounds=num_pairs_at(3, size),
-            by_hand=BY_HAND,
         )
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -92,8 +90,7 @@ def measure(size: float) -> list[Row]:
                 "100M parameters",
                 num_requests=scaled(96, size, least=4),
                 shrink=0.2,
-                num_rounds=num_pairs_at(3, size),
-                by_hand=BY_HAND[1:],
+                num_rounds=num_pairs_at(2, size),
             )
         )
     return rows
