@@ -5,6 +5,7 @@ Left out of each line, and of nothing else:
     id, response.request_id, response.body.id   made for this batch
     response.body.created                       when it was
     ...usage.prompt_tokens_details              what the cache held when the line had its turn
+    ...message.tool_calls[].id                  made from the request's
     ...batchctl.same_as                         the equal line that ran for this one
 
 A line with `same_as` shows a usage of 0, since nothing was computed for it: it is given that of the
@@ -41,6 +42,9 @@ def _without_this_run(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         body = line["response"]["body"]
         for name in ("id", "created"):
             body.pop(name, None)
+        for choice in body.get("choices", ()):
+            for call in choice.get("message", {}).get("tool_calls", ()):
+                call.pop("id", None)
         if "usage" in body:
             body["usage"].pop("prompt_tokens_details", None)
             used[line["custom_id"]] = body["usage"]
