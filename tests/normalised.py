@@ -42,9 +42,8 @@ def _without_this_run(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         body = line["response"]["body"]
         for name in ("id", "created"):
             body.pop(name, None)
-        for choice in body.get("choices", ()):
-            for call in choice.get("message", {}).get("tool_calls", ()):
-                call.pop("id", None)
+        for call in _calls_of(body):
+            call.pop("id", None)
         if "usage" in body:
             body["usage"].pop("prompt_tokens_details", None)
             used[line["custom_id"]] = body["usage"]
@@ -57,6 +56,11 @@ def _without_this_run(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if body["batchctl"] == _NOTHING_TOLD:
                 del body["batchctl"]
         yield line
+
+
+def _calls_of(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for choice in body.get("choices", ()):
+        yield from choice.get("message", {}).get("tool_calls", ())
 
 
 def main(names: list[str]) -> int:
