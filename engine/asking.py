@@ -24,6 +24,8 @@ class _Asked(msgspec.Struct):
     request: Request
     attempts: int = 0
     usage: Usage = Usage()
+    ended_early: Result | None = None
+    """A valid answer that ran out of tokens; what comes of asking again may be whole."""
 
 
 class _Queue:
@@ -133,11 +135,19 @@ class Asking:
         if result.error is not None:
             return counted
         reason = self._sandbox.validate(constraint, result.text)
-        if reason is None:
-            return counted
         sampling = self._engine.resolve_sampling(request)
         unchanging = is_greedy(sampling)
-        if unchanging or asked.attempts >= self._config.max_asks:
+        is_last = unchanging or asked.attempts >= self._config.max_asks
+        if reason is None:
+            ended_early = result.finish_reason == "length" and constraint.kind.startswith("json")
+            if is_last or not ended_early:
+                return counted
+            asked.ended_early = result
+        elif is_last:
+            if asked.ended_early is not None:
+                return msgspec.structs.replace(
+                    asked.ended_early, usage=asked.usage, attempts=asked.attempts, constraint=kept
+                )
             return msgspec.structs.replace(counted, error=_failure(counted, reason, unchanging))
         queue.ask_again(_with_another_seed(request, sampling.seed, asked.attempts))
         return None

@@ -215,7 +215,7 @@ def _partly(keywords: Collection[str]) -> str:
 
 def _try_compile(grammar: str, kind: str) -> None:
     """Build the parser over bytes and ask it for one mask, which is where the work is done."""
-    matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
+    matcher = llguidance.LLMatcher(byte_tokenizer(), grammar, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
@@ -516,7 +516,8 @@ _SCHEMA_WORDS = frozenset(
 )
 
 
-def _byte_tokenizer() -> llguidance.LLTokenizer:
+def byte_tokenizer() -> llguidance.LLTokenizer:
+    """Return llguidance's tokenizer whose tokens are the bytes."""
     if not _BYTES:
         _BYTES.append(llguidance.LLTokenizer("byte"))
     return _BYTES[0]
@@ -526,7 +527,7 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
     key = key_of(constraint)
     acceptor = _ACCEPTORS.find(key)
     if acceptor is None:
-        acceptor = llguidance.LLMatcher(_byte_tokenizer(), grammar_of(constraint), log_level=0)
+        acceptor = llguidance.LLMatcher(byte_tokenizer(), grammar_of(constraint), log_level=0)
         _ACCEPTORS.keep(key, acceptor, weight=8 * len(constraint.spec) + _ACCEPTOR_BYTES)
     else:
         acceptor.reset()
