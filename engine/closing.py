@@ -28,8 +28,8 @@ _NEAR = 8
 _MAX_STEPS = 2_000
 """Bytes and turns of one search; some milliseconds."""
 _MAX_DEAD_ENDS = 16
-"""Of one search at one depth without getting any farther: what is wrong is most often the depth,
-not the letters."""
+"""Of one search at one depth, and one more for each eight bytes that it gets farther: what is wrong
+is most often the depth, not the letters."""
 _MAX_FAILURES = 3
 """Searches that found nothing before an answer is left alone."""
 _MATCHER_BYTES = 160 * 1024
@@ -141,13 +141,16 @@ class _Walk:
         mask = int.from_bytes(self._matcher.compute_bitmask()[:32], "little")
         if place.is_json and place.in_string and not place.is_escaped and mask >> _QUOTE & 1:
             yield _QUOTE
+            if mask >> _SPACE & 1:
+                return  # more of a text never leads anywhere else
         order = _IN_VALUE
         if place.in_string:
             order = _IN_TEXT if mask >> _SPACE & 1 else _IN_WORD
         ranked = [byte for byte in order if mask >> byte & 1]
         if not ranked or place.in_string:
-            known = {*ranked, _BACKSLASH} if ranked else {*ranked}
+            known = {*ranked, _BACKSLASH}
             ranked += [byte for byte in range(256) if mask >> byte & 1 and byte not in known]
+            ranked += [_BACKSLASH] if mask >> _BACKSLASH & 1 else []
         counts = self._tried.setdefault(mask, {})
         if place.in_string or not mask & _STRUCTURAL:
             ranked.sort(key=lambda byte: counts.get(byte, 0))
@@ -165,14 +168,12 @@ def _search(matcher: llguidance.LLMatcher, place: _Place, *, max_bytes: int) -> 
     for levels in _EXTRA_LEVELS if place.is_json else _EXTRA_LEVELS[:1]:
         walk = _Walk(matcher, place, max_level=place.level + levels)
         farthest = 0
-        while num_steps < _MAX_STEPS and walk.num_dead_ends < _MAX_DEAD_ENDS:
+        while num_steps < _MAX_STEPS and walk.num_dead_ends < _MAX_DEAD_ENDS + farthest // 8:
             num_steps += 1
             if matcher.is_accepting():
                 walk.leave()
                 return bytes(walk.said)
-            if len(walk.said) > farthest:
-                farthest = len(walk.said)
-                walk.num_dead_ends = 0
+            farthest = max(farthest, len(walk.said))
             goes = len(walk.said) <= max_bytes and walk.go_on()
             if not goes and not walk.go_back():
                 break

@@ -22,8 +22,9 @@ import numpy.typing as npt
 import xxhash
 from llguidance.gbnf_to_lark import any_to_lark
 
-from engine.complexity import MAX_LEVELS, Extent, TooDeep, measure
+from engine.complexity import MAX_LEVELS, Extent, TooDeep, is_endless, measure
 from engine.config import ConstraintBackend
+from engine.formats import tightened
 from jobs.domain.errors import InvalidInput
 from jobs.domain.nesting import nesting_of
 from jobs.domain.request import Constraint
@@ -290,6 +291,8 @@ def _check_extent(schema: object) -> None:
             f"has more than {MAX_FOLLOWED_PARTS} parts when its references are followed; name "
             "fewer definitions more than once",
         )
+    if is_endless(schema):
+        raise _invalid("json_schema", "cannot be satisfied by any value that ends")
 
 
 def _check_keywords(node: dict[str, Any]) -> None:
@@ -361,6 +364,8 @@ def grammar_of(constraint: Constraint, *, lenient: bool = False) -> str:
 
 def _grammar_of_schema(spec: str, *, lenient: bool) -> str:
     try:
+        if '"format"' in spec:
+            spec = msgspec.json.encode(tightened(msgspec.json.decode(spec))).decode()
         return llguidance.LLMatcher.grammar_from_json_schema(
             "{}" if spec.strip() == "true" else spec,
             overrides=_LENIENT if lenient else _JSON_OPTIONS,  # type: ignore[arg-type]  # a TypedDict
@@ -377,7 +382,7 @@ def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
     """
     schema = parse_schema(_ANY_OBJECT if constraint.kind == "json_object" else constraint.spec)
     options = {**(_LOOSE if lenient else _STRICT), **_SPACE_BEHIND}
-    described = schema if isinstance(schema, dict) else {}
+    described = tightened(schema) if isinstance(schema, dict) else {}
     return msgspec.json.encode({**described, "x-guidance": options}).decode()
 
 

@@ -114,8 +114,9 @@ def test_cut_off_answer_that_is_valid_all_the_same_is_an_answer(ask: Ask) -> Non
     assert ask(Asking(Parrot("42", reason="length"), AskingConfig()), [question()])[1].error is None
 
 
-def object_question(**sampling: object) -> Request:
-    return msgspec.structs.replace(question(**sampling), constraint=Constraint("json_object"))
+def object_question(temperature: float = 1.0) -> Request:
+    asked = question(temperature=temperature)
+    return msgspec.structs.replace(asked, constraint=Constraint("json_object"))
 
 
 def test_valid_object_that_ended_early_is_asked_for_again_and_kept_where_none_is_better(

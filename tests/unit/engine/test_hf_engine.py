@@ -223,8 +223,12 @@ def test_answer_ends_inside_its_schema_before_its_tokens_run_out(
     tiny_model: Path, engine: HfEngine, ask: Ask
 ) -> None:
     fields = {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}
-    schema = {"type": "object", "properties": fields, "required": ["name", "tags"]}
-    schema["additionalProperties"] = False
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": ["name", "tags"],
+        "additionalProperties": False,
+    }
     requests = [
         Request(
             id=i,
