@@ -43,6 +43,9 @@ _OPEN, _CLOSED, _CLOSERS = b"[{", b"]}", (b'"', b"]", b"}")
 _IN_VALUE = b'}],:n0123456789tf"[{-.eE+'
 _STRUCTURAL = sum(1 << byte for byte in b'}],n"[{tf')
 _IN_WORD = b"@.:-/_TZP+0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TAILS = (b'"', b'a"', b'0"', b'.aa"', b'a.aa"', b'@a.aa"', b'a@a.aa"', b'://a.aa"')
+"""Ends of strings to try before going byte by byte."""
+_MANY_BYTES = 24
 _IN_TEXT = b"abcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -105,8 +108,26 @@ class _Walk:
         if forced and self._matcher.consume_tokens(list(forced)):
             self.said += forced
             return self._place.advance(forced) <= self._max_level
+        if self._end_string():
+            return True
         self._turns.append((len(self.said), self._place, self._candidates(self._place)))
         return self._turn()
+
+    def _end_string(self) -> bool:
+        """Say the rest of a string where it may be a usual one; many patterns are of an address."""
+        if not (self._place.is_json and self._place.in_string) or self._place.is_escaped:
+            return False
+        if self._mask().bit_count() < _MANY_BYTES:
+            return False  # perhaps one of a few values, of which another leads out of here
+        for tail in _TAILS:
+            num_taken = self._matcher.try_consume_tokens(list(tail))
+            if num_taken == len(tail):
+                self.said += tail
+                self._place = self._place.copy()
+                self._place.advance(tail)
+                return True
+            self._matcher.rollback(num_taken)
+        return False
 
     def go_back(self) -> bool:
         """Go another way from the last place where there is one; False where there is none."""
@@ -137,8 +158,12 @@ class _Walk:
                 return True
         return False
 
+    def _mask(self) -> int:
+        """Return one bit for each byte: whether it may follow."""
+        return int.from_bytes(self._matcher.compute_bitmask()[:32], "little")
+
     def _candidates(self, place: _Place) -> Iterator[int]:
-        mask = int.from_bytes(self._matcher.compute_bitmask()[:32], "little")
+        mask = self._mask()
         if place.is_json and place.in_string and not place.is_escaped and mask >> _QUOTE & 1:
             yield _QUOTE
             if mask >> _SPACE & 1:
@@ -152,8 +177,11 @@ class _Walk:
             ranked += [byte for byte in range(256) if mask >> byte & 1 and byte not in known]
             ranked += [_BACKSLASH] if mask >> _BACKSLASH & 1 else []
         counts = self._tried.setdefault(mask, {})
-        if place.in_string or not mask & _STRUCTURAL:
+        if place.in_string:
             ranked.sort(key=lambda byte: counts.get(byte, 0))
+        elif not mask & _STRUCTURAL:
+            # A multiple of a thousand ends in three zeros.
+            ranked.sort(key=lambda byte: counts.get(byte, 0) // 3)
         for byte in ranked:
             counts[byte] = counts.get(byte, 0) + 1
             yield byte

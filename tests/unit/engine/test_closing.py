@@ -116,6 +116,10 @@ RAMBLING = [
     ),
     pytest.param(schema(an_object({"d": {"type": "string", "format": "date"}})), 30, id="format"),
     pytest.param(schema({"type": "string", "pattern": "^(a|b)*cd$"}), 30, id="pattern"),
+    pytest.param(
+        schema({"type": "string", "pattern": r"^[^\s@]+@[^\s@]+\.[a-z]{2,}$"}), 30, id="address"
+    ),
+    pytest.param(schema({"type": "integer", "multipleOf": 1000, "minimum": 1}), 30, id="zeros"),
     pytest.param(schema({"type": "string", "minLength": 20}), 60, id="least length"),
     pytest.param(
         schema({"type": "object", "patternProperties": {"^x-": TEXT}, "minProperties": 1}),
