@@ -28,6 +28,8 @@ class _Asked(msgspec.Struct):
     request: Request
     attempts: int = 0
     usage: Usage = Usage()
+    ended_early: Result | None = None
+    """A valid answer that ran out of tokens; what comes of asking again may be whole."""
 
 
 class _Queue:
@@ -146,11 +148,23 @@ class Asking:
             reason, answer = None, counted
             if constraint is not None:
                 reason = self._sandbox.validate(constraint, result.text)
-        if reason is None:
-            return answer
         sampling = self._engine.resolve_sampling(request)
         unchanging = is_greedy(sampling)
-        if unchanging or asked.attempts >= self._config.max_asks:
+        is_last = unchanging or asked.attempts >= self._config.max_asks
+        if reason is None:
+            ended_early = (
+                result.finish_reason == "length"
+                and constraint is not None
+                and constraint.kind.startswith("json")
+            )
+            if is_last or not ended_early:
+                return answer
+            asked.ended_early = answer
+        elif is_last:
+            if asked.ended_early is not None:
+                return msgspec.structs.replace(
+                    asked.ended_early, usage=asked.usage, attempts=asked.attempts, constraint=kept
+                )
             return msgspec.structs.replace(counted, error=_failure(counted, reason, unchanging))
         queue.ask_again(_with_another_seed(request, sampling.seed, asked.attempts))
         return None

@@ -19,6 +19,7 @@ _NEVER_FOLLOWED = frozenset({"$defs", "definitions", "const", "default", "enum",
 _ANCHORS = ("$anchor", "$dynamicAnchor", "$id", "id")
 _COUNT = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
 _MAX_PATTERN_STATES = 1 << 16
+_MAX_STEPS = 10_000
 
 
 class TooDeep(Exception):
@@ -62,6 +63,14 @@ def measure(schema: object) -> Extent:
     if not isinstance(schema, dict):  # true and false are schemas
         return Extent(num_parts=1)
     return _Measuring(schema).follow(schema, 1)
+
+
+def is_endless(schema: object) -> bool:
+    """Return whether every value of a schema would have to hold another one without end.
+
+    Follows `$ref` through required properties and least items; False where that is not sure.
+    """
+    return isinstance(schema, dict) and not _Ending(schema).ends(schema)
 
 
 def count_states(pattern: str) -> int:
@@ -122,19 +131,72 @@ class _Measuring:
 
     def _refer(self, target: str, level: int) -> Extent:
         found = Extent()
-        for node in self._resolve(target.partition("#")[2]):
+        for node in self.resolve(target.partition("#")[2]):
             found = found.beside(
                 Extent(num_returns=1) if id(node) in self._followed else self.follow(node, level)
             )
         return found
 
-    def _resolve(self, fragment: str) -> list[dict[str, Any]]:
+    def resolve(self, fragment: str) -> list[dict[str, Any]]:
+        """Return the subschemas that the fragment of a reference may mean."""
         if fragment and not fragment.startswith("/"):
             return self._named.get(fragment, [])
         parts = [
             unquote(part).replace("~1", "/").replace("~0", "~") for part in fragment.split("/")[1:]
         ]
         return [node for root in self._resources if (node := _at(root, parts)) is not None]
+
+
+class _Ending:
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._names = _Measuring(root)
+        self._ending: set[int] = set()
+        self._open: set[int] = set()
+        self._num_steps = 0
+
+    def ends(self, schema: object) -> bool:
+        """Return whether a value may fit that holds none of what is being looked at."""
+        if not isinstance(schema, dict) or id(schema) in self._ending:
+            return True
+        self._num_steps += 1
+        if self._num_steps > _MAX_STEPS:
+            return True
+        if id(schema) in self._open:
+            return False
+        self._open.add(id(schema))
+        found = self._has_end(schema)
+        self._open.remove(id(schema))
+        if found:
+            self._ending.add(id(schema))
+        return found
+
+    def _has_end(self, schema: dict[str, Any]) -> bool:
+        target = schema.get("$ref")
+        if isinstance(target, str):
+            named = self._names.resolve(target.partition("#")[2])
+            if named and not any(map(self.ends, named)):
+                return False
+        if not all(map(self.ends, _listed(schema, "allOf"))):
+            return False
+        for keyword in ("anyOf", "oneOf"):
+            if (choices := _listed(schema, keyword)) and not any(map(self.ends, choices)):
+                return False
+        if schema.get("type") == "object":
+            parts = schema.get("properties")
+            if isinstance(parts, dict):
+                return all(self.ends(parts.get(name)) for name in _listed(schema, "required"))
+        elif schema.get("type") == "array":
+            least = schema.get("minItems", 0)
+            if isinstance(least, int) and least > 0:
+                first = _listed(schema, "prefixItems")[:least]
+                rest = [schema.get("items")] if least > len(first) else []
+                return all(map(self.ends, (*first, *rest)))
+        return True
+
+
+def _listed(schema: Mapping[str, Any], keyword: str) -> list[Any]:
+    value = schema.get(keyword)
+    return value if isinstance(value, list) else []
 
 
 def _at(node: Any, parts: list[str]) -> dict[str, Any] | None:  # noqa: ANN401 -- any JSON

@@ -65,6 +65,11 @@ class AskingConfig(_Config):
     backend: ConstraintBackend = Field(
         default="llguidance", description="which library keeps constraints while generating"
     )
+    close_early: bool = Field(
+        default=True,
+        description="end a constrained answer where its constraint allows before max_tokens cuts "
+        'it off; its finish_reason is "length" (engine hf, backend llguidance)',
+    )
 
 
 class SimulatedConfig(_Config):

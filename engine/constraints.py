@@ -24,8 +24,9 @@ import numpy.typing as npt
 import xxhash
 from llguidance.gbnf_to_lark import any_to_lark
 
-from engine.complexity import MAX_LEVELS, Extent, TooDeep, measure
+from engine.complexity import MAX_LEVELS, Extent, TooDeep, is_endless, measure
 from engine.config import ConstraintBackend
+from engine.formats import tightened
 from jobs.domain.errors import InvalidInput
 from jobs.domain.nesting import nesting_of
 from jobs.domain.request import Constraint
@@ -235,7 +236,7 @@ def _partly(keywords: Collection[str]) -> str:
 
 def _try_compile(grammar: str, kind: str) -> None:
     """Build the parser over bytes and ask it for one mask, which is where the work is done."""
-    matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
+    matcher = llguidance.LLMatcher(byte_tokenizer(), grammar, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():
@@ -310,6 +311,8 @@ def _check_extent(schema: object) -> None:
             f"has more than {MAX_FOLLOWED_PARTS} parts when its references are followed; name "
             "fewer definitions more than once",
         )
+    if is_endless(schema):
+        raise _invalid("json_schema", "cannot be satisfied by any value that ends")
 
 
 def _check_keywords(node: dict[str, Any]) -> None:
@@ -381,6 +384,8 @@ def grammar_of(constraint: Constraint, *, lenient: bool = False) -> str:
 
 def _grammar_of_schema(spec: str, *, lenient: bool) -> str:
     try:
+        if '"format"' in spec:
+            spec = msgspec.json.encode(tightened(msgspec.json.decode(spec))).decode()
         return llguidance.LLMatcher.grammar_from_json_schema(
             "{}" if spec.strip() == "true" else spec,
             overrides=_LENIENT if lenient else _JSON_OPTIONS,  # type: ignore[arg-type]  # a TypedDict
@@ -397,7 +402,7 @@ def schema_with_options(constraint: Constraint, *, lenient: bool) -> str:
     """
     schema = parse_schema(_ANY_OBJECT if constraint.kind == "json_object" else constraint.spec)
     options = {**(_LOOSE if lenient else _STRICT), **_SPACE_BEHIND}
-    described = schema if isinstance(schema, dict) else {}
+    described = tightened(schema) if isinstance(schema, dict) else {}
     return msgspec.json.encode({**described, "x-guidance": options}).decode()
 
 
@@ -536,7 +541,8 @@ _SCHEMA_WORDS = frozenset(
 )
 
 
-def _byte_tokenizer() -> llguidance.LLTokenizer:
+def byte_tokenizer() -> llguidance.LLTokenizer:
+    """Return llguidance's tokenizer whose tokens are the bytes."""
     if not _BYTES:
         _BYTES.append(llguidance.LLTokenizer("byte"))
     return _BYTES[0]
@@ -546,7 +552,7 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
     key = key_of(constraint)
     acceptor = _ACCEPTORS.find(key)
     if acceptor is None:
-        acceptor = llguidance.LLMatcher(_byte_tokenizer(), grammar_of(constraint), log_level=0)
+        acceptor = llguidance.LLMatcher(byte_tokenizer(), grammar_of(constraint), log_level=0)
         _ACCEPTORS.keep(key, acceptor, weight=8 * len(constraint.spec) + _ACCEPTOR_BYTES)
     else:
         acceptor.reset()
@@ -774,9 +780,10 @@ class TokenizerConstraints:
                 index = outlines_core.Index(regex, self._outlines_vocabulary())
             except (ValueError, TypeError, InvalidInput):
                 raise ConstraintTooComplex("outlines_core refuses it") from None
-            found = self._indexes.keep(
-                key, (index, enforcement), weight=64 * len(constraint.spec) + 4096
-            )
+            # It tells no size. What it is pickled as was measured to be about half of it: from ten
+            # kilobytes to tens of megabytes for schemas of the same length.
+            weight = 4096 + 2 * len(index.__reduce__()[1][0])
+            found = self._indexes.keep(key, (index, enforcement), weight=weight)
         index, enforcement = found
         return _OutlinesMatcher(outlines_core.Guide(index), tuple(self._eos())), enforcement
 

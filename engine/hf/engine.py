@@ -20,6 +20,7 @@ import torch
 from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
+from engine.closing import Closing, Closings
 from engine.config import HfConfig
 from engine.constraints import (
     ConstraintTooComplex,
@@ -44,6 +45,7 @@ class _Sequence:
     """One request on its way: how it chooses, what it has said, what ends it."""
 
     __slots__ = (
+        "closing",
         "constraint",
         "id",
         "ignores_eos",
@@ -64,6 +66,7 @@ class _Sequence:
         max_tokens: int,
         row: rows.Row,
         constraint: Enforcement | None,
+        closing: Closing | None,
         stops: tokens.StopStrings | None,
         ignores_eos: bool,
     ) -> None:
@@ -73,6 +76,7 @@ class _Sequence:
         self.max_tokens = max_tokens
         self.row = row
         self.constraint = constraint
+        self.closing = closing
         self.stops = stops
         self.ignores_eos = ignores_eos
         self.keeps_marks = request.tools is not None
@@ -101,11 +105,14 @@ class HfEngine:
         loaded = weights.load(config)
         self._loaded = loaded
         self._encoder = PromptEncoder(loaded.tokenizer, vocab_size=loaded.vocab_size)
-        self._constraints = TokenizerConstraints(
-            tokens.constraint_tokenizer(
-                loaded.tokenizer, vocab_size=loaded.vocab_size, eos_tokens=loaded.eos_tokens
-            ),
-            backend=config.asking.backend,
+        vocabulary = tokens.constraint_tokenizer(
+            loaded.tokenizer, vocab_size=loaded.vocab_size, eos_tokens=loaded.eos_tokens
+        )
+        self._constraints = TokenizerConstraints(vocabulary, backend=config.asking.backend)
+        self._closings = (
+            Closings(vocabulary)
+            if config.asking.close_early and config.asking.backend == "llguidance"
+            else None
         )
         self._model_defaults = read_model_defaults(loaded.generation_config)
         self._eos = frozenset(loaded.eos_tokens)
@@ -246,6 +253,9 @@ class HfEngine:
         """Move every running sequence on; return the results of those that ended."""
         choosers = [live[key] for key in keys]
         chosen = stepper.forward([sequence.row for sequence in choosers], self._masks)
+        chosen = [
+            _in_time(sequence, token) for sequence, token in zip(choosers, chosen, strict=True)
+        ]
         stepper.finish(chosen)
         self._num_done += max(1, len(choosers))
         results: list[Result] = []
@@ -283,8 +293,11 @@ class HfEngine:
         if row.temperature > 0 and row.top_k != 1:
             row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
         kept: Enforcement | None = None
+        closing: Closing | None = None
         if request.constraint is not None:
             row.matcher, kept, complaint = self._match(request.constraint)
+            if self._closings is not None and row.matcher is not None:
+                closing = self._closings.open(request.constraint, kept)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return _refuse(request, "schema_unsupported", complaint, param="response_format")
         sequence = _Sequence(
@@ -293,6 +306,7 @@ class HfEngine:
             max_tokens=min(room, sampling.max_tokens or room),
             row=row,
             constraint=kept,
+            closing=closing,
             stops=tokens.StopStrings(self._loaded.tokenizer, sampling.stop)
             if sampling.stop
             else None,
@@ -380,6 +394,8 @@ class HfEngine:
     ) -> Result:
         """Free a sequence's cache and return its result; `said` leaves out what is no text."""
         cached_tokens = stepper.end(sequence.key, is_tainted=error is not None)
+        if sequence.closing is not None and sequence.closing.has_cut:
+            reason = "length"
         if text is None:
             text = tokens.decode(
                 self._loaded.tokenizer,
@@ -398,6 +414,14 @@ class HfEngine:
             error=error,
             constraint=sequence.constraint,
         )
+
+
+def _in_time(sequence: _Sequence, token: int) -> int:
+    """Return the token to take for the chosen one, so that the answer ends within its tokens."""
+    if token < 0 or sequence.closing is None or sequence.row.matcher is None:
+        return token
+    said = sequence.said
+    return sequence.closing.choose(said, token, num_left=sequence.max_tokens - len(said))
 
 
 def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:

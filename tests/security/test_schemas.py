@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.asking import Asking
-from engine.complexity import MAX_LEVELS, TooDeep, measure
+from engine.complexity import MAX_LEVELS, TooDeep, is_endless, measure
 from engine.config import AskingConfig
 from engine.constraints import check, is_quick, validate
 from engine.sandbox import Sandbox
@@ -137,6 +137,51 @@ def test_row_13_a_schema_that_shares_its_definitions_is_no_bomb() -> None:
 def test_row_13_what_no_schema_needs_is_refused(value: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         check(schema(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "is_refused"),
+    [
+        ({"$ref": "#"}, True),
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}, "required": ["n"]}, True),
+        ({"type": "object", "properties": {"n": {"$ref": "#"}}}, False),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, True),
+        ({"type": "array", "items": {"$ref": "#"}}, False),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "items": {"$ref": "#"}}, False),
+        ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, False),
+        (
+            {
+                "$defs": {
+                    "a": {
+                        "type": "object",
+                        "properties": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}},
+                        "required": ["b"],
+                    },
+                    "b": {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 2},
+                },
+                "$ref": "#/$defs/a",
+            },
+            True,
+        ),
+    ],
+)
+def test_row_13_a_schema_whose_every_value_is_endless_is_refused_before_it_is_asked_for(
+    value: dict[str, Any],
+    is_refused: bool,  # noqa: FBT001 -- a column
+) -> None:
+    if is_refused:
+        with pytest.raises(InvalidInput, match="cannot be satisfied"):
+            check(schema(value))
+    else:
+        check(schema(value))
+
+
+def test_row_13_looking_for_the_end_of_tangled_definitions_has_an_end() -> None:
+    every = [{"$ref": f"#/$defs/d{n}"} for n in range(14)]
+    tangled = {"$defs": {f"d{n}": {"anyOf": every} for n in range(14)}, "$ref": "#/$defs/d0"}
+    began = time.process_time()
+    is_endless(tangled)
+    assert time.process_time() - began < 5
 
 
 def test_row_13_a_long_way_of_references_is_refused_and_overflows_no_stack() -> None:

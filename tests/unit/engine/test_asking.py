@@ -117,6 +117,30 @@ def test_cut_off_answer_that_is_valid_all_the_same_is_an_answer(ask: Ask) -> Non
     assert ask(Asking(Parrot("42", reason="length"), AskingConfig()), [question()])[1].error is None
 
 
+def object_question(temperature: float = 1.0) -> Request:
+    asked = question(temperature=temperature)
+    return msgspec.structs.replace(asked, constraint=Constraint("json_object"))
+
+
+def test_valid_object_that_ended_early_is_asked_for_again_and_kept_where_none_is_better(
+    ask: Ask,
+) -> None:
+    parrot = Parrot('{"a": ""}', "{", "{", reason="length")
+    result = ask(Asking(parrot, AskingConfig()), [object_question()])[1]
+    assert result.error is None
+    assert result.text == '{"a": ""}'
+    assert result.finish_reason == "length"
+    assert result.attempts == 3
+    assert result.usage == Usage(prompt_tokens=30, completion_tokens=6)
+
+
+def test_greedy_object_that_ended_early_is_asked_for_once(ask: Ask) -> None:
+    parrot = Parrot('{"a": ""}', reason="length")
+    result = ask(Asking(parrot, AskingConfig()), [object_question(temperature=0)])[1]
+    assert result.error is None
+    assert len(parrot.heard) == 1
+
+
 def test_greedy_question_is_asked_once_since_its_answer_would_not_change(ask: Ask) -> None:
     parrot = Parrot("no", "42")
     result = ask(Asking(parrot, AskingConfig()), [question(temperature=0)])[1]

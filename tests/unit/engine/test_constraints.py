@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -295,6 +296,18 @@ def test_outlines_core_says_which_schemas_it_only_half_keeps() -> None:
     bounded = schema({"type": "integer", "minimum": 0, "maximum": 9})
     assert check(bounded, backend="outlines_core") == "validated"
     assert check(bounded) == "enforced"
+
+
+def test_indexes_of_outlines_core_count_what_they_weigh() -> None:
+    vocabulary = Path(__file__).parents[3] / "engine" / "demo" / "model" / "tokenizer.json"
+    made = TokenizerConstraints(llguidance.LLTokenizer(str(vocabulary)), backend="outlines_core")
+    bounded = {"type": "array", "items": {"type": "string", "maxLength": 60}, "maxItems": 8}
+    for number in range(8):
+        made.matcher(schema(an_object({f"lines{number}": bounded, "about": bounded})))
+    # Each of these schemas has less than 300 bytes, and an index of some ten megabytes.
+    kept = made._indexes  # noqa: SLF001 -- what it holds is not told
+    assert 1 <= len(kept) < 8
+    assert kept._num_bytes <= 64 << 20  # noqa: SLF001
 
 
 @pytest.mark.parametrize("is_beside", [False, True], ids=["at once", "beside"])

@@ -219,6 +219,40 @@ def test_schema_that_cannot_be_enforced_is_validated_or_refused(
     assert error.code == "schema_unsupported"
 
 
+def test_answer_ends_inside_its_schema_before_its_tokens_run_out(
+    tiny_model: Path, engine: HfEngine, ask: Ask
+) -> None:
+    fields = {"name": {"type": "string"}, "tags": {"type": "array", "items": {"type": "string"}}}
+    schema = {
+        "type": "object",
+        "properties": fields,
+        "required": ["name", "tags"],
+        "additionalProperties": False,
+    }
+    requests = [
+        Request(
+            id=i,
+            prompt=prompts(5 + i)[0],
+            constraint=Constraint("json_schema", json.dumps(schema)),
+            sampling=SamplingParams(temperature=i % 2, seed=i, max_tokens=50),
+        )
+        for i in range(8)
+    ]
+    plain = HfEngine(config_of(tiny_model, asking=AskingConfig(close_early=False)))
+    cut_off = ask(plain, requests)
+    cut = {i for i, result in cut_off.items() if result.finish_reason == "length"}
+    assert len(cut) >= 4
+    for i, result in ask(engine, requests).items():
+        assert validate(Constraint("json_schema", json.dumps(schema)), result.text) is None
+        assert result.constraint == "enforced"
+        assert result.usage.completion_tokens <= 50
+        assert result.finish_reason == ("length" if i in cut else "stop")
+        if i in cut:
+            assert validate(Constraint("json_schema", json.dumps(schema)), cut_off[i].text)
+        else:
+            assert result.text == cut_off[i].text
+
+
 def test_stop_string_ends_the_answer_across_token_borders(engine: HfEngine, ask: Ask) -> None:
     free = ask(engine, [Request(id=1, prompt=prompts(20)[0], sampling=GREEDY)])[1].text
     for start, stop in ((3, 5), (1, 9), (7, 8)):
