@@ -64,6 +64,8 @@ class Counted:
             "page_tokens": 16,
             "num_blocks": 96,
             "forced_tokens": forced_tokens,
+            # An answer that is ended early is another where the steps are.
+            "asking": {"close_early": False},
             **changes,
         }
         self.engine = HfEngine(HfConfig.model_validate(settings))
