@@ -7,11 +7,10 @@ of them is encoded again with each forged one cut in two, and refused if that do
 
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jinja2
-from transformers import PreTrainedTokenizerFast
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.request import Message, Request
@@ -20,10 +19,45 @@ _LOOKS_LIKE_CONTROL = re.compile(r"[<\[\uff5c|].*[>\]\uff5c|]", re.DOTALL)
 _MAX_REMEMBERED_SHAPES = 4096
 
 
+class TextCodec(Protocol):
+    """Text to token ids and back, as `tokenizers.Tokenizer` has it."""
+
+    def no_truncation(self) -> None:
+        """Cut nothing off."""
+
+    def no_padding(self) -> None:
+        """Add nothing to fill up."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Any:  # noqa: ANN401
+        """Return what has the tokens of a text as `ids`; those it spells are read as such."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+
+
+class ChatTokenizer(Protocol):
+    """What a prompt is made with, as transformers' fast tokenizers have it."""
+
+    @property
+    def backend_tokenizer(self) -> TextCodec:
+        """What encodes and decodes."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens beside the vocabulary of texts: their `content`, and whether `special`."""
+
+    @property
+    def chat_template(self) -> Any:  # noqa: ANN401
+        """The model's own template; nothing where there is none."""
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:  # noqa: ANN401
+        """Render messages with the template, in jinja's immutable sandbox."""
+
+
 class PromptEncoder:
     """Turns requests into token ids, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, *, vocab_size: int) -> None:
         """Take the tokenizer; `vocab_size` bounds prompts that are given as token ids."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -62,7 +96,7 @@ class PromptEncoder:
         if prompt is None:
             raise InvalidLine("The request has no prompt.", error_code="invalid_value")
         if isinstance(prompt, str):
-            ids = self._backend.encode(prompt).ids
+            ids: list[int] = self._backend.encode(prompt).ids
         else:
             ids = list(prompt)
             if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
