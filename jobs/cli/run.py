@@ -50,7 +50,7 @@ def run(
             "--model",
             "-m",
             metavar="NAME",
-            help="A model of the catalogue, a local folder or a hub id.",
+            help="A model of the catalogue, a local folder, a .gguf file or a hub id.",
         ),
     ] = None,
     engine: Annotated[

@@ -19,8 +19,13 @@ _TYPES = {
 }
 
 
-def write_gguf(folder: Path, path: Path, kind: str = "f32", **changes: str) -> None:
-    """Write the model in `folder`, its matrices as `kind`; `changes` are further entries."""
+TEMPLATE = "as the model"
+
+
+def write_gguf(
+    folder: Path, path: Path, kind: str = "f32", *, template: str | None = TEMPLATE
+) -> None:
+    """Write the model in `folder`, its matrices as `kind`."""
     tensor_type, file_type = _TYPES[kind]
     described = json.loads((folder / "config.json").read_text())
     heads, kv_heads = described["num_attention_heads"], described["num_key_value_heads"]
@@ -41,8 +46,10 @@ def write_gguf(folder: Path, path: Path, kind: str = "f32", **changes: str) -> N
     writer.add_rope_freq_base(10000.0)
     writer.add_file_type(file_type)
     _add_tokenizer(writer, folder, described)
-    for key, value in changes.items():
-        writer.add_string(key.replace("__", "."), value)
+    if template == TEMPLATE:
+        template = (folder / "chat_template.jinja").read_text()
+    if template is not None:
+        writer.add_chat_template(template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, described["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
         if name == "lm_head.weight" and described["tie_word_embeddings"]:
@@ -81,7 +88,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, described: dict[str, A
     writer.add_eos_token_id(described["eos_token_id"])
     writer.add_pad_token_id(described["pad_token_id"])
     writer.add_add_bos_token(False)  # noqa: FBT003 -- the library's
-    writer.add_chat_template((folder / "chat_template.jinja").read_text())
 
 
 def _permute(values: Array, heads: int) -> Array:
