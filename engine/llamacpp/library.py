@@ -4,7 +4,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -13,6 +13,7 @@ from engine.config import CacheDtype, LlamacppConfig
 from engine.devices import read_memory
 from engine.gguf import Gguf
 from engine.llamacpp.rows import Logits
+from engine.llamacpp.schedule import Placed
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CACHE_SHARE_OF_MEMORY = 0.25
@@ -26,20 +27,11 @@ _LOAD_MODES = {
     (False, True): llama_cpp.LLAMA_LOAD_MODE_MLOCK,
     (True, True): llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK,
 }
-_ERROR, _CONTINUED = 3, 5
+_ERROR, _CONTINUED = 4, 5
 _NO_MEMORY = ("failed to allocate", "unable to allocate", "out of memory", "cannot allocate")
 
 NO_ROOM = 1
 """`Model.step` found no place in the cache; nothing has changed."""
-
-
-class Placed(NamedTuple):
-    """One token of a step: whose it is, where it stands, and whether its logits are wanted."""
-
-    token: int
-    position: int
-    sequence: int
-    is_asked: bool
 
 
 _complaints: deque[str] = deque(maxlen=20)

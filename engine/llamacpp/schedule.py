@@ -9,13 +9,24 @@ the youngest gives way, and is computed again later.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from engine.llamacpp.library import Model, Placed
+if TYPE_CHECKING:
+    from engine.llamacpp.library import Model
 
 _LEAST_SHARED = 16
 """Fewer tokens are computed sooner than they are looked for."""
 _HEADROOM = 32
 """Tokens that each running sequence should still have room for when another one starts."""
+
+
+class Placed(NamedTuple):
+    """One token of a step: whose it is, where it stands, and whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    is_asked: bool
 
 
 class Track:
@@ -35,7 +46,7 @@ class Track:
 class Scheduler:
     """Hands out slots, and the places of a cache that `model` keeps."""
 
-    def __init__(self, model: Model, *, num_slots: int, step_tokens: int) -> None:
+    def __init__(self, model: "Model", *, num_slots: int, step_tokens: int) -> None:
         self._model = model
         self._num_slots = num_slots
         self._step_tokens = step_tokens

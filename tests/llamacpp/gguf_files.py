@@ -60,8 +60,10 @@ def write_gguf(
         if name.endswith("k_proj.weight"):
             values = _permute(values, kv_heads)
         stored = tensor_type if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert known is not None, name
         writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight", ".bias")),
+            known,
             gguf.quants.quantize(values, stored),
             raw_dtype=stored,
         )
@@ -78,7 +80,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, described: dict[str, A
     ids = range(described["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([special.get(token, spelled.get(token)) for token in ids])
+    writer.add_token_list([special.get(token) or spelled[token] for token in ids])
     writer.add_token_types(
         [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in ids]
     )

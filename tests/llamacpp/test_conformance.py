@@ -14,5 +14,10 @@ from tests.llamacpp.conftest import open_llamacpp
 @pytest.fixture(scope="module", params=["one-step", "small-steps"])
 def open_conformant(request: pytest.FixtureRequest, tiny_file: Path) -> Callable[[], Engine]:
     """Prompts whole, and in pieces of eight tokens in a cache that is too small for all."""
-    small = {"batch_tokens": 8, "cache_tokens": 512} if request.param == "small-steps" else {}
-    return lambda: open_llamacpp(tiny_file, asking=AskingConfig(max_asks=2), **small)
+    small = request.param == "small-steps"
+    return lambda: open_llamacpp(
+        tiny_file,
+        asking=AskingConfig(max_asks=2),
+        batch_tokens=8 if small else 512,
+        cache_tokens=512 if small else None,
+    )

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ ENTRIES: dict[str, object] = {
 }
 
 
-def make(path: Path, entries: dict[str, object] = ENTRIES, **changes: object) -> Path:
-    """Write a file with one tensor of 2 x 64 values in F16."""
-    entries = {key: value for key, value in {**entries, **changes}.items() if value is not None}
+def make(path: Path, changes: Mapping[str, object] | None = None) -> Path:
+    """Write a file with one tensor of 2 x 64 values in F16; an entry that is None is left out."""
+    entries = {k: v for k, v in {**ENTRIES, **(changes or {})}.items() if v is not None}
     content = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(entries))
     content += b"".join(entry(key, value) for key, value in entries.items())
     content += text("token_embd.weight") + struct.pack("<IQQIQ", 2, 64, 2, 1, 0)
@@ -83,7 +84,7 @@ def test_model_is_described_without_llama_cpp_and_torch(tmp_path: Path) -> None:
     assert (found.model, found.engine, found.num_slots) == ("mine", "llamacpp", 3)
     assert (found.context_tokens, found.quantization) == (4096, "Q4_K_M")
     assert found.endpoints == (CHAT, COMPLETIONS)
-    plain = make(tmp_path / "b.gguf", **{"tokenizer.chat_template": None})
+    plain = make(tmp_path / "b.gguf", {"tokenizer.chat_template": None})
     assert describe_model(LlamacppConfig(model=str(plain)), "x").endpoints == (COMPLETIONS,)
     program = (
         "import sys; from engine.config import LlamacppConfig; from engine.registry import "
@@ -107,8 +108,8 @@ def test_fingerprint_changes_with_what_could_change_answers(tmp_path: Path) -> N
         fingerprint(cache_dtype="float32"),
         fingerprint(repack=True),
         fingerprint(defaults=GenerationDefaults(temperature=0.5)),
-        fingerprint(make(tmp_path / "b.gguf", **{"general.file_type": 7})),
-        fingerprint(make(tmp_path / "c.gguf", **{"tokenizer.ggml.tokens": ["a", "c", "<end>"]})),
+        fingerprint(make(tmp_path / "b.gguf", {"general.file_type": 7})),
+        fingerprint(make(tmp_path / "c.gguf", {"tokenizer.ggml.tokens": ["a", "c", "<end>"]})),
     }
     assert len({first, *others}) == 6
 
@@ -176,12 +177,12 @@ def test_other_files_are_told_apart(tmp_path: Path) -> None:
 
 def test_parts_of_a_model_have_to_be_complete(tmp_path: Path) -> None:
     first, second = (tmp_path / f"m-{n:05}-of-00002.gguf" for n in (1, 2))
-    make(first, **{"split.count": 2})
+    make(first, {"split.count": 2})
     assert second.name in refusal(first)
-    make(second, **{"split.count": 2})
+    make(second, {"split.count": 2})
     assert read(first).num_bytes == first.stat().st_size + second.stat().st_size
     assert f"give the first, {first.name}" in refusal(second)
-    other = make(tmp_path / "other.gguf", **{"split.count": 2})
+    other = make(tmp_path / "other.gguf", {"split.count": 2})
     assert "not named like" in refusal(other)
 
 
@@ -190,6 +191,6 @@ def test_file_without_a_model_or_vocabulary_is_refused(tmp_path: Path) -> None:
         ("general.architecture", "architecture"),
         ("tokenizer.ggml.tokens", "vocabulary"),
     ):
-        path = make(tmp_path / "a.gguf", **{key: None})
+        path = make(tmp_path / "a.gguf", {key: None})
         with pytest.raises(EngineMisconfigured, match=told):
             describe_model(LlamacppConfig(model=str(path)), "x")
