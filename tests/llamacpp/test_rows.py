@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from typing_extensions import override
 
+from engine.constraints import Mask
 from engine.hf import rows as theirs
 from engine.llamacpp import rows
 
@@ -15,7 +17,7 @@ VOCABULARY = 3000
 class Even:
     """A constraint that allows every second token."""
 
-    def fill(self, row: theirs.Mask) -> None:
+    def fill(self, row: Mask) -> None:
         row[:] = 0x55555555
 
     def advance(self, token: int) -> bool:
@@ -31,11 +33,12 @@ class Even:
 class Nothing(Even):
     """A constraint that allows no token."""
 
-    def fill(self, row: theirs.Mask) -> None:
+    @override
+    def fill(self, row: Mask) -> None:
         row[:] = 0
 
 
-def scratch(num_rows: int) -> theirs.Mask:
+def scratch(num_rows: int) -> Mask:
     return np.full((num_rows, (VOCABULARY + 31) // 32), -1, dtype=np.int32)
 
 
