@@ -3,7 +3,7 @@
 
 WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
-  --ignore=tests/vllm --ignore=tests/remote --ignore=tests/airflow
+  --ignore=tests/vllm --ignore=tests/llamacpp --ignore=tests/remote --ignore=tests/airflow
 
 .PHONY: help install demo fleet chaos test test-all check bench bench-control bench-memory bench-peers clean
 
@@ -29,7 +29,7 @@ test: ## what takes no more than minutes
 	@sh scripts/bootstrap.sh test
 	@$(PYTEST) -m "not slow"
 
-test-all: ## everything: slow tests, a short chaos run, vLLM on the CPU, a real vllm serve, Airflow
+test-all: ## everything: slow tests, a short chaos run, vLLM on the CPU, llama.cpp, a real vllm serve, Airflow
 	@sh scripts/bootstrap.sh test
 	@WORKERS=$(WORKERS) .venv/bin/python scripts/test_all.py
 

@@ -7,13 +7,12 @@ of them is encoded again with each forged one cut in two, and refused if that do
 
 import re
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jinja2
 import msgspec
 import xxhash
-from transformers import PreTrainedTokenizerFast
 
 from engine.tools import takes_tools
 from jobs.domain.errors import InvalidLine
@@ -29,10 +28,45 @@ _Shape = tuple[bytes, tuple[tuple[str, bool, bool, int], ...]]
 whether it says anything, whether it has a name, and how many calls it makes."""
 
 
+class TextCodec(Protocol):
+    """Text to token ids and back, as `tokenizers.Tokenizer` has it."""
+
+    def no_truncation(self) -> None:
+        """Cut nothing off."""
+
+    def no_padding(self) -> None:
+        """Add nothing to fill up."""
+
+    def encode_batch_fast(self, input: Any, *, add_special_tokens: bool = True) -> Any:  # noqa: A002, ANN401
+        """Return for each text what has its tokens as `ids`; those it spells are read as such."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+
+
+class ChatTokenizer(Protocol):
+    """What a prompt is made with, as transformers' fast tokenizers have it."""
+
+    @property
+    def backend_tokenizer(self) -> TextCodec:
+        """What encodes and decodes."""
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The tokens beside the vocabulary of texts: their `content`, and whether `special`."""
+
+    @property
+    def chat_template(self) -> Any:  # noqa: ANN401
+        """The model's own template; nothing where there is none."""
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:  # noqa: ANN401
+        """Render messages with the template, in jinja's immutable sandbox."""
+
+
 class PromptEncoder:
     """Turns requests into token ids, for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, *, vocab_size: int) -> None:
         """Take the tokenizer; `vocab_size` bounds prompts that are given as token ids."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer

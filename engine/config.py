@@ -14,6 +14,7 @@ VllmDtype = Literal["auto", "bfloat16", "float16", "float32"]
 NativeConstraints = Literal["openai", "vllm", "none"]
 Streaming = Literal["auto", "always", "never"]
 ComputeDtype = Literal["bfloat16", "float16", "float32"]
+CacheDtype = Literal["float16", "bfloat16", "float32"]
 ConstraintBackend = Literal["llguidance", "outlines_core"]
 OnUnsupportedSchema = Literal["validate", "refuse"]
 
@@ -163,6 +164,35 @@ class VllmConfig(_Config):
     asking: AskingConfig = AskingConfig()
 
 
+class LlamacppConfig(_Config):
+    """llama.cpp on a GGUF file, quantized or not, with continuous batching of our own."""
+
+    kind: Literal["llamacpp"] = "llamacpp"
+    model: str = Field(description="a .gguf file, or the first of its parts")
+    gpu_layers: int = Field(
+        default=-1, ge=-1, description="layers on the GPU or on Metal; -1: all, 0: none"
+    )
+    context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")
+    slots: int = Field(default=16, ge=1, le=256, description="sequences generated at once")
+    cache_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens that the cache of all sequences holds; unset: from the free memory",
+    )
+    cache_dtype: CacheDtype = "float16"
+    batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
+    threads: int | None = Field(default=None, ge=1, description="unset: one for each core")
+    mmap: bool = Field(default=True, description="map the file instead of reading it")
+    mlock: bool = Field(default=False, description="keep the weights from being swapped out")
+    repack: bool = Field(
+        default=False,
+        description="rearrange quantized weights for this processor: faster, and some builds die "
+        "of it (SIGILL)",
+    )
+    defaults: GenerationDefaults = GenerationDefaults()
+    asking: AskingConfig = AskingConfig()
+
+
 class RemoteConfig(_Config):
     """A vLLM server or any other with OpenAI's API, here or far away."""
 
@@ -237,5 +267,6 @@ class RemoteConfig(_Config):
 
 
 EngineConfig = Annotated[
-    SimulatedConfig | HfConfig | VllmConfig | RemoteConfig, Field(discriminator="kind")
+    SimulatedConfig | HfConfig | VllmConfig | LlamacppConfig | RemoteConfig,
+    Field(discriminator="kind"),
 ]

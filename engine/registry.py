@@ -10,8 +10,17 @@ import xxhash
 
 from engine.asking import Asking
 from engine.base import Engine
-from engine.config import EngineConfig, HfConfig, RemoteConfig, SimulatedConfig, VllmConfig
+from engine.config import (
+    EngineConfig,
+    HfConfig,
+    LlamacppConfig,
+    RemoteConfig,
+    SimulatedConfig,
+    VllmConfig,
+)
 from engine.encoders import is_encoder, is_scoring, read_pooling_settings
+from engine.gguf import read as read_gguf
+from engine.llamacpp.describe import describe_gguf
 from engine.revision import revision_of
 from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
@@ -63,6 +72,10 @@ def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
         with _needing("vllm"):
             from engine.vllm import VllmEngine  # noqa: PLC0415
         inner = VllmEngine(config, model=model)
+    elif isinstance(config, LlamacppConfig):
+        with _needing("llamacpp"):
+            from engine.llamacpp.engine import LlamacppEngine  # noqa: PLC0415
+        inner = LlamacppEngine(config, model=model)
     else:
         with _needing("hf"):
             from engine.hf.engine import HfEngine  # noqa: PLC0415
@@ -103,6 +116,8 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         from engine.remote import describe_remote  # noqa: PLC0415
 
         return describe_remote(config, model)
+    if isinstance(config, LlamacppConfig):
+        return describe_gguf(config, read_gguf(config.model), model)
     folder = find_folder(config)
     files = {name: _read(folder / name) for name in _DESCRIBING_FILES}
     if files["config.json"] is None:

@@ -39,21 +39,39 @@ def revision_of(config: HfConfig | VllmConfig, folder: Path) -> str:
     return digest.hexdigest()
 
 
+def revision_of_file(path: Path, library: str) -> str:
+    """Return what changes when the weights in a file, or the library that runs them, do.
+
+    Raises:
+        EngineMisconfigured: it cannot be read.
+    """
+    digest = xxhash.xxh3_128(f"{library} {_version_of(library)}\0".encode())
+    try:
+        _add_file(digest, path)
+    except OSError as error:
+        raise EngineMisconfigured(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
 def _add_folder(digest: "xxhash.xxh3_128", folder: Path) -> None:
     try:
         for path in sorted(folder.iterdir()):
             if path.suffix not in _WEIGHTS and not path.name.startswith("adapter_"):
                 continue
-            found = path.stat()
-            digest.update(f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, found.st_size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
+            _add_file(digest, path)
     except FileNotFoundError:
         digest.update(b"gone")
     except OSError as error:
         raise EngineMisconfigured(f"{folder} cannot be read: {error.strerror}.") from error
+
+
+def _add_file(digest: "xxhash.xxh3_128", path: Path) -> None:
+    found = path.stat()
+    digest.update(f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, found.st_size - _SAMPLE_BYTES))
+        digest.update(file.read(_SAMPLE_BYTES))
 
 
 @lru_cache

@@ -30,6 +30,7 @@ from engine.config import (
     GenerationDefaults,
     HfConfig,
     HfQuantization,
+    LlamacppConfig,
     NativeConstraints,
     RemoteConfig,
     SimulatedConfig,
@@ -38,17 +39,24 @@ from engine.config import (
     VllmQuantization,
 )
 from engine.demo import model_path
+from engine.gguf import is_gguf
+from engine.gguf import read as read_gguf
 from engine.tuning import HF_BATCH_TOKENS, HF_SLOTS, VLLM_BATCH_TOKENS, VLLM_SLOTS
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
 
-EngineKind = Literal["hf", "vllm", "remote", "simulated"]
-EngineChoice = Literal["auto", "hf", "vllm", "remote", "simulated"]
+EngineKind = Literal["hf", "vllm", "llamacpp", "remote", "simulated"]
+EngineChoice = Literal["auto", "hf", "vllm", "llamacpp", "remote", "simulated"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_NEEDED = {"hf": ("torch", "transformers"), "vllm": ("torch", "vllm")}
+_NEEDED = {
+    "hf": ("torch", "transformers"),
+    "vllm": ("torch", "vllm"),
+    "llamacpp": ("llama_cpp", "transformers"),
+}
 _CONFIGS: Mapping[EngineKind, type[BaseModel]] = {
     "hf": HfConfig,
     "vllm": VllmConfig,
+    "llamacpp": LlamacppConfig,
     "remote": RemoteConfig,
     "simulated": SimulatedConfig,
 }
@@ -165,6 +173,31 @@ class VllmSettings(BaseModel):
     )
 
 
+class LlamacppSettings(BaseModel):
+    """What every model on the llamacpp engine starts from; a model's own entry goes before it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu_layers: int = Field(
+        default=-1,
+        ge=-1,
+        description="layers on the GPU or on Metal, where llama.cpp was built for one; -1: all, "
+        "0: none",
+    )
+    context_tokens: int | None = Field(
+        default=None, ge=1, description="prompt and answer together; unset: the model's own"
+    )
+    threads: int | None = Field(default=None, ge=1, description="unset: one for each core")
+    batch_tokens: int = Field(default=512, ge=1, description="token budget of one step")
+    mmap: bool = Field(default=True, description="map the file instead of reading it")
+    mlock: bool = Field(default=False, description="keep the weights from being swapped out")
+    repack: bool = Field(
+        default=False,
+        description="rearrange quantized weights for this processor: faster, and some builds die "
+        "of it (SIGILL)",
+    )
+
+
 class RemoteSettings(BaseModel):
     """What every model on the remote engine starts from; a model's own entry goes before it."""
 
@@ -205,6 +238,7 @@ class EngineGroups(BaseModel):
 
     hf: HfSettings = HfSettings()
     vllm: VllmSettings = VllmSettings()
+    llamacpp: LlamacppSettings = LlamacppSettings()
     remote: RemoteSettings = RemoteSettings()
 
 
@@ -226,11 +260,13 @@ class ModelSettings(BaseModel):
     type: Literal["chat", "completion"] = Field(
         default="chat", description="chat, or completion for a model without a chat template"
     )
-    source: str | None = Field(default=None, description="a local folder or a hub id")
+    source: str | None = Field(default=None, description="a local folder, a .gguf file or a hub id")
     revision: str | None = Field(
         default=None, description="branch, tag or commit of a hub id; a commit is reproducible"
     )
-    engine: EngineChoice = Field(default="auto", description="auto, hf, vllm, remote or simulated")
+    engine: EngineChoice = Field(
+        default="auto", description="auto, hf, vllm, llamacpp, remote or simulated"
+    )
     url: str | None = Field(
         default=None, description="the server of a remote model; unset: `remote.url`"
     )
@@ -291,10 +327,12 @@ class ModelSettings(BaseModel):
     def _known_options(self) -> frozenset[str]:
         if self.engine != "auto":
             return _option_names(self.engine)
+        if self.source is not None and is_gguf(self.source):
+            return _option_names("llamacpp")
         return _option_names("hf") | _option_names("vllm") | _option_names("remote")
 
     def to_engine_config(self, *, limiter: Limiter | None = None) -> EngineConfig:
-        """Return what the engine process is started with; "auto" means remote with a url, else hf.
+        """Return what the engine process is started with; for "auto", see `concrete`.
 
         A quantization that is open means 16 bit: `resolve` is what looks at the machine.
 
@@ -304,7 +342,7 @@ class ModelSettings(BaseModel):
         Raises:
             InvalidInput: a model without a source or a url, as its engine needs it.
         """
-        kind = concrete(self.engine, url=self.url)
+        kind = concrete(self.engine, url=self.url, source=self.source)
         shared: dict[str, Any] = {**self.options, "defaults": self.defaults, "asking": self.asking}
         if self.context_tokens is not None:
             shared["context_tokens"] = self.context_tokens
@@ -326,6 +364,8 @@ class ModelSettings(BaseModel):
             )
         if self.source is None:
             raise InvalidInput(f"A model of the {kind} engine needs a `source`.", param="source")
+        if kind == "llamacpp":
+            return LlamacppConfig.model_validate({**shared, "model": self.source})
         loaded = {
             **shared,
             "model": self.source,
@@ -388,11 +428,16 @@ def resolve(
     quantization = _checked_quantization(quantization)
     if wanted == "auto" and not entry.url and _needs_vllm(quantization, entry.quantization):
         wanted = "vllm"
-    kind = concrete(wanted, url=entry.url)
+    kind = concrete(wanted, url=entry.url, source=entry.source)
     choice = None
     changes: dict[str, Any] = {}
     if kind == "remote":
         changes = _remote_changes(name, entry, groups)
+    elif kind == "llamacpp":
+        changes = _gguf_changes(name, entry, groups, quantization)
+        if check_installed:
+            _require_installed(kind, name)
+            choice = _gguf_choice(name, changes["source"]) if wanted == "auto" else None
     elif kind != "simulated":
         if check_installed:
             machine = machine or look_around()
@@ -505,6 +550,11 @@ def _local_changes(
 ) -> dict[str, Any]:
     if entry.source is None:
         raise InvalidInput(f"The model {name} has no `source`.", param="model")
+    if is_gguf(entry.source):
+        raise InvalidInput(
+            f"The model {name} is a .gguf file, which the llamacpp engine runs; {kind} cannot.",
+            param="model",
+        )
     folder = Path(entry.source).expanduser()
     group = groups.vllm if kind == "vllm" else groups.hf
     words = (quantization, entry.quantization, group.quantization)
@@ -516,6 +566,39 @@ def _local_changes(
     if kind == "vllm":
         changes["context_tokens"] = entry.context_tokens or groups.vllm.context_tokens
     return changes
+
+
+def _gguf_changes(
+    name: str, entry: ModelSettings, groups: EngineGroups, quantization: str | None
+) -> dict[str, Any]:
+    if entry.source is None or not is_gguf(entry.source):
+        raise InvalidInput(
+            f"The model {name} on the llamacpp engine needs a .gguf file as its `source`.",
+            param="model",
+        )
+    word = next((w for w in (quantization, entry.quantization) if w not in {None, "auto"}), None)
+    if word is not None:
+        raise InvalidInput(
+            f"The model {name} has the weights of its .gguf file as they are: quantization {word} "
+            "is not possible. Give another file, or leave it out.",
+            param="quantization",
+        )
+    return {
+        "source": str(Path(entry.source).expanduser().resolve()),
+        "quantization": None,
+        "context_tokens": entry.context_tokens or groups.llamacpp.context_tokens,
+    }
+
+
+def _gguf_choice(name: str, source: str) -> Choice:
+    file = read_gguf(source)
+    stored = f" ({file.quantization})" if file.quantization else ""
+    return Choice(
+        engine="llamacpp",
+        quantization=file.quantization,
+        device="auto",
+        reason=f"{name} runs on llamacpp, since its source is a .gguf file{stored}.",
+    )
 
 
 def plan_of(entry: ModelSettings, groups: EngineGroups) -> Plan:
@@ -552,6 +635,8 @@ def _options_for(kind: EngineKind, entry: ModelSettings, groups: EngineGroups) -
             **groups.hf.model_dump(include={"cache_folder"}, exclude_none=True),
             **groups.vllm.model_dump(exclude_none=True),
         }
+    elif kind == "llamacpp":
+        group = groups.llamacpp.model_dump(exclude_none=True)
     elif kind == "remote":
         group = groups.remote.model_dump(exclude_none=True)
     options = {key: value for key, value in group.items() if key in names}
@@ -564,11 +649,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def concrete(engine: EngineChoice, *, url: str | None) -> EngineKind:
-    """Return the engine that is meant: "auto" is remote where there is a url, else hf."""
+def concrete(engine: EngineChoice, *, url: str | None, source: str | None = None) -> EngineKind:
+    """Return the engine that is meant.
+
+    "auto" is remote where there is a url, llamacpp where the source is a .gguf file, else hf.
+    """
     if engine != "auto":
         return engine
-    return "remote" if url else "hf"
+    if url:
+        return "remote"
+    return "llamacpp" if source is not None and is_gguf(source) else "hf"
 
 
 def _option_names(kind: EngineKind) -> frozenset[str]:
@@ -587,6 +677,8 @@ def _from_source(
     if engine == "remote":
         return ModelSettings(engine="remote", url=remote.url)
     folder = Path(name).expanduser()
+    if is_gguf(name) and folder.is_file():
+        return ModelSettings(source=str(folder.resolve()))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InvalidInput(
@@ -599,7 +691,7 @@ def _from_source(
         return ModelSettings(source=name)
     raise NotFound(
         f"There is no model {name!r}.{did_you_mean(name, models)} Known are: "
-        f"{', '.join(models)}; a local folder or a hub id (owner/name) also does.",
+        f"{', '.join(models)}; a local folder, a .gguf file or a hub id (owner/name) also does.",
         param="model",
     )
 

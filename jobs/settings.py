@@ -48,6 +48,7 @@ from jobs.catalogue import (
     EngineGroups,
     HfSettings,
     Limiter,
+    LlamacppSettings,
     ModelSettings,
     RemoteSettings,
     VllmSettings,
@@ -372,7 +373,7 @@ class Settings(BaseSettings):
     )
     engine: EngineChoice = Field(
         default="auto",
-        description="engine of models that say auto: auto, hf, vllm, remote or simulated",
+        description="engine of models that say auto: auto, hf, vllm, llamacpp, remote or simulated",
     )
     default_model: str = Field(default="demo", description="model where none is named")
     models: dict[str, ModelSettings] = Field(
@@ -380,6 +381,7 @@ class Settings(BaseSettings):
     )
     hf: HfSettings = HfSettings()
     vllm: VllmSettings = VllmSettings()
+    llamacpp: LlamacppSettings = LlamacppSettings()
     remote: RemoteSettings = RemoteSettings()
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
@@ -441,7 +443,7 @@ class Settings(BaseSettings):
     @property
     def engine_groups(self) -> EngineGroups:
         """What the models of each engine start from."""
-        return EngineGroups(hf=self.hf, vllm=self.vllm, remote=self.remote)
+        return EngineGroups(hf=self.hf, vllm=self.vllm, llamacpp=self.llamacpp, remote=self.remote)
 
     @property
     def limiter(self) -> Limiter | None:
@@ -545,7 +547,8 @@ def complete_model(
     """Return a model with nothing left open, and what was chosen; see `catalogue.resolve`.
 
     Args:
-        name: a name of the catalogue, a local folder or a hub id; unset, the default model.
+        name: a name of the catalogue, a local folder, a .gguf file or a hub id; unset, the
+            default model.
     """
     name = name or settings.default_model
     entry = settings.models.get(name)

@@ -55,7 +55,7 @@ class Outcome:
     is_missing: bool = False
 
 
-_ALONE = ("vllm", "remote", "airflow")
+_ALONE = ("vllm", "llamacpp", "remote", "airflow")
 SUITES = (
     Suite(
         name="core, hf bf16 and nf4, fleet",
@@ -70,6 +70,12 @@ SUITES = (
         python=ROOT / ".venv-vllm" / "bin" / "python",
         arguments=("tests/vllm",),
         environment=ROOT / "scripts" / "vllm_env.sh",
+    ),
+    Suite(
+        name="llamacpp (CPU)",
+        python=ROOT / ".venv-llamacpp" / "bin" / "python",
+        arguments=("tests/llamacpp",),
+        environment=ROOT / "scripts" / "llamacpp_env.sh",
     ),
     Suite(
         name="remote (vllm serve)",

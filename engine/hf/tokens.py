@@ -6,10 +6,10 @@ import llguidance
 import llguidance.hf
 from transformers import PreTrainedTokenizerFast
 
+from engine.chat import ChatTokenizer
 
-def decode(
-    tokenizer: PreTrainedTokenizerFast, said: Sequence[int], *, keeps_marks: bool = False
-) -> str:
+
+def decode(tokenizer: ChatTokenizer, said: Sequence[int], *, keeps_marks: bool = False) -> str:
     """Return the text of an answer, without special tokens.
 
     Args:
@@ -31,7 +31,7 @@ def constraint_tokenizer(
 class StopStrings:
     """Watches one answer for the strings that end it, wherever token borders fall."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._reach = max(map(len, stops)) - 1

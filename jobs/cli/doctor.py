@@ -21,6 +21,7 @@ from engine.choice import (
     look_around,
 )
 from engine.config import HfConfig
+from engine.gguf import read as read_gguf
 from engine.memory import ModelSize, cache_tokens_left
 from jobs.catalogue import Completed, EngineChoice, ModelSettings, plan_of
 from jobs.cli import exits, options, output
@@ -31,6 +32,7 @@ _SECONDS = 3
 _PACKAGES = {
     "hf": ("torch", "transformers", "bitsandbytes"),
     "vllm": ("vllm",),
+    "llamacpp": ("llama-cpp-python", "transformers"),
     "server": ("celery", "redis", "psycopg", "boto3"),
 }
 # vLLM for CPUs is a distribution of its own.
@@ -68,7 +70,7 @@ def doctor(
             "--model",
             "-m",
             metavar="NAME",
-            help="Say what this model needs: of the catalogue, a local folder or a hub id.",
+            help="Say what this model needs: of the catalogue, a folder, a .gguf file or a hub id.",
         ),
     ] = None,
     engine: Annotated[
@@ -250,6 +252,8 @@ def _examine(
         where = f"on the server {planned.url}" if planned.url else "without a model"
         told = f"{name} runs {where} (engine {planned.engine})."
         return _Model(name=name, choice=told, can_run=True)
+    if planned.engine == "llamacpp":
+        return _examine_gguf(name, planned, machine, completed, problem)
     notes = list(_look_at_files(planned, settings))
     size = None
     try:
@@ -280,6 +284,34 @@ def _examine(
     except EngineError as error:
         return replace(found, choice=error.message)
     return _judge(found, completed)
+
+
+def _examine_gguf(
+    name: str, planned: ModelSettings, machine: Machine, completed: Completed | None, problem: str
+) -> _Model:
+    """Return what is known of a GGUF file, whose weights take as much memory as it has bytes."""
+    notes = []
+    try:
+        file = read_gguf(planned.source or "")
+        notes.append(
+            f"{file.architecture} with {output.count(file.num_parameters)} parameters, "
+            f"{gigabytes(file.num_bytes)} as {file.quantization or 'they are stored'}, context "
+            f"{output.count(file.context_tokens)} tokens"
+        )
+        if file.num_bytes > machine.memory.total_bytes and not machine.gpus:
+            problem = problem or (
+                f"The model {name} does not fit main memory: its weights have "
+                f"{gigabytes(file.num_bytes)} of {gigabytes(machine.memory.total_bytes)}."
+            )
+    except EngineError as error:
+        problem = problem or error.message
+    found = _Model(name=name, notes=tuple(notes), choice=problem)
+    if problem or completed is None:
+        return found
+    told = f"{name} runs on llamacpp, as is set."
+    return replace(
+        found, choice=completed.choice.reason if completed.choice else told, can_run=True
+    )
 
 
 def _judge(found: _Model, completed: Completed) -> _Model:

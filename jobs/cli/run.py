@@ -54,7 +54,7 @@ def run(
             "--model",
             "-m",
             metavar="NAME",
-            help="A model of the catalogue, a local folder or a hub id.",
+            help="A model of the catalogue, a local folder, a .gguf file or a hub id.",
         ),
     ] = None,
     engine: Annotated[
@@ -159,7 +159,7 @@ def _choose_model(
 ) -> tuple[str | None, Settings, dict[str, str]]:
     """Return the model that everything runs on (None: what the lines name), and what it means."""
     if model is None and prompt is None and quantization is None:
-        groups = {"models", "hf", "vllm", "remote"}
+        groups = {"models", "hf", "vllm", "llamacpp", "remote"}
         catalogue = settings.model_dump(include=groups, exclude_defaults=True)
         return None, settings, {"model": "", "engine": settings.engine, **_told_of(catalogue)}
     name, entry, choice = complete_model(settings, model, engine=engine, quantization=quantization)

@@ -62,7 +62,7 @@ def write_config(name: str, **more: Any) -> str:  # noqa: ANN401
 
 def test_machine_is_described_without_a_model() -> None:
     found = read()
-    assert set(found["packages"]) == {"hf", "vllm", "server"}
+    assert set(found["packages"]) == {"hf", "vllm", "llamacpp", "server"}
     memory = found["devices"][-1]
     assert (memory["device"], memory["total_bytes"]) == ("cpu", read_memory().total_bytes)
     assert {name: one["ok"] for name, one in found["services"].items()} == {

@@ -1,0 +1,1 @@
+"""llama.cpp behind the Engine protocol; only `engine` and `library` import it."""

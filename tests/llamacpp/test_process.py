@@ -1,0 +1,149 @@
+"""llama.cpp in the engine process and under `batchctl run`, as a worker has it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from engine.config import AskingConfig
+from engine.process import ProcessEngine
+from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory
+from jobs.domain.request import Request, SamplingParams
+from tests.llamacpp.conftest import Ask, make_config, open_llamacpp
+from tests.mixed import TOTALS, check_mixed, write_mixed
+
+ROOT = Path(__file__).parents[2]
+
+
+class Endless:
+    """A source that never ends."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._waiting = list(requests)
+
+    def take(self, n: int) -> Sequence[Request]:
+        taken, self._waiting = self._waiting[:n], self._waiting[n:]
+        return taken
+
+    def is_aborted(self, request_id: int) -> bool:
+        del request_id
+        return False
+
+
+def test_killed_engine_is_reported_with_its_suspects(tiny_file: Path, tmp_path: Path) -> None:
+    long = SamplingParams(ignore_eos=True, temperature=0)
+    asked = [
+        Request(id=1, prompt="Once", sampling=SamplingParams(max_tokens=1)),
+        *(Request(id=n, prompt="Once", sampling=long) for n in range(2, 40)),
+    ]
+    config = make_config(tiny_file, slots=2, asking=AskingConfig())
+    engine = ProcessEngine(config, model="tiny", log_path=tmp_path / "engine.log")
+    with closing(engine):
+        results = engine.generate(Endless(asked))
+        assert next(results).id == 1
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied) as caught:
+            list(results)
+    assert caught.value.suspects <= set(range(2, 40))
+    assert caught.value.suspects
+
+
+def run(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("BATCHCTL_")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobs.cli.main", *arguments, "--json"],
+        cwd=folder,
+        env={
+            **plain,
+            "PYTHONPATH": str(ROOT),
+            "BATCHCTL_DATA": str(folder / "data"),
+            "BATCHCTL_LLAMACPP__THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    return ended
+
+
+@pytest.mark.parametrize("engine", [(), ("--engine", "llamacpp")], ids=["auto", "named"])
+def test_examples_run_on_a_gguf_file(files: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    people, model = ROOT / "examples" / "people.jsonl", files / "demo-q8_0.gguf"
+    ended = run(tmp_path, "run", str(people), "-m", str(model), "-o", "out.jsonl", *engine)
+    summed = json.loads(ended.stdout)
+    assert (summed["requests"], summed["completed"], summed["failed"]) == (24, 24, 0)
+    for line in map(json.loads, (tmp_path / "out.jsonl").read_text("utf-8").splitlines()):
+        body = line["response"]["body"]
+        assert body["batchctl"] == {"constraint": "enforced", "attempts": 1}
+        assert json.loads(body["choices"][0]["message"]["content"]).keys() == {
+            *("name", "age", "city", "job")
+        }
+
+
+def test_mixed_batch_is_answered(demo_file: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "in.jsonl"
+    write_mixed(mixed)
+    run(tmp_path, "run", str(mixed), "-m", str(demo_file), "-o", "out.jsonl")
+    assert check_mixed(tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl") == TOTALS
+
+
+def test_damaged_file_ends_the_run_with_one_line(demo_file: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(demo_file.read_bytes()[:100_000])
+    people = ROOT / "examples" / "people.jsonl"
+    ended = run(tmp_path, "run", str(people), "-m", str(cut), "-o", "out.jsonl", code=9)
+    assert "is damaged: it is cut off" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_doctor_knows_the_file(demo_file: Path, tmp_path: Path) -> None:
+    told = json.loads(run(tmp_path, "doctor", "-m", str(demo_file)).stdout)
+    assert "runs on llamacpp" in json.dumps(told)
+    assert "llama-cpp-python 0.3.36" in json.dumps(told["packages"])
+
+
+def test_what_llama_cpp_cannot_load_is_refused_in_one_line(demo_file: Path, tmp_path: Path) -> None:
+    content = demo_file.read_bytes()
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(content.replace(b"llama", b"lmamx"))
+    with pytest.raises(EngineMisconfigured, match="unknown model architecture") as caught:
+        open_llamacpp(strange)
+    assert "\n" not in caught.value.message
+    missing = tmp_path / "missing.gguf"
+    missing.write_bytes(content.replace(b"blk.3.attn_q.weight", b"blk.3.attn_z.weight"))
+    with pytest.raises(EngineMisconfigured, match=r"blk\.3\.attn_q"):
+        open_llamacpp(missing)
+
+
+def test_cache_that_no_memory_holds_is_refused(demo_file: Path) -> None:
+    with pytest.raises(EngineOutOfMemory, match="cache_tokens"):
+        open_llamacpp(demo_file, cache_tokens=2**31)
+
+
+def test_engine_needs_no_torch(tiny_file: Path, ask: Ask) -> None:
+    del ask
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from engine.config import LlamacppConfig; from engine.registry import open_engine\n"
+        "from jobs.domain.request import Message, Request, SamplingParams\n"
+        "from tests.sources import ListSource\n"
+        "engine = open_engine(LlamacppConfig(model=sys.argv[1], slots=2, threads=1))\n"
+        "asked = Request(id=1, messages=(Message('user', 'Hi'),),\n"
+        "                sampling=SamplingParams(max_tokens=3, stop=('zzz',)))\n"
+        "(found,) = engine.generate(ListSource([asked]))\n"
+        "assert found.error is None, found.error\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tiny_file)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
