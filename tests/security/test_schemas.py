@@ -428,7 +428,7 @@ def test_row_14_planning_holds_few_large_constraints_at_a_time() -> None:
         problems = Problems(10)
         schemas = Schemas(Checker(), problems, chunk=256, refuse=False)
         for number in range(200):
-            schemas.add(Constraint("grammar", f"{number}" + "x" * (4 << 20)), number + 1)
+            schemas.add(Constraint("grammar", f"{number}" + "x" * (4 << 20)), number + 1, where="x")
         schemas.check()
         told = problems.count
         """

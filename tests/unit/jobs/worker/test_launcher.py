@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ def launched(tmp_path: Path, *, patience_seconds: float = 60, **scripts: str) ->
         try:
             yield Launched(process, log)
         finally:
-            if process.poll() is None:  # twice: the second kills what a failed test left
-                for _ in range(2):
-                    process.terminate()
-                process.wait(30)
+            # More than once: the second kills what a failed test left.
+            while process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
 
 
 def is_there(pid: int) -> bool:
