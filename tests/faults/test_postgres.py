@@ -386,6 +386,7 @@ def test_a_claim_chooses_its_unit_once_and_along_an_index(postgres_url: str) -> 
         sa.event.remove(db.engine, "before_cursor_execute", note)
         statement, parameters = next(one for one in asked if "SKIP LOCKED" in one[0])
         with db.read() as tx:
+            tx.connection.exec_driver_sql("ANALYZE units")
             tx.connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             lines = tx.connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars()
             plan = "\n".join(lines)

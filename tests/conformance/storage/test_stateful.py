@@ -101,7 +101,7 @@ LACKS = (
 def run_copy(folder: Path) -> "subprocess.CompletedProcess[str]":
     """Run the machine over the copy of `storage` in `folder`."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.conformance.storage.machine", "40", "60"],
+        [sys.executable, "-m", "tests.conformance.storage.machine", "120", "60"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(_ROOT)])},
         stdout=subprocess.PIPE,

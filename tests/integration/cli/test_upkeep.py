@@ -154,9 +154,7 @@ def test_collect_removes_what_is_old_and_needed_by_nobody(server: Server) -> Non
     assert orphan.exists()
     done = call(server.folder, "collect", "--data", "data")
     assert done.returncode == exits.OK
-    assert (
-        dict(line.rsplit("  ", 1) for line in done.stdout.splitlines())["bytes        "] == "1,000"
-    )
+    assert dict(line.rsplit(None, 1) for line in done.stdout.splitlines())["bytes"] == "1,000"
     assert (new.exists(), orphan.exists()) == (True, False)
 
 
