@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -59,9 +60,13 @@ def test_killed_engine_is_reported_and_leaves_no_process(
         results = engine.generate(Endless(asked))
         assert next(results).id == 1
         core = next(one for one in family if "EngineCore" in one.name())
-        os.kill(engine.pid if victim == "host" else core.pid, signal.SIGKILL)
-        with pytest.raises(EngineDied) as caught:
-            list(results)
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(list, results)
+            held = engine._started  # noqa: SLF001 -- what it has in hand, as it says itself
+            await_true(lambda: {2, 3} <= held.keys(), seconds=60)
+            os.kill(engine.pid if victim == "host" else core.pid, signal.SIGKILL)
+            with pytest.raises(EngineDied) as caught:
+                rest.result(120)
         assert {2, 3} <= caught.value.suspects <= set(range(2, 12))
         await_true(lambda: not any(_lives(one) for one in family))
     finally:
