@@ -20,7 +20,7 @@ from tests.benchmarks.suite import OUTPUT, Summary, bound, misses_goal, verdict
 PAGE = ROOT / "docs" / "performance.md"
 FOLDER = ROOT / "docs" / "performance"
 BEGIN, END = "<!-- begin: {} -->", "<!-- end: {} -->"
-_LEFT, _WIDTH, _RIGHT = 520, 420, 80
+_LEFT, _WIDTH, _RIGHT = 600, 420, 80
 _ROW, _TOP = 26, 34
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#444}.value{fill:#111;font-weight:600}"

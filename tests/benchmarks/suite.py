@@ -153,10 +153,10 @@ def bound(row: Summary, name: str) -> str:
     return f"{'≤' if row['less'] else '≥'} {row[name]:g}"
 
 
-def order_of(row: Summary) -> tuple[bool, int, str]:
-    """Sort C2 before C10, and peers last."""
+def order_of(row: Summary) -> tuple[int, int, str]:
+    """Sort C2 before C10, then what is tuned, and peers last."""
     digits = "".join(letter for letter in row["id"].split(" ")[0] if letter.isdigit())
-    return row["id"].startswith("P"), int(digits or 0), row["id"]
+    return "CTP".index(row["id"][0]), int(digits or 0), row["id"]
 
 
 def write(rows: list[Summary]) -> None:
