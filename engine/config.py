@@ -69,7 +69,7 @@ class AskingConfig(_Config):
     close_early: bool = Field(
         default=True,
         description="end a constrained answer where its constraint allows before max_tokens cuts "
-        'it off; its finish_reason is "length" (engine hf, backend llguidance)',
+        'it off; its finish_reason is "length" (engines hf and llamacpp, backend llguidance)',
     )
 
 

@@ -25,8 +25,6 @@ from jobs.domain.result import LineError, Result
 
 _POLL_SECONDS = 0.005
 _WAIT_SECONDS = 0.2
-_LOG_TAIL_BYTES = 2000
-
 
 # Names of settings of ours that start as vLLM's own variables do; it warns of those it does not
 # know. `jobs.settings` reads them.

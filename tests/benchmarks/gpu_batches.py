@@ -248,7 +248,7 @@ class Batches:
         def saved(run: Timed, lines: Sequence[bytes]) -> float:
             prompts = self._encode(requests_of(lines))
             total = sum(map(len, prompts))
-            return run.usage.cached_tokens / max(1, total - least_tokens(prompts))
+            return run.usage.cached_tokens / max(1, total - workloads.least_tokens(prompts))
 
         with open_local(self._config, model=MODEL) as local:
             pairs = self._pairs(
@@ -391,22 +391,6 @@ def _freed(request: Request, result: Result) -> Request:
     length = result.usage.completion_tokens
     sampling = replace(request.sampling, max_tokens=length, ignore_eos=True)
     return replace(request, constraint=None, sampling=sampling)
-
-
-def least_tokens(prompts: Sequence[list[int]]) -> int:
-    """Return the edges of a tree of all prompts: what has to be computed at least."""
-    total = 0
-    before: list[int] = []
-    for prompt in sorted(prompts):
-        alike = 0
-        for one, other in zip(prompt, before, strict=False):
-            if one != other:
-                break
-            alike += 1
-        # The last token of a prompt is computed in any case: the answer begins with it.
-        total += len(prompt) - min(alike, len(prompt) - 1)
-        before = prompt
-    return total
 
 
 def _speeds(pairs: Sequence[tuple[Timed, Timed]]) -> str:

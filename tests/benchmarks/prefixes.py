@@ -44,18 +44,7 @@ class Prompts:
 
     def minimum(self, lines: Sequence[bytes]) -> int:
         """Return the edges of a tree of all prompts: what has to be computed at least."""
-        total = 0
-        before: list[int] = []
-        for prompt in sorted(self.encode(lines)):
-            alike = 0
-            for one, other in zip(prompt, before, strict=False):
-                if one != other:
-                    break
-                alike += 1
-            # The last token of a prompt is computed in any case: the answer begins with it.
-            total += len(prompt) - min(alike, len(prompt) - 1)
-            before = prompt
-        return total
+        return workloads.least_tokens(self.encode(lines))
 
 
 def blocks_for(num_groups: int) -> int:

@@ -14,7 +14,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 CHAT = "/v1/chat/completions"
@@ -276,3 +276,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def least_tokens(prompts: Sequence[list[int]]) -> int:
+    """Return the edges of a tree of all prompts: what has to be computed at least."""
+    total = 0
+    before: list[int] = []
+    for prompt in sorted(prompts):
+        alike = 0
+        for one, other in zip(prompt, before, strict=False):
+            if one != other:
+                break
+            alike += 1
+        # The last token of a prompt is computed in any case: the answer begins with it.
+        total += len(prompt) - min(alike, len(prompt) - 1)
+        before = prompt
+    return total
