@@ -17,7 +17,7 @@ import msgspec
 from engine.config import GenerationDefaults
 from engine.sampling import longest_answer
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
-from jobs.domain.result import FinishReason, LineError, Usage
+from jobs.domain.result import FinishReason, LineError, TokenLogprob, Usage
 from jobs.domain.tools import ToolCall, Tools
 
 Level = Literal["strict", "plain", "none"]
@@ -63,6 +63,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     refused: Literal["", "content_filter", "refusal"] = ""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,11 +126,28 @@ class _Said(msgspec.Struct):
     tool_calls: list[_Call] | None = None
 
 
+class _Likely(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list["_Likely"] = []
+
+
+class _Logprobs(msgspec.Struct):
+    """As chats have them, a list of tokens; or as completions do, several lists."""
+
+    content: list[_Likely] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
 class _Choice(msgspec.Struct):
     message: _Said | None = None
     delta: _Said | None = None
     text: str | None = None
     finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Reply(msgspec.Struct):
@@ -199,7 +217,19 @@ def build_body(
         "seed": asked.seed if asked.seed is not None else defaults.seed,
         "stop": list(asked.stop or defaults.stop) or None,
         "ignore_eos": asked.ignore_eos or None,
+        "presence_penalty": asked.presence_penalty or None,
+        "frequency_penalty": asked.frequency_penalty or None,
+        "repetition_penalty": asked.repetition_penalty,
+        "min_p": asked.min_p,
+        "min_tokens": asked.min_tokens or None,
+        "logit_bias": {str(token): bias for token, bias in asked.logit_bias} or None,
+        "stop_token_ids": list(asked.stop_token_ids) or None,
+        "bad_words": list(asked.bad_words) or None,
     }
+    if asked.logprobs is not None and request.messages is not None:
+        fields |= {"logprobs": True, "top_logprobs": asked.logprobs or None}
+    elif asked.logprobs is not None:
+        fields["logprobs"] = asked.logprobs
     body |= {name: value for name, value in fields.items() if value is not None}
     if request.tools is not None:
         # The server writes calls in the form that its model learned; what is forced is its job.
@@ -349,7 +379,41 @@ def read_answer(body: bytes, *, content_type: str) -> Answer | Trouble | Refusal
         reply.usage,
         reasoning=said.reasoning or said.reasoning_content,
         calls=calls,
+        logprobs=_read_logprobs(choice.logprobs),
     )
+
+
+def _read_logprobs(found: _Logprobs | None) -> list[TokenLogprob]:
+    if found is None:
+        return []
+    if found.content is not None:
+        return [
+            TokenLogprob(
+                _bytes_of(one),
+                one.logprob,
+                tuple((_bytes_of(other), other.logprob) for other in one.top_logprobs),
+            )
+            for one in found.content
+        ]
+    tokens = found.tokens or []
+    likeliest = found.top_logprobs or [None] * len(tokens)
+    return [
+        TokenLogprob(
+            token.encode(),
+            logprob or 0.0,
+            tuple((other.encode(), its) for other, its in (others or {}).items()),
+        )
+        for token, logprob, others in zip(
+            tokens, found.token_logprobs or (), likeliest, strict=False
+        )
+    ]
+
+
+def _bytes_of(one: _Likely) -> bytes:
+    try:
+        return bytes(one.bytes) if one.bytes is not None else one.token.encode()
+    except ValueError:
+        return one.token.encode()
 
 
 class _Calls:
@@ -386,6 +450,7 @@ class StreamReader:
         self._refusals: list[str] = []
         self._reasoning: list[str] = []
         self._calls = _Calls()
+        self._logprobs: list[TokenLogprob] = []
         self._finish: str | None = None
         self._usage: _Usage | None = None
         self._is_done = False
@@ -415,6 +480,7 @@ class StreamReader:
             self._usage,
             reasoning="".join(self._reasoning) or None,
             calls=self._calls,
+            logprobs=self._logprobs,
         )
 
     def _read_line(self, line: bytes) -> None:
@@ -439,6 +505,7 @@ class StreamReader:
             self._refusals.append(said.refusal or "")
             self._reasoning.append(said.reasoning or said.reasoning_content or "")
             self._calls.add(said.tool_calls or ())
+            self._logprobs += _read_logprobs(choice.logprobs)
             self._finish = choice.finish_reason or self._finish
 
 
@@ -583,6 +650,7 @@ def _conclude(
     *,
     reasoning: str | None,
     calls: _Calls,
+    logprobs: Sequence[TokenLogprob],
 ) -> Answer | Trouble:
     if finish == "error":  # vLLM and routers: the engine behind the server failed
         return Trouble(kind="fault", code="engine_error", status=200)
@@ -607,4 +675,5 @@ def _conclude(
         refused=refused,
         reasoning=reasoning,
         tool_calls=calls.whole(),
+        logprobs=tuple(logprobs),
     )

@@ -361,6 +361,7 @@ class Traffic:
             constraint="enforced" if kept == "enforced" else "validated" if kept else None,
             reasoning=answer.reasoning,
             tool_calls=answer.tool_calls,
+            logprobs=answer.logprobs,
         )
 
     def _refused(self, job: _Job, refusal: Refusal) -> Result:
