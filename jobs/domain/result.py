@@ -155,6 +155,7 @@ def render_result(
             body["usage"] = usage_body
     else:
         status = 200
+        answers: tuple[Result | Choice, ...] = (result, *result.further)
         if pooling is not None and endpoint in POOLING_ENDPOINTS:
             body = {"id": f"pool-{request_id}", "created": created, "model": model}
             body |= render_pooling(endpoint, pooling, vectors=result.vectors, scores=result.scores)
@@ -171,7 +172,7 @@ def render_result(
                     "finish_reason": "tool_calls" if one.tool_calls else one.finish_reason,
                     "logprobs": _chat_logprobs(one.logprobs),
                 }
-                for number, one in enumerate((result, *result.further))
+                for number, one in enumerate(answers)
             ]
             body.update(created=created, model=model, choices=choices, usage=usage_body)
         else:
@@ -183,7 +184,7 @@ def render_result(
                     "finish_reason": one.finish_reason,
                     "logprobs": _completion_logprobs(one.logprobs),
                 }
-                for number, one in enumerate((result, *result.further))
+                for number, one in enumerate(answers)
             ]
             body.update(created=created, model=model, choices=choices, usage=usage_body)
     is_copy = same_as is not None or reused_from is not None
