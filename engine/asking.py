@@ -1,7 +1,7 @@
 """Holds every engine's answers to their constraints, and asks again where they break them."""
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import msgspec
 import xxhash
@@ -13,8 +13,9 @@ from engine.sampling import is_greedy
 from engine.sandbox import Sandbox
 from engine.tools import Offer, judge, open_offer, take_apart
 from engine.tuning import Tuning
+from jobs.domain.errors import EngineDied
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import LineError, Result, Usage
+from jobs.domain.result import Choice, LineError, Result, Usage
 from jobs.domain.tools import Tools
 
 _CHECK_SECONDS = 1
@@ -32,51 +33,125 @@ class _Asked(msgspec.Struct):
     """A valid answer that ran out of tokens; what comes of asking again may be whole."""
 
 
-class _Queue:
-    """The source an engine sees: what is to be asked again comes first."""
+class _Several(msgspec.Struct):
+    """A request that wants several answers, each of which is asked for by itself."""
 
-    def __init__(self, source: Source) -> None:
+    request: Request
+    num_asked: int
+    answers: dict[int, Result] = msgspec.field(default_factory=dict)
+
+
+class _Queue:
+    """The source an engine sees: what is to be asked again comes first.
+
+    A request that wants several answers becomes as many, with ids of ours, below 0.
+    """
+
+    def __init__(self, source: Source, is_determined: Callable[[Request], bool]) -> None:
         self._source = source
-        self._again: deque[Request] = deque()
+        self._is_determined = is_determined
+        self._waiting: deque[Request] = deque()
         self._is_closed = False
+        self._num_parts = 0
+        self._parts: dict[int, tuple[_Several, int]] = {}
         self.asked: dict[int, _Asked] = {}
 
     def take(self, n: int) -> Sequence[Request] | None:
-        taken: list[Request] = []
-        while self._again and len(taken) < n:
-            request = self._again.popleft()
-            if self._source.is_aborted(request.id):
-                self.asked.pop(request.id, None)
-            else:
-                taken.append(request)
-        if len(taken) < n and not self._is_closed:
-            fresh = self._source.take(n - len(taken))
+        if len(self._waiting) < n and not self._is_closed:
+            fresh = self._source.take(n - len(self._waiting))
             if fresh is None:
                 self._is_closed = True
-            else:
-                for request in fresh:
-                    if request.constraint is not None or request.tools is not None:
-                        self.asked[request.id] = _Asked(request)
-                taken.extend(fresh)
+            for request in fresh or ():
+                for one in self._split(request):
+                    if one.constraint is not None or one.tools is not None:
+                        self.asked[one.id] = _Asked(one)
+                    self._waiting.append(one)
+        taken: list[Request] = []
+        while self._waiting and len(taken) < n:
+            request = self._waiting.popleft()
+            if not self.is_aborted(request.id):
+                taken.append(request)
         # An answer that is still out may have to be asked for again.
         if not taken and self._is_closed and not self._has_open_questions():
             return None
         return taken
 
     def is_aborted(self, request_id: int) -> bool:
-        aborted = self._source.is_aborted(request_id)
+        aborted = self._source.is_aborted(self.origin_of(request_id))
         if aborted:
             self.asked.pop(request_id, None)
+            self._parts.pop(request_id, None)
         return aborted
 
     def ask_again(self, request: Request) -> None:
-        self._again.append(request)
+        self._waiting.appendleft(request)
+
+    def origin_of(self, request_id: int) -> int:
+        """Return the request that an id of ours stands for a part of."""
+        part = self._parts.get(request_id)
+        return part[0].request.id if part is not None else request_id
+
+    def gather(self, result: Result) -> Result | None:
+        """Return the result of a whole request, or None where further answers are out."""
+        self.asked.pop(result.id, None)
+        part = self._parts.pop(result.id, None)
+        if part is None:  # of what was given up meanwhile nobody wants a part
+            return result if result.id >= 0 else None
+        several, number = part
+        several.answers[number] = result
+        return _join(several) if len(several.answers) == several.num_asked else None
+
+    def _split(self, request: Request) -> list[Request]:
+        """Return the requests of one answer each that make up a request."""
+        wanted = request.sampling.n
+        if wanted == 1:
+            return [request]
+        # Whatever is determined would be the same each time.
+        several = _Several(request, 1 if self._is_determined(request) else wanted)
+        parts: list[Request] = []
+        for number in range(several.num_asked):
+            self._num_parts += 1
+            self._parts[-self._num_parts] = (several, number)
+            single = msgspec.structs.replace(
+                request,
+                id=-self._num_parts,
+                sampling=msgspec.structs.replace(request.sampling, n=1),
+            )
+            parts.append(_with_another_seed(single, request.sampling.seed, number))
+        return parts
 
     def _has_open_questions(self) -> bool:
         for request_id in list(self.asked):
-            if self._source.is_aborted(request_id):
-                del self.asked[request_id]
+            self.is_aborted(request_id)
         return bool(self.asked)
+
+
+def _join(several: _Several) -> Result:
+    """Return one result of all answers; that of the first which failed, if one did."""
+    answers = [several.answers[number] for number in range(several.num_asked)]
+    first = next((one for one in answers if one.error is not None), answers[0])
+    usage = first.usage
+    for one in answers:
+        if one is not first:
+            # The prompt is one, however often it is computed: it stays in the cache.
+            usage += msgspec.structs.replace(one.usage, prompt_tokens=0, cached_tokens=0)
+    further = [
+        Choice(
+            text=one.text,
+            finish_reason=one.finish_reason,
+            reasoning=one.reasoning,
+            tool_calls=one.tool_calls,
+            logprobs=one.logprobs,
+        )
+        for one in (answers if several.num_asked > 1 else answers * several.request.sampling.n)[1:]
+    ]
+    return msgspec.structs.replace(
+        first,
+        id=several.request.id,
+        usage=usage,
+        attempts=max(one.attempts for one in answers),
+        further=() if first.error is not None else tuple(further),
+    )
 
 
 class Asking:
@@ -122,13 +197,20 @@ class Asking:
 
     def generate(self, source: Source) -> Generator[Result]:
         """Yield one final result for each request of `source`, as they finish."""
-        queue = _Queue(source)
-        for result in self._engine.generate(queue):
-            asked = queue.asked.get(result.id)
-            final = result if asked is None else self._judge(asked, result, queue)
-            if final is not None:
-                queue.asked.pop(result.id, None)
-                yield final
+        queue = _Queue(source, self._is_determined)
+        try:
+            for result in self._engine.generate(queue):
+                asked = queue.asked.get(result.id)
+                final = result if asked is None else self._judge(asked, result, queue)
+                whole = None if final is None else queue.gather(final)
+                if whole is not None:
+                    yield whole
+        except EngineDied as error:
+            error.suspects = frozenset(map(queue.origin_of, error.suspects))
+            raise
+
+    def _is_determined(self, request: Request) -> bool:
+        return is_greedy(self._engine.resolve_sampling(request))
 
     def _judge(self, asked: _Asked, result: Result, queue: _Queue) -> Result | None:
         """Return the final result, or None when the question was asked again."""
@@ -214,7 +296,7 @@ def _failure(result: Result, reason: str, unchanging: bool) -> LineError:  # noq
 
 def _with_another_seed(request: Request, seed: int | None, attempt: int) -> Request:
     """Return the request with a seed that follows from `seed`; without one, any will differ."""
-    if seed is None:
+    if seed is None or not attempt:
         return request
     mixed = xxhash.xxh3_64_intdigest(f"{seed}/{attempt}".encode()) >> 1
     return msgspec.structs.replace(

@@ -4,9 +4,11 @@ Nothing of a server's error message is kept: servers repeat prompts in them. Wha
 status, and of `code`, `type` and `param` what has the form of a name.
 """
 
+import base64
 import email.utils
 import math
 import re
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,8 +18,9 @@ import msgspec
 
 from engine.config import GenerationDefaults
 from engine.sampling import longest_answer
+from jobs.domain.pooling import EMBEDDINGS, RERANK, SCORE, Pooling
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
-from jobs.domain.result import FinishReason, LineError, Usage
+from jobs.domain.result import FinishReason, LineError, TokenLogprob, Usage
 from jobs.domain.tools import ToolCall, Tools
 
 Level = Literal["strict", "plain", "none"]
@@ -63,6 +66,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     refused: Literal["", "content_filter", "refusal"] = ""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    vectors: tuple[bytes, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +109,7 @@ class _Details(msgspec.Struct):
 class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    total_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
@@ -125,17 +132,45 @@ class _Said(msgspec.Struct):
     tool_calls: list[_Call] | None = None
 
 
+class _Likely(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    top_logprobs: list["_Likely"] = []
+
+
+class _Logprobs(msgspec.Struct):
+    """As chats have them, a list of tokens; or as completions do, several lists."""
+
+    content: list[_Likely] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
 class _Choice(msgspec.Struct):
     message: _Said | None = None
     delta: _Said | None = None
     text: str | None = None
     finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Number(msgspec.Struct):
+    """What was made of one text: a vector, or a score by one of its names."""
+
+    index: int
+    embedding: list[float] | str | None = None
+    score: float | None = None
+    relevance_score: float | None = None
 
 
 class _Reply(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
+    data: list[_Number] | None = None
+    results: list[_Number] | None = None
 
 
 _decoder = msgspec.json.Decoder(_Reply)
@@ -170,6 +205,8 @@ def shown_url(url: str) -> str:
 
 def may_be_long(request: Request, defaults: GenerationDefaults, *, than: int) -> bool:
     """Return whether the answer may have more than so many tokens."""
+    if request.pooling is not None:
+        return False
     most = longest_answer(request.sampling, defaults)
     return most is None or most > than
 
@@ -184,6 +221,8 @@ def build_body(
     max_tokens_name: str,
 ) -> bytes:
     """Return the body of the request; what nobody set is left out, for the server to choose."""
+    if request.pooling is not None:
+        return _pooling_body(request.pooling, model)
     asked = request.sampling
     body: dict[str, Any] = {"model": model}
     if request.messages is not None:
@@ -199,7 +238,19 @@ def build_body(
         "seed": asked.seed if asked.seed is not None else defaults.seed,
         "stop": list(asked.stop or defaults.stop) or None,
         "ignore_eos": asked.ignore_eos or None,
+        "presence_penalty": asked.presence_penalty or None,
+        "frequency_penalty": asked.frequency_penalty or None,
+        "repetition_penalty": asked.repetition_penalty,
+        "min_p": asked.min_p,
+        "min_tokens": asked.min_tokens or None,
+        "logit_bias": {str(token): bias for token, bias in asked.logit_bias} or None,
+        "stop_token_ids": list(asked.stop_token_ids) or None,
+        "bad_words": list(asked.bad_words) or None,
     }
+    if asked.logprobs is not None and request.messages is not None:
+        fields |= {"logprobs": True, "top_logprobs": asked.logprobs or None}
+    elif asked.logprobs is not None:
+        fields["logprobs"] = asked.logprobs
     body |= {name: value for name, value in fields.items() if value is not None}
     if request.tools is not None:
         # The server writes calls in the form that its model learned; what is forced is its job.
@@ -246,8 +297,32 @@ def _turn_of(message: Message) -> dict[str, Any]:
     return turn
 
 
+def _pooling_endpoint(pooling: Pooling) -> str:
+    if pooling.task == "embed":
+        return EMBEDDINGS
+    return RERANK if len(pooling.queries) == 1 else SCORE
+
+
+def _pooling_body(pooling: Pooling, model: str) -> bytes:
+    endpoint = _pooling_endpoint(pooling)
+    body: dict[str, Any] = {"model": model}
+    if endpoint == EMBEDDINGS:
+        body |= {"input": list(pooling.texts), "encoding_format": "float"}
+        if pooling.dimensions is not None:
+            body["dimensions"] = pooling.dimensions
+    elif endpoint == RERANK:
+        body |= {"query": pooling.queries[0], "documents": list(pooling.texts)}
+    else:
+        body |= {"text_1": list(pooling.queries), "text_2": list(pooling.texts)}
+    return _encoder.encode(body)
+
+
 def estimate_tokens(request: Request) -> int:
     """Return about how many tokens a prompt has: a quarter of its bytes."""
+    if request.pooling is not None:
+        return sum(
+            len(text) // (4 if isinstance(text, str) else 1) for text in request.pooling.texts
+        )
     if request.messages is not None:
         return sum(len(m.content.encode()) // 4 + 4 for m in request.messages)
     prompt = request.prompt or ""
@@ -256,6 +331,8 @@ def estimate_tokens(request: Request) -> int:
 
 def endpoint_of(request: Request) -> str:
     """Return what the URL ends with, behind the version."""
+    if request.pooling is not None:
+        return _pooling_endpoint(request.pooling).removeprefix("/v1")
     return (CHAT if request.messages is not None else COMPLETIONS).removeprefix("/v1")
 
 
@@ -335,6 +412,8 @@ def read_answer(body: bytes, *, content_type: str) -> Answer | Trouble | Refusal
         return _unreadable(body, content_type, status=200)
     if reply.error:
         return _read_error_object(reply.error, status=200, headers={})
+    if reply.data is not None or reply.results is not None:
+        return _read_numbers(reply)
     if not reply.choices:
         return Trouble(kind="fault", code="invalid_answer", status=200)
     choice = reply.choices[0]
@@ -349,7 +428,66 @@ def read_answer(body: bytes, *, content_type: str) -> Answer | Trouble | Refusal
         reply.usage,
         reasoning=said.reasoning or said.reasoning_content,
         calls=calls,
+        logprobs=_read_logprobs(choice.logprobs),
     )
+
+
+def _read_numbers(reply: _Reply) -> Answer | Trouble:
+    """Return vectors or scores, in the order of the texts."""
+    found = sorted(reply.data or reply.results or (), key=lambda one: one.index)
+    usage = reply.usage or _Usage()
+    counted = Usage(prompt_tokens=usage.prompt_tokens or usage.total_tokens or 0)
+    try:
+        vectors = tuple(_vector_of(one.embedding) for one in found if one.embedding is not None)
+    except (ValueError, struct.error):
+        return Trouble(kind="fault", code="invalid_answer", status=200)
+    scores = tuple(
+        score
+        for one in found
+        if (score := one.score if one.score is not None else one.relevance_score) is not None
+    )
+    if [one.index for one in found] != list(range(max(len(vectors), len(scores)))):
+        return Trouble(kind="fault", code="invalid_answer", status=200)
+    return Answer(text="", finish_reason="stop", usage=counted, vectors=vectors, scores=scores)
+
+
+def _vector_of(given: list[float] | str) -> bytes:
+    if isinstance(given, str):
+        return base64.b64decode(given, validate=True)
+    return struct.pack(f"<{len(given)}f", *given)
+
+
+def _read_logprobs(found: _Logprobs | None) -> list[TokenLogprob]:
+    if found is None:
+        return []
+    if found.content is not None:
+        return [
+            TokenLogprob(
+                _bytes_of(one),
+                one.logprob,
+                tuple((_bytes_of(other), other.logprob) for other in one.top_logprobs),
+            )
+            for one in found.content
+        ]
+    tokens = found.tokens or []
+    likeliest = found.top_logprobs or [None] * len(tokens)
+    return [
+        TokenLogprob(
+            token.encode(),
+            logprob or 0.0,
+            tuple((other.encode(), its) for other, its in (others or {}).items()),
+        )
+        for token, logprob, others in zip(
+            tokens, found.token_logprobs or (), likeliest, strict=False
+        )
+    ]
+
+
+def _bytes_of(one: _Likely) -> bytes:
+    try:
+        return bytes(one.bytes) if one.bytes is not None else one.token.encode()
+    except ValueError:
+        return one.token.encode()
 
 
 class _Calls:
@@ -386,6 +524,7 @@ class StreamReader:
         self._refusals: list[str] = []
         self._reasoning: list[str] = []
         self._calls = _Calls()
+        self._logprobs: list[TokenLogprob] = []
         self._finish: str | None = None
         self._usage: _Usage | None = None
         self._is_done = False
@@ -415,6 +554,7 @@ class StreamReader:
             self._usage,
             reasoning="".join(self._reasoning) or None,
             calls=self._calls,
+            logprobs=self._logprobs,
         )
 
     def _read_line(self, line: bytes) -> None:
@@ -439,6 +579,7 @@ class StreamReader:
             self._refusals.append(said.refusal or "")
             self._reasoning.append(said.reasoning or said.reasoning_content or "")
             self._calls.add(said.tool_calls or ())
+            self._logprobs += _read_logprobs(choice.logprobs)
             self._finish = choice.finish_reason or self._finish
 
 
@@ -583,6 +724,7 @@ def _conclude(
     *,
     reasoning: str | None,
     calls: _Calls,
+    logprobs: Sequence[TokenLogprob],
 ) -> Answer | Trouble:
     if finish == "error":  # vLLM and routers: the engine behind the server failed
         return Trouble(kind="fault", code="engine_error", status=200)
@@ -607,4 +749,5 @@ def _conclude(
         refused=refused,
         reasoning=reasoning,
         tool_calls=calls.whole(),
+        logprobs=tuple(logprobs),
     )

@@ -19,6 +19,7 @@ from engine.tuning import Tuning
 from jobs.domain.errors import BatchctlError, EngineMisconfigured
 from jobs.domain.request import (
     CONSTRAINT_KINDS,
+    ENDPOINTS,
     PARAMETERS,
     Capabilities,
     Request,
@@ -192,6 +193,7 @@ def describe_remote(config: RemoteConfig, model: str) -> Capabilities:
     return Capabilities(
         model=model,
         engine="remote",
+        endpoints=ENDPOINTS,
         context_tokens=config.context_tokens or _UNKNOWN_CONTEXT_TOKENS,
         constraints=CONSTRAINT_KINDS,
         parameters=PARAMETERS,

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from engine.config import GenerationDefaults
 from jobs.domain.request import Request, SamplingParams
 
@@ -20,6 +22,7 @@ def read_model_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
     if not generation_config.get("do_sample"):
         # Older files list the library's defaults beside an absent do_sample: nobody's choice.
         return SamplingParams()
+    repetition = generation_config.get("repetition_penalty")
     temperature = generation_config.get("temperature")
     top_p = generation_config.get("top_p")
     top_k = generation_config.get("top_k")
@@ -27,6 +30,7 @@ def read_model_defaults(generation_config: Mapping[str, Any]) -> SamplingParams:
         temperature=None if temperature is None else float(temperature),
         top_p=None if top_p is None else float(top_p),
         top_k=None if top_k is None else int(top_k),
+        repetition_penalty=None if repetition is None else float(repetition),
     )
 
 
@@ -41,14 +45,16 @@ def resolve_sampling(
     asked = request.sampling
     model = model or OPENAI_DEFAULTS
     temperature = float(_first(asked.temperature, defaults.temperature, model.temperature, 1.0))
-    return SamplingParams(
+    return msgspec.structs.replace(
+        asked,
         max_tokens=longest_answer(asked, defaults),
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=float(_first(asked.top_p, defaults.top_p, model.top_p, 1.0)),
         top_k=max(0, int(_first(asked.top_k, defaults.top_k, model.top_k, 0))),
         seed=asked.seed if asked.seed is not None else defaults.seed,
         stop=asked.stop or defaults.stop,
-        ignore_eos=asked.ignore_eos,
+        repetition_penalty=float(_first(asked.repetition_penalty, model.repetition_penalty, 1.0)),
+        min_p=float(_first(asked.min_p, model.min_p, 0.0)),
     )
 
 

@@ -263,7 +263,7 @@ class Traffic:
 
     async def _ask(self, job: _Job) -> Answer | Trouble | Refusal | EngineError:
         request, config = job.request, self._config
-        job.streams = self._streams == "always" or (
+        job.streams = (self._streams == "always" and request.pooling is None) or (
             self._streams == "auto"
             and openai_api.may_be_long(request, config.defaults, than=STREAM_ABOVE_TOKENS)
         )
@@ -344,6 +344,13 @@ class Traffic:
             error = LineError(
                 code="refusal", message="The model refused to answer.", status_code=400
             )
+        pooling = job.request.pooling
+        if pooling is not None and len(pooling.texts) != len(answer.vectors or answer.scores):
+            error = LineError(
+                code="invalid_answer",
+                message="The server made other than one vector or score of each text.",
+                status_code=502,
+            )
         kept = None
         if job.request.constraint is not None:
             is_held = (
@@ -361,6 +368,9 @@ class Traffic:
             constraint="enforced" if kept == "enforced" else "validated" if kept else None,
             reasoning=answer.reasoning,
             tool_calls=answer.tool_calls,
+            logprobs=answer.logprobs,
+            vectors=answer.vectors,
+            scores=answer.scores,
         )
 
     def _refused(self, job: _Job, refusal: Refusal) -> Result:

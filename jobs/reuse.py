@@ -272,6 +272,7 @@ class _Choice(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | Literal["tool_calls"]
     message: _Message | None = None
     text: str = ""
+    logprobs: msgspec.Raw | None = None
 
 
 class _Told(msgspec.Struct, frozen=True):
@@ -400,14 +401,16 @@ class Harvest:
 def _answer_of(line: bytes) -> bytes | None:
     """Return the answer in a line of an output file.
 
-    None where another line has the same, and where it is no text: vectors are large, and quickly
-    made again.
+    None where another line has the same, and where it is more than one text: vectors and
+    probabilities are large, several answers rare.
     """
     body = _decode_line(line).response.body
     told = body.batchctl
-    if told.same_as is not None or not body.choices:
+    if told.same_as is not None or len(body.choices) != 1:
         return None
     choice = body.choices[0]
+    if choice.logprobs is not None and bytes(choice.logprobs) != b"null":
+        return None
     said = choice.message or _Message(choice.text)
     return _encode_answer(
         _Answer(

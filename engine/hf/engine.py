@@ -17,6 +17,7 @@ from collections.abc import Generator
 import msgspec
 import torch
 
+from engine.adjusting import Adjustment
 from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
 from engine.chat import PromptEncoder
@@ -35,7 +36,7 @@ from engine.sampling import read_model_defaults, resolve_sampling
 from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
@@ -55,6 +56,7 @@ class _Sequence:
         "num_prompt",
         "row",
         "said",
+        "stop_tokens",
         "stops",
     )
 
@@ -69,6 +71,7 @@ class _Sequence:
         closing: Closing | None,
         stops: tokens.StopStrings | None,
         ignores_eos: bool,
+        stop_tokens: frozenset[int],
     ) -> None:
         self.id = request.id
         self.key = str(request.id)
@@ -79,6 +82,7 @@ class _Sequence:
         self.closing = closing
         self.stops = stops
         self.ignores_eos = ignores_eos
+        self.stop_tokens = stop_tokens
         self.keeps_marks = request.tools is not None
         self.said: list[int] = []
 
@@ -105,7 +109,7 @@ class HfEngine:
         loaded = weights.load(config)
         self._loaded = loaded
         self._encoder = PromptEncoder(loaded.tokenizer, vocab_size=loaded.vocab_size)
-        vocabulary = tokens.constraint_tokenizer(
+        self._vocabulary = vocabulary = tokens.constraint_tokenizer(
             loaded.tokenizer, vocab_size=loaded.vocab_size, eos_tokens=loaded.eos_tokens
         )
         self._constraints = TokenizerConstraints(vocabulary, backend=config.asking.backend)
@@ -261,7 +265,8 @@ class HfEngine:
         results: list[Result] = []
         for sequence, token in zip(choosers, chosen, strict=True):
             result = self._advance(sequence, token, stepper)
-            if result is None and self._config.forced_tokens:
+            may_jump = self._config.forced_tokens and sequence.row.num_logprobs is None
+            if result is None and may_jump:
                 result = self._jump(sequence, stepper)
             if result is not None:
                 del live[sequence.key]
@@ -285,10 +290,14 @@ class HfEngine:
                 param=where,
             )
         sampling = self.resolve_sampling(request)
+        ends = self._eos.union(sampling.stop_token_ids)
         row = rows.Row(
             temperature=sampling.temperature or 0.0,
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
             top_k=sampling.top_k or 0,
+            min_p=sampling.min_p or 0.0,
+            adjustment=self._adjust(sampling, prompt, ends),
+            num_logprobs=sampling.logprobs,
         )
         if row.temperature > 0 and row.top_k != 1:
             row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
@@ -296,7 +305,9 @@ class HfEngine:
         closing: Closing | None = None
         if request.constraint is not None:
             row.matcher, kept, complaint = self._match(request.constraint)
-            if self._closings is not None and row.matcher is not None:
+            # Of a token that was put in the model's place nobody knows how likely it was.
+            is_told = sampling.logprobs is not None
+            if self._closings is not None and row.matcher is not None and not is_told:
                 closing = self._closings.open(request.constraint, kept)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return _refuse(request, "schema_unsupported", complaint, param="response_format")
@@ -312,8 +323,23 @@ class HfEngine:
             else None,
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignores_eos=sampling.ignore_eos and request.constraint is None,
+            stop_tokens=frozenset(sampling.stop_token_ids),
         )
         return sequence, prompt
+
+    def _adjust(
+        self, sampling: SamplingParams, prompt: list[int], ends: frozenset[int]
+    ) -> Adjustment | None:
+        """Return what changes the logits of an answer; None where nothing does."""
+        if not Adjustment.is_needed(sampling):
+            return None
+        return Adjustment(
+            sampling,
+            prompt=prompt,
+            ends=ends,
+            bad_words=tokens.spell(self._loaded.tokenizer, sampling.bad_words),
+            vocab_size=self._loaded.vocab_size,
+        )
 
     def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
         """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
@@ -328,6 +354,8 @@ class HfEngine:
         if token < 0:
             return self._fail(sequence, token, stepper)
         sequence.said.append(token)
+        if sequence.row.adjustment is not None:
+            sequence.row.adjustment.note(token)
         if token in self._eos and not sequence.ignores_eos:
             return self._end(sequence, stepper, "stop", said=sequence.said[:-1])
         matcher = sequence.row.matcher
@@ -342,8 +370,9 @@ class HfEngine:
         stops = sequence.stops
         if stops is not None and stops.found(sequence.said):
             return self._end(sequence, stepper, "stop", text=stops.text)
-        if len(sequence.said) >= sequence.max_tokens:
-            return self._end(sequence, stepper, "length")
+        is_stop = token in sequence.stop_tokens
+        if is_stop or len(sequence.said) >= sequence.max_tokens:
+            return self._end(sequence, stepper, "stop" if is_stop else "length")
         return None
 
     def _jump(self, sequence: _Sequence, stepper: steps.Stepper) -> Result | None:
@@ -396,12 +425,9 @@ class HfEngine:
         cached_tokens = stepper.end(sequence.key, is_tainted=error is not None)
         if sequence.closing is not None and sequence.closing.has_cut:
             reason = "length"
+        kept = sequence.said if said is None else said
         if text is None:
-            text = tokens.decode(
-                self._loaded.tokenizer,
-                sequence.said if said is None else said,
-                keeps_marks=sequence.keeps_marks,
-            )
+            text = tokens.decode(self._loaded.tokenizer, kept, keeps_marks=sequence.keeps_marks)
         return Result(
             id=sequence.id,
             text=text,
@@ -413,6 +439,18 @@ class HfEngine:
             ),
             error=error,
             constraint=sequence.constraint,
+            logprobs=self._spell(sequence.row.told[: len(kept)]),
+        )
+
+    def _spell(self, told: list[rows.Told]) -> tuple[TokenLogprob, ...]:
+        spelled = self._vocabulary.decode_bytes
+        return tuple(
+            TokenLogprob(
+                spelled([one.token]),
+                one.logprob,
+                tuple((spelled([token]), logprob) for token, logprob in one.likeliest),
+            )
+            for one in told
         )
 
 

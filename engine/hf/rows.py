@@ -7,11 +7,13 @@ So a seed gives the same answer whoever else is in the batch.
 import math
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
+from engine.adjusting import Adjustment
 from engine.constraints import Mask, Masks, Matcher
 
 _SHORTLIST = 1024
@@ -22,14 +24,33 @@ NO_CHOICE = -2
 """The choice in a row that rules out every token."""
 
 
+class Told(NamedTuple):
+    """A token that was chosen, its logarithm of probability, and the likeliest ones with theirs."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
 class Row(msgspec.Struct):
-    """How one sequence chooses its tokens."""
+    """How one sequence chooses its tokens.
+
+    Attributes:
+        adjustment: what changes its logits first.
+        num_logprobs: how many of the likeliest tokens are told at each place; None: none, and not
+            the chosen one either.
+        told: what was told of each token that was chosen.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     rng: random.Random | None = None
     matcher: Matcher | None = None
+    min_p: float = 0.0
+    adjustment: Adjustment | None = None
+    num_logprobs: int | None = None
+    told: list[Told] = msgspec.field(default_factory=list)
 
 
 def begin_masks(rows: Sequence[Row], masks: Masks) -> None:
@@ -47,6 +68,12 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], masks: Masks) -> torch.Ten
         rows: who chooses, in the order of `logits`.
         masks: those that `begin_masks` began to fill for the same rows.
     """
+    asked = [i for i, row in enumerate(rows) if row.num_logprobs is not None]
+    # Of the model's own logits, whatever the request does to them.
+    known = logits[asked].log_softmax(dim=-1) if asked else None
+    for i, row in enumerate(rows):
+        if row.adjustment is not None:
+            row.adjustment.apply(logits[i])
     constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
     if constrained:
         logits = _constrain(logits, len(rows), constrained, masks.take())
@@ -61,10 +88,25 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], masks: Masks) -> torch.Ten
             [rows[i] for i in sampled],
         )
         chosen = picked if everyone else chosen.index_copy(0, at, picked)
+    if known is not None:
+        _tell(known, chosen[asked], [rows[i] for i in asked])
     # The largest of a row that holds a NaN is NaN; of a row without any choice it is -inf.
     return chosen.masked_fill_(~torch.isfinite(best), BAD_LOGITS).masked_fill_(
         torch.isneginf(best), NO_CHOICE
     )
+
+
+def _tell(known: torch.Tensor, chosen: torch.Tensor, rows: list[Row]) -> None:
+    """Note for each row how likely the chosen token was, and which ones were likelier."""
+    most = max(row.num_logprobs or 0 for row in rows)
+    own = known.gather(1, chosen.unsqueeze(-1)).squeeze(-1).tolist()
+    values, tokens = known.topk(min(most, known.shape[1]), dim=-1)
+    likeliest = [
+        list(zip(some, logs, strict=True))
+        for some, logs in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
+    for row, token, logprob, others in zip(rows, chosen.tolist(), own, likeliest, strict=True):
+        row.told.append(Told(token, logprob, others[: row.num_logprobs or 0]))
 
 
 def skip(row: Row) -> None:
@@ -113,6 +155,10 @@ def _sample(logits: torch.Tensor, best: torch.Tensor, rows: list[Row]) -> torch.
     # has no slow way through -inf: a constraint leaves that nearly everywhere.
     scales = temperatures.unsqueeze_(-1).mul_(math.log(2))
     weights = (logits - best.unsqueeze(-1)).div_(scales).exp2_()
+    if any(row.min_p for row in rows):
+        # The largest weight is 1, so that the share of it is the weight itself.
+        least = torch.tensor([row.min_p for row in rows], device=device)
+        weights = weights.masked_fill_(weights < least.unsqueeze(-1), 0)
     filtered = [i for i, row in enumerate(rows) if row.top_k > 0 or row.top_p < 1]
     if not filtered:
         return _invert(weights, drawn)

@@ -19,6 +19,25 @@ def decode(tokenizer: ChatTokenizer, said: Sequence[int], *, keeps_marks: bool =
     return text
 
 
+def spell(tokenizer: ChatTokenizer, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the tokens of texts that must not appear, at the start of a text and within one.
+
+    Source: vLLM's `bad_words`, which are met in both spellings.
+    """
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, behind = (
+            tuple(one.ids)
+            for one in tokenizer.backend_tokenizer.encode_batch_fast(
+                [word.lstrip(), f" {word.lstrip()}"], add_special_tokens=False
+            )
+        )
+        found.append(plain)
+        if plain and behind[:1] != plain[:1] and len(behind) == len(plain):
+            found.append(behind)
+    return [one for one in found if one]
+
+
 def constraint_tokenizer(
     tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, eos_tokens: tuple[int, ...]
 ) -> llguidance.LLTokenizer:

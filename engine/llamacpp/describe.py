@@ -11,24 +11,11 @@ from jobs.domain.request import (
     CHAT,
     COMPLETIONS,
     CONSTRAINT_KINDS,
+    PARAMETERS,
     TOOL_PARAMETERS,
     Capabilities,
     SamplingParams,
 )
-
-PARAMETERS = tuple(
-    sorted(
-        {
-            *("tools", "tool_choice", "parallel_tool_calls"),
-            *("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"),
-            *("stop", "ignore_eos", "response_format", "structured_outputs"),
-            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            # Those that ask for nothing.
-            *("n", "stream", "presence_penalty", "frequency_penalty", "user", "logprobs"),
-        }
-    )
-)
-"""What this engine obeys: a parameter that is new elsewhere is not claimed here by that."""
 
 _DEFAULT_CONTEXT_TOKENS = 2048
 

@@ -14,13 +14,14 @@ from collections.abc import Generator, Sequence
 import msgspec
 import numpy as np
 
+from engine.adjusting import Adjustment
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.closing import Closing, Closings
 from engine.config import LlamacppConfig
 from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
 from engine.gguf import Gguf, read
-from engine.hf.tokens import StopStrings, decode
+from engine.hf.tokens import StopStrings, decode, spell
 from engine.llamacpp import library, rows
 from engine.llamacpp.describe import describe_gguf, read_defaults
 from engine.llamacpp.schedule import Scheduler, Track
@@ -28,7 +29,7 @@ from engine.llamacpp.tokenizer import Vocabulary
 from engine.sampling import resolve_sampling
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
@@ -48,6 +49,7 @@ class _Answer:
         "max_tokens",
         "row",
         "said",
+        "stop_tokens",
         "stops",
         "track",
     )
@@ -63,6 +65,7 @@ class _Answer:
         closing: Closing | None,
         stops: StopStrings | None,
         ignores_eos: bool,
+        stop_tokens: frozenset[int],
     ) -> None:
         self.id = request.id
         self.track = track
@@ -72,6 +75,7 @@ class _Answer:
         self.closing = closing
         self.stops = stops
         self.ignores_eos = ignores_eos
+        self.stop_tokens = stop_tokens
         self.keeps_marks = request.tools is not None
         self.said: list[int] = []
 
@@ -98,7 +102,7 @@ class LlamacppEngine:
         )
         self._vocabulary = vocabulary
         self._encoder = PromptEncoder(vocabulary, vocab_size=vocabulary.num_tokens)
-        constraint_tokenizer = vocabulary.constraint_tokenizer()
+        self._constraint_tokenizer = constraint_tokenizer = vocabulary.constraint_tokenizer()
         self._constraints = TokenizerConstraints(
             constraint_tokenizer, backend=config.asking.backend
         )
@@ -269,6 +273,9 @@ class LlamacppEngine:
             temperature=sampling.temperature or 0.0,
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
             top_k=sampling.top_k or 0,
+            min_p=sampling.min_p or 0.0,
+            adjustment=self._adjust(sampling, prompt),
+            num_logprobs=sampling.logprobs,
         )
         if row.temperature > 0 and row.top_k != 1:
             row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
@@ -278,7 +285,9 @@ class LlamacppEngine:
             row.matcher, kept, complaint = self._match(request.constraint)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return _refuse(request, "schema_unsupported", complaint, param="response_format")
-            if self._closings is not None and row.matcher is not None:
+            # Of a token that was put in the model's place nobody knows how likely it was.
+            is_told = sampling.logprobs is not None
+            if self._closings is not None and row.matcher is not None and not is_told:
                 closing = self._closings.open(request.constraint, kept)
         return _Answer(
             request=request,
@@ -290,6 +299,19 @@ class LlamacppEngine:
             stops=StopStrings(self._vocabulary, sampling.stop) if sampling.stop else None,
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignores_eos=sampling.ignore_eos and request.constraint is None,
+            stop_tokens=frozenset(sampling.stop_token_ids),
+        )
+
+    def _adjust(self, sampling: SamplingParams, prompt: list[int]) -> Adjustment | None:
+        """Return what changes the logits of an answer; None where nothing does."""
+        if not Adjustment.is_needed(sampling):
+            return None
+        return Adjustment(
+            sampling,
+            prompt=prompt,
+            ends=self._eos.union(sampling.stop_token_ids),
+            bad_words=spell(self._vocabulary, sampling.bad_words),
+            vocab_size=self._vocabulary.num_tokens,
         )
 
     def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
@@ -306,6 +328,8 @@ class LlamacppEngine:
             return self._fail(answer, token)
         answer.said.append(token)
         answer.track.tokens.append(token)
+        if answer.row.adjustment is not None:
+            answer.row.adjustment.note(token)
         if token in self._eos and not answer.ignores_eos:
             return self._end(answer, "stop", said=answer.said[:-1])
         matcher = answer.row.matcher
@@ -320,8 +344,9 @@ class LlamacppEngine:
         stops = answer.stops
         if stops is not None and stops.found(answer.said):
             return self._end(answer, "stop", text=stops.text)
-        if len(answer.said) >= answer.max_tokens:
-            return self._end(answer, "length")
+        is_stop = token in answer.stop_tokens
+        if is_stop or len(answer.said) >= answer.max_tokens:
+            return self._end(answer, "stop" if is_stop else "length")
         return None
 
     def _fail(self, answer: _Answer, token: int) -> Result:
@@ -352,12 +377,9 @@ class LlamacppEngine:
         self._scheduler.end(answer.track, is_tainted=error is not None)
         if answer.closing is not None and answer.closing.has_cut:
             reason = "length"
+        kept = answer.said if said is None else said
         if text is None:
-            text = decode(
-                self._vocabulary,
-                answer.said if said is None else said,
-                keeps_marks=answer.keeps_marks,
-            )
+            text = decode(self._vocabulary, kept, keeps_marks=answer.keeps_marks)
         return Result(
             id=answer.id,
             text=text,
@@ -369,6 +391,18 @@ class LlamacppEngine:
             ),
             error=error,
             constraint=answer.constraint,
+            logprobs=self._spell(answer.row.told[: len(kept)]),
+        )
+
+    def _spell(self, told: list[rows.Told]) -> tuple[TokenLogprob, ...]:
+        spelled = self._constraint_tokenizer.decode_bytes
+        return tuple(
+            TokenLogprob(
+                spelled([one.token]),
+                one.logprob,
+                tuple((spelled([token]), logprob) for token, logprob in one.likeliest),
+            )
+            for one in told
         )
 
 

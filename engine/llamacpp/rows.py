@@ -6,11 +6,13 @@ It is drawn as the hf engine draws it, so the same logits and the same seed give
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engine.adjusting import Adjustment
 from engine.constraints import Mask, Matcher
 
 Logits = npt.NDArray[np.float32]
@@ -23,14 +25,26 @@ NO_CHOICE = -2
 """The choice in a row that rules out every token."""
 
 
+class Told(NamedTuple):
+    """A token that was chosen, its logarithm of probability, and the likeliest ones with theirs."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
 class Row(msgspec.Struct):
-    """How one sequence chooses its tokens."""
+    """How one sequence chooses its tokens; its parts are those of a row of the hf engine."""
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     rng: random.Random | None = None
     matcher: Matcher | None = None
+    min_p: float = 0.0
+    adjustment: Adjustment | None = None
+    num_logprobs: int | None = None
+    told: list[Told] = msgspec.field(default_factory=list)
 
 
 def choose(logits: Logits, rows: Sequence[Row], mask: Mask) -> list[int]:
@@ -44,7 +58,14 @@ def choose(logits: Logits, rows: Sequence[Row], mask: Mask) -> list[int]:
         mask: scratch space of one row of 32-bit words, one bit per token.
     """
     address = int(mask.ctypes.data)
+    known = {
+        place: _log_softmax(logits[place])
+        for place, row in enumerate(rows)
+        if row.num_logprobs is not None
+    }
     for given, row in zip(logits, rows, strict=True):
+        if row.adjustment is not None:
+            row.adjustment.apply(given)
         if row.matcher is not None:
             row.matcher.fill(mask, address)
             bits = np.unpackbits(mask.view(np.uint8), count=len(given), bitorder="little")
@@ -61,13 +82,32 @@ def choose(logits: Logits, rows: Sequence[Row], mask: Mask) -> list[int]:
             found.append(_draw(given, largest, row))
         else:
             found.append(int(likeliest))
+    for place, logprobs in known.items():
+        _tell(rows[place], logprobs, found[place])
     return found
+
+
+def _log_softmax(logits: Logits) -> Logits:
+    shifted = logits - logits.max()
+    logprobs: Logits = shifted - np.log(np.exp(shifted).sum(dtype=np.float64)).astype(np.float32)
+    return logprobs
+
+
+def _tell(row: Row, logprobs: Logits, token: int) -> None:
+    """Note how likely the chosen token was, and which ones were likelier."""
+    most = min(row.num_logprobs or 0, len(logprobs))
+    places = np.argpartition(-logprobs, most - 1)[:most] if most else np.empty(0, dtype=np.int64)
+    places = places[np.lexsort((places, -logprobs[places]))]
+    likeliest = list(zip(places.tolist(), logprobs[places].tolist(), strict=True))
+    row.told.append(Told(token, float(logprobs[token]) if token >= 0 else 0.0, likeliest))
 
 
 def _draw(logits: Logits, largest: np.float32, row: Row) -> int:
     drawn = random.random() if row.rng is None else row.rng.random()  # noqa: S311 -- no secret
     # exp((logit - largest) / T): not normalized; the draw is scaled instead.
     weights = np.exp((logits - largest) / np.float32(row.temperature))
+    if row.min_p:
+        weights[weights < row.min_p] = 0  # the largest is 1
     if row.top_k <= 0 and row.top_p >= 1:
         return _invert(weights, drawn)
     return _draw_filtered(weights, drawn, row)

@@ -17,6 +17,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import llguidance
+import llguidance.hf
 import msgspec
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams as VllmSampling
@@ -40,7 +42,7 @@ from engine.vllm import arguments, startup
 from engine.vllm.constraints import Constraints
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
 
 _IDLE_SECONDS = 0.002
 _STARVED_SECONDS = 0.01
@@ -146,6 +148,7 @@ class VllmEngine:
         ends = generation_config.get("eos_token_id")
         self._eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._constraints = Constraints(config.asking)
+        self._spelling: llguidance.LLTokenizer | None = None
         self._steps: _StepCounter | None = None
         self._num_done = 0
         self._stderr = startup.StandardError()
@@ -390,6 +393,15 @@ class VllmEngine:
             stop=list(sampling.stop) or None,
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignore_eos=sampling.ignore_eos and request.constraint is None,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            min_p=sampling.min_p or 0.0,
+            min_tokens=sampling.min_tokens,
+            logit_bias=dict(sampling.logit_bias) or None,
+            stop_token_ids=list(sampling.stop_token_ids) or None,
+            bad_words=list(sampling.bad_words) or None,
+            logprobs=sampling.logprobs,
             structured_outputs=structured,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Text is made once, in the end, unless it has to be watched for a stop string.
@@ -441,7 +453,26 @@ class VllmEngine:
                 status_code=500,
             ),
             constraint=running.constraint,
+            logprobs=self._spell(answer, running.params.logprobs),
         )
+
+    def _spell(self, answer: Any, num_logprobs: int | None) -> tuple[TokenLogprob, ...]:  # noqa: ANN401
+        """Return how likely each token of the answer's text was."""
+        if num_logprobs is None or answer.logprobs is None:
+            return ()
+        if self._spelling is None:
+            self._spelling = llguidance.hf.from_tokenizer(self._tokenizer)
+        spelled = self._spelling.decode_bytes
+        said = list(answer.token_ids)
+        if said and said[-1] in self._eos:
+            del said[-1]
+        found: list[TokenLogprob] = []
+        for token, known in zip(said, answer.logprobs, strict=False):
+            # vLLM adds the chosen token to the likeliest where it is none of them.
+            ranked = sorted(known, key=lambda one: -known[one].logprob)[:num_logprobs]
+            likeliest = tuple((spelled([one]), float(known[one].logprob)) for one in ranked)
+            found.append(TokenLogprob(spelled([token]), float(known[token].logprob), likeliest))
+        return tuple(found)
 
     # --- in the loop's thread ---
 

@@ -9,7 +9,7 @@ and no request built.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -46,12 +46,17 @@ COMPLETIONS = "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS, *POOLING_ENDPOINTS)
 
 MAX_STOP_STRINGS = 16
+MAX_ANSWERS = 128
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
 MAX_CUSTOM_ID_BYTES = 512
 _SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
 """So many characters have no more bytes than that."""
 MAX_MODEL_CHARS = 512
 _MAX_QUOTED_CHARS = 64
 """Of what a line says, in a message about it."""
+_TOKEN_DIGITS = 11
 _REMEMBERED_BYTES = 1 << 15
 """A schema of at most so many is looked at once, and then known by its text."""
 
@@ -95,7 +100,9 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens; None means that the line leaves it to the model's defaults.
 
-    `temperature` 0 is greedy; `top_k` 0 or -1 is off.
+    `temperature` 0 is greedy; `top_k` 0 or -1 is off. `logprobs` is how many of the likeliest
+    tokens are told at each place beside the one that was chosen; None: not even that. `n` answers
+    are asked for one by one, so an engine sees 1.
     """
 
     max_tokens: int | None = None
@@ -105,6 +112,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -205,6 +222,9 @@ _Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
 _TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 _Stop = Annotated[str, msgspec.Meta(min_length=1)]
+_Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+_Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+_Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Stops = Annotated[list[_Stop], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
 
 
@@ -266,11 +286,17 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    # Accepted because clients send them; these values ask for nothing.
-    n: int | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    logit_bias: Annotated[dict[str, _Bias], msgspec.Meta(max_length=MAX_BIASES)] | None = None
+    stop_token_ids: Annotated[list[_Token], msgspec.Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    bad_words: Annotated[list[_Stop], msgspec.Meta(max_length=MAX_BAD_WORDS)] | None = None
+    # Accepted because clients send it; false asks for nothing.
     stream: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     user: str | None = None
 
 
@@ -278,7 +304,8 @@ class _ChatBody(_Body, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     max_completion_tokens: _Positive | None = None
     response_format: _Text | _JsonObject | _JsonSchema | None = None
-    logprobs: Literal[0] | bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: list[WireTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | WireChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -286,6 +313,7 @@ class _ChatBody(_Body, kw_only=True, forbid_unknown_fields=True):
 
 class _CompletionBody(_Body, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[Any]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: _Text | _JsonObject | _JsonSchema | None = None
 
 
@@ -349,23 +377,13 @@ TOOL_PARAMETERS = ("tools",)
 
 # Values that ask for nothing, of fields that are not obeyed (yet); None always asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "stream": (False,),
     "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
     "stop": ([],),
-    "stop_token_ids": ([],),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -507,22 +525,16 @@ class Sketcher:
         terms = self._terms
         if terms is None or body != self._body:
             constraint, tools = _check(body, None)
-            longest = _longest(body)
-            encoded = _encode(
-                (
-                    longest,
-                    body.temperature,
-                    body.top_p,
-                    body.top_k,
-                    body.seed,
-                    _stops(body.stop),
-                    body.ignore_eos or False,
-                    constraint,
-                    tools,
-                )
-            )
+            sampling = _sampling(body)
             terms = Terms(
-                body.model, longest, body.temperature, body.seed, constraint, tools, encoded, body
+                body.model,
+                sampling.max_tokens,
+                body.temperature,
+                body.seed,
+                constraint,
+                tools,
+                _encode((sampling, constraint, tools)),
+                body,
             )
             self._terms, self._body = terms, body
         if not is_chat:
@@ -582,15 +594,7 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         model=body.model,
         messages=messages,
         prompt=prompt,
-        sampling=SamplingParams(
-            max_tokens=_longest(body),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            seed=body.seed,
-            stop=_stops(body.stop),
-            ignore_eos=body.ignore_eos or False,
-        ),
+        sampling=_sampling(body),
         constraint=constraint,
         tools=tools,
     )
@@ -625,9 +629,6 @@ def _check(
             param="body.stream",
             error_code="streaming_unsupported",
         )
-    if body.presence_penalty or body.frequency_penalty or body.n not in {None, 1}:
-        asked = [name for name in ("presence_penalty", "frequency_penalty") if getattr(body, name)]
-        raise _refused(asked[0] if asked else "n")
     constraint = _constraint(body)
     if isinstance(body, _ChatBody) and (not body.tools or body.tool_choice == "none"):
         body.tools = None
@@ -635,8 +636,12 @@ def _check(
         _check_capabilities(body, constraint, capabilities)
     if not isinstance(body, _ChatBody):
         return constraint, None
-    if body.logprobs:
-        raise _refused("logprobs")
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidLine(
+            "top_logprobs needs logprobs to be true.",
+            param="body.top_logprobs",
+            error_code="invalid_value",
+        )
     if body.tools is None and body.tool_choice is None:
         return constraint, None
     return _with_tools(body, constraint)
@@ -710,6 +715,49 @@ def _check_turns(messages: Sequence[_Message]) -> None:
 
 def _wrong_turn(what: str, number: int, name: str) -> InvalidLine:
     return InvalidLine(what, param=f"body.messages[{number}].{name}", error_code="invalid_messages")
+
+
+def _sampling(body: _ChatBody | _CompletionBody) -> SamplingParams:
+    """Return how a body wants tokens to be chosen.
+
+    Raises:
+        InvalidLine: a bias names no token.
+    """
+    if isinstance(body, _ChatBody):
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    else:
+        logprobs = body.logprobs
+    return SamplingParams(
+        max_tokens=_longest(body),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        seed=body.seed,
+        stop=_stops(body.stop),
+        ignore_eos=body.ignore_eos or False,
+        n=body.n or 1,
+        logprobs=logprobs,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty,
+        min_p=body.min_p,
+        min_tokens=body.min_tokens or 0,
+        logit_bias=_biases(body.logit_bias) if body.logit_bias else (),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+    )
+
+
+def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    if not all(
+        token.isascii() and token.isdigit() and len(token) < _TOKEN_DIGITS for token in given
+    ):
+        raise InvalidLine(
+            "logit_bias is an object from token ids to numbers.",
+            param="body.logit_bias",
+            error_code="invalid_value",
+        )
+    return tuple(sorted((int(token), bias) for token, bias in given.items()))
 
 
 def _longest(body: _ChatBody | _CompletionBody) -> int | None:

@@ -1,5 +1,7 @@
 """What one request became, and how it is written as a line of the output or error file."""
 
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -39,6 +41,27 @@ class LineError(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """How likely a token of an answer was, as a natural logarithm; and which ones were likeliest.
+
+    Tokens are spelled as bytes, since one may be a part of a character.
+    """
+
+    token: bytes
+    logprob: float
+    likeliest: tuple[tuple[bytes, float], ...] = ()
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A further answer to a request that wanted several; see Result."""
+
+    text: str = ""
+    finish_reason: FinishReason = "stop"
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an engine made of one request; final.
 
@@ -52,6 +75,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         tool_calls: what it wants called.
         vectors: one for each text that was to be embedded: 32-bit floats, little-endian.
         scores: one for each text that was to be scored.
+        logprobs: of each token of the answer, where that was asked for.
+        further: the other answers, where several were asked for.
     """
 
     id: int
@@ -65,6 +90,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tool_calls: tuple[ToolCall, ...] = ()
     vectors: tuple[bytes, ...] = ()
     scores: tuple[float, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    further: tuple[Choice, ...] = ()
 
 
 _CHAT = "/v1/chat/completions"
@@ -128,6 +155,7 @@ def render_result(
             body["usage"] = usage_body
     else:
         status = 200
+        answers: tuple[Result | Choice, ...] = (result, *result.further)
         if pooling is not None and endpoint in POOLING_ENDPOINTS:
             body = {"id": f"pool-{request_id}", "created": created, "model": model}
             body |= render_pooling(endpoint, pooling, vectors=result.vectors, scores=result.scores)
@@ -136,23 +164,29 @@ def render_result(
                 "total_tokens": usage.prompt_tokens,
             }
         elif endpoint == _CHAT:
-            choice: dict[str, object] = {
-                "index": 0,
-                "message": _message(result, request_id),
-                "finish_reason": "tool_calls" if result.tool_calls else result.finish_reason,
-                "logprobs": None,
-            }
             body = {"id": f"chatcmpl-{request_id}", "object": "chat.completion"}
-            body.update(created=created, model=model, choices=[choice], usage=usage_body)
+            choices = [
+                {
+                    "index": number,
+                    "message": _message(one, f"{request_id}_{number}" if number else request_id),
+                    "finish_reason": "tool_calls" if one.tool_calls else one.finish_reason,
+                    "logprobs": _chat_logprobs(one.logprobs),
+                }
+                for number, one in enumerate(answers)
+            ]
+            body.update(created=created, model=model, choices=choices, usage=usage_body)
         else:
-            choice = {
-                "index": 0,
-                "text": result.text,
-                "finish_reason": result.finish_reason,
-                "logprobs": None,
-            }
             body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
-            body.update(created=created, model=model, choices=[choice], usage=usage_body)
+            choices = [
+                {
+                    "index": number,
+                    "text": one.text,
+                    "finish_reason": one.finish_reason,
+                    "logprobs": _completion_logprobs(one.logprobs),
+                }
+                for number, one in enumerate(answers)
+            ]
+            body.update(created=created, model=model, choices=choices, usage=usage_body)
     is_copy = same_as is not None or reused_from is not None
     if result.constraint is not None or result.attempts > 1 or is_copy:
         told: dict[str, object] = {"constraint": result.constraint, "attempts": result.attempts}
@@ -166,7 +200,7 @@ def render_result(
     return _encode(line)
 
 
-def _message(result: Result, request_id: str) -> dict[str, object]:
+def _message(result: Result | Choice, request_id: str) -> dict[str, object]:
     """Return what an assistant said, as OpenAI spells it, and `reasoning` as vLLM does."""
     reasoning, text = result.reasoning, result.text
     if reasoning is None:
@@ -185,3 +219,43 @@ def _message(result: Result, request_id: str) -> dict[str, object]:
             for number, call in enumerate(result.tool_calls)
         ]
     return message
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
+    if not logprobs:
+        return None
+    return {
+        "content": [
+            _spelled(one.token, one.logprob)
+            | {"top_logprobs": [_spelled(token, logprob) for token, logprob in one.likeliest]}
+            for one in logprobs
+        ],
+        "refusal": None,
+    }
+
+
+def _spelled(token: bytes, logprob: float) -> dict[str, object]:
+    return {"token": _shown(token), "logprob": logprob, "bytes": list(token)}
+
+
+def _shown(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, object] | None:
+    if not logprobs:
+        return None
+    offsets: list[int] = []
+    place = 0
+    decoder = getincrementaldecoder("utf-8")("replace")
+    for one in logprobs:
+        offsets.append(place)
+        place += len(decoder.decode(one.token))
+    return {
+        "tokens": [_shown(one.token) for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [
+            {_shown(token): logprob for token, logprob in one.likeliest} for one in logprobs
+        ],
+        "text_offset": offsets,
+    }

@@ -170,7 +170,7 @@ def test_aborted_question_is_not_asked_again_and_does_not_keep_the_engine(ask: A
     results = ask(Asking(parrot, AskingConfig()), [question(1), question(2)], aborted={1})
     assert 1 not in results or results[1].error is not None
     assert results[2].attempts == 3
-    assert sum(request.id == 1 for request in parrot.heard) == 1
+    assert sum(request.id == 1 for request in parrot.heard) <= 1
 
 
 WEATHER = Tools(

@@ -586,6 +586,16 @@ def test_a_key_is_of_everything_that_decides_an_answer() -> None:
         "seed": 1,
         "stop": ("x",),
         "ignore_eos": True,
+        "n": 2,
+        "logprobs": 0,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "min_p": 0.5,
+        "min_tokens": 2,
+        "logit_bias": ((3, 1.0),),
+        "stop_token_ids": (3,),
+        "bad_words": ("x",),
     }
     found = {
         key_of(),

@@ -99,12 +99,18 @@ def refuse(line: bytes, *, endpoint: str = CHAT) -> tuple[str, str | None]:
         (line_of(body={"messages": "x"}), "invalid_type", "body.messages"),
         (with_body('"stream":true'), "streaming_unsupported", "body.stream"),
         (with_body('"stream":true,"metadata":null'), "streaming_unsupported", "body.stream"),
-        (with_body('"n":2'), "unsupported_parameter", "body.n"),
-        (with_body('"n":0'), "unsupported_parameter", "body.n"),
-        (with_body('"logprobs":true'), "unsupported_parameter", "body.logprobs"),
-        (with_body('"frequency_penalty":0.5'), "unsupported_parameter", "body.frequency_penalty"),
-        (with_body('"presence_penalty":-1'), "unsupported_parameter", "body.presence_penalty"),
-        (with_body('"logit_bias":{"5":1}'), "unsupported_parameter", "body.logit_bias"),
+        (with_body('"n":129'), "invalid_value", "body.n"),
+        (with_body('"n":0'), "invalid_value", "body.n"),
+        (with_body('"top_logprobs":2'), "invalid_value", "body.top_logprobs"),
+        (with_body('"logprobs":true,"top_logprobs":21'), "invalid_value", "body.top_logprobs"),
+        (with_body('"frequency_penalty":2.5'), "invalid_value", "body.frequency_penalty"),
+        (with_body('"presence_penalty":-3'), "invalid_value", "body.presence_penalty"),
+        (with_body('"repetition_penalty":0'), "invalid_value", "body.repetition_penalty"),
+        (with_body('"min_p":1.5'), "invalid_value", "body.min_p"),
+        (with_body('"logit_bias":{"a":1}'), "invalid_value", "body.logit_bias"),
+        (with_body('"logit_bias":{"5":101}'), "invalid_value", "body.logit_bias[...]"),
+        (with_body('"stop_token_ids":[-1]'), "invalid_value", "body.stop_token_ids[0]"),
+        (with_body('"bad_words":[""]'), "invalid_value", "body.bad_words[0]"),
         (with_body('"tools":[{}]'), "missing_required_parameter", "body.tools[0].type"),
         (with_body('"tool_choice":"required"'), "invalid_value", "body.tool_choice"),
         (with_body('"tool_choice":"any"'), "invalid_value", "body.tool_choice"),
@@ -309,8 +315,6 @@ NEUTRAL: dict[str, Any] = {
     "top_logprobs": 0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0,
-    "repetition_penalty": 1.0,
-    "min_p": 0,
     "min_tokens": 0,
     "logit_bias": {},
     "bad_words": [],
@@ -832,3 +836,45 @@ def test_requests_that_are_written_differently_have_one_digest(
     body: dict[str, Any], other: dict[str, Any]
 ) -> None:
     assert digest(**body) == digest(**other)
+
+
+def test_every_sampling_parameter_is_read() -> None:
+    fields = (
+        '"n":3,"logprobs":true,"top_logprobs":2,"presence_penalty":0.5,"frequency_penalty":-1,'
+        '"repetition_penalty":1.2,"min_p":0.1,"min_tokens":4,"logit_bias":{"7":-100,"5":1},'
+        '"stop_token_ids":[9],"bad_words":["no"]'
+    )
+    line = with_body(fields)
+    assert parse(line).sampling == SamplingParams(
+        n=3,
+        logprobs=2,
+        presence_penalty=0.5,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.2,
+        min_p=0.1,
+        min_tokens=4,
+        logit_bias=((5, 1.0), (7, -100.0)),
+        stop_token_ids=(9,),
+        bad_words=("no",),
+    )
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"n":3',
+        '"logprobs":true',
+        '"logprobs":true,"top_logprobs":2',
+        '"presence_penalty":0.5',
+        '"frequency_penalty":0.5',
+        '"repetition_penalty":1.2',
+        '"min_p":0.1',
+        '"min_tokens":4',
+        '"logit_bias":{"7":-100}',
+        '"stop_token_ids":[9]',
+        '"bad_words":["no"]',
+    ],
+)
+def test_a_sampling_parameter_makes_it_another_request(field: str) -> None:
+    sketch = Sketcher(CHAT).sketch
+    assert sketch(with_body(field)).digest() != sketch(with_body('"seed":null')).digest()
