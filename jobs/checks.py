@@ -16,7 +16,8 @@ from xxhash import xxh3_128_digest
 from engine.sandbox import Sandbox, Verdict
 from jobs.domain.batch import LineProblem
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, InvalidLine, NotFound
-from jobs.domain.request import Capabilities, Constraint, quoted
+from jobs.domain.request import Capabilities, Constraint
+from jobs.domain.slow import quoted
 
 if TYPE_CHECKING:
     from engine.config import ConstraintBackend

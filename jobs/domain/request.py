@@ -8,54 +8,55 @@ Planning needs less of a line than an engine does, so a `Sketcher` stops half wa
 and no request built.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from xxhash import xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
-from jobs.domain.nesting import MAX_NESTING, is_nested_deeper
 from jobs.domain.pooling import (
     EMBEDDINGS,
     POOLING_BODIES,
     POOLING_ENDPOINTS,
     RERANK,
     SCORE,
-    EmbeddingsBody,
     Pooling,
-    RerankBody,
-    ScoreBody,
     read_pooling,
 )
+from jobs.domain.slow import parse_slowly
 from jobs.domain.tools import (
     ToolCall,
     Tools,
-    WireCall,
-    WireChoice,
-    WireTool,
     forced_schema,
     read_tools,
     schemas_of,
+)
+from jobs.domain.wire import (
+    ABSENT,
+    Body,
+    ChatBody,
+    ChatLine,
+    CompletionBody,
+    CompletionLine,
+    EmbeddingsLine,
+    JsonObject,
+    JsonSchema,
+    RerankLine,
+    Role,
+    ScoreLine,
+    StructuredOutputs,
+    WireMessage,
 )
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS, *POOLING_ENDPOINTS)
 
-MAX_STOP_STRINGS = 16
-MAX_ANSWERS = 128
-MAX_LOGPROBS = 20
-MAX_BIASES = 1024
-MAX_BAD_WORDS = 128
 MAX_CUSTOM_ID_BYTES = 512
 _SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
 """So many characters have no more bytes than that."""
-MAX_MODEL_CHARS = 512
-_MAX_QUOTED_CHARS = 64
-"""Of what a line says, in a message about it."""
 _TOKEN_DIGITS = 11
 _REMEMBERED_BYTES = 1 << 15
 """A schema of at most so many is looked at once, and then known by its text."""
@@ -68,7 +69,6 @@ CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
     "choice",
     "grammar",
 )
-Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Constraint(msgspec.Struct, frozen=True, array_like=True):
@@ -213,207 +213,28 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-# --- the wire types of a line: only fields that are obeyed, or ignored by definition ---
-
-_ABSENT = msgspec.Raw()
-_Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-_Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-_Temperature = Annotated[float, msgspec.Meta(ge=0, le=2)]
-_TopP = Annotated[float, msgspec.Meta(gt=0, le=1)]
-_TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
-_Stop = Annotated[str, msgspec.Meta(min_length=1)]
-_Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
-_Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
-_Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Stops = Annotated[list[_Stop], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
-
-
-class _TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
-    text: str
-
-
-class _Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    role: Role
-    content: str | list[_TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[WireCall] | None = None
-    tool_call_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None
-    # What an answer of a model holds beside that, which goes into the next turn's history as it is.
-    refusal: None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-
-
-class _Text(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
-    pass
-
-
-class _JsonObject(msgspec.Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True):
-    pass
-
-
-class _NamedSchema(msgspec.Struct, forbid_unknown_fields=True):
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
-    schema: msgspec.Raw = _ABSENT
-    description: str | None = None
-    strict: bool | None = None
-
-
-class _JsonSchema(msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
-    json_schema: _NamedSchema
-
-
-class _StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
-    json: msgspec.Raw = _ABSENT
-    regex: Annotated[str, msgspec.Meta(min_length=1)] | None = None
-    choice: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
-    grammar: Annotated[str, msgspec.Meta(min_length=1)] | None = None
-    json_object: bool | None = None
-
-
-class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    model: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
-    max_tokens: _Positive | None = None
-    temperature: _Temperature | None = None
-    top_p: _TopP | None = None
-    top_k: _TopK | None = None
-    seed: _Seed | None = None
-    stop: _Stop | _Stops | None = None
-    ignore_eos: bool | None = None
-    structured_outputs: _StructuredOutputs | None = None
-    # The older names of vLLM for the same thing.
-    guided_json: msgspec.Raw = _ABSENT
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_ANSWERS)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
-    logit_bias: Annotated[dict[str, _Bias], msgspec.Meta(max_length=MAX_BIASES)] | None = None
-    stop_token_ids: Annotated[list[_Token], msgspec.Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    bad_words: Annotated[list[_Stop], msgspec.Meta(max_length=MAX_BAD_WORDS)] | None = None
-    # Accepted because clients send it; false asks for nothing.
-    stream: bool | None = None
-    user: str | None = None
-
-
-class _ChatBody(_Body, kw_only=True, forbid_unknown_fields=True):
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
-    max_completion_tokens: _Positive | None = None
-    response_format: _Text | _JsonObject | _JsonSchema | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[WireTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | WireChoice | None = None
-    parallel_tool_calls: bool | None = None
-
-
-class _CompletionBody(_Body, kw_only=True, forbid_unknown_fields=True):
-    prompt: str | list[Any]
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: _Text | _JsonObject | _JsonSchema | None = None
-
-
-class _ChatLine(msgspec.Struct):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/chat/completions"]
-    body: _ChatBody
-
-
-class _CompletionLine(msgspec.Struct):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/completions"]
-    body: _CompletionBody
-
-
-class _EmbeddingsLine(msgspec.Struct):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/embeddings"]
-    body: EmbeddingsBody
-
-
-class _RerankLine(msgspec.Struct):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/rerank"]
-    body: RerankBody
-
-
-class _ScoreLine(msgspec.Struct):
-    custom_id: str
-    method: Literal["POST"]
-    url: Literal["/v1/score"]
-    body: ScoreBody
-
-
 _LINE_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
-    CHAT: msgspec.json.Decoder(_ChatLine),
-    COMPLETIONS: msgspec.json.Decoder(_CompletionLine),
-    EMBEDDINGS: msgspec.json.Decoder(_EmbeddingsLine),
-    RERANK: msgspec.json.Decoder(_RerankLine),
-    SCORE: msgspec.json.Decoder(_ScoreLine),
+    CHAT: msgspec.json.Decoder(ChatLine),
+    COMPLETIONS: msgspec.json.Decoder(CompletionLine),
+    EMBEDDINGS: msgspec.json.Decoder(EmbeddingsLine),
+    RERANK: msgspec.json.Decoder(RerankLine),
+    SCORE: msgspec.json.Decoder(ScoreLine),
 }
 _BODY_TYPES: dict[str, type[msgspec.Struct]] = {
-    CHAT: _ChatBody,
-    COMPLETIONS: _CompletionBody,
+    CHAT: ChatBody,
+    COMPLETIONS: CompletionBody,
     **POOLING_BODIES,
 }
 
 PARAMETERS = tuple(
     sorted(
-        ({*_ChatBody.__struct_fields__, *_CompletionBody.__struct_fields__})
+        ({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__})
         - {"model", "messages", "prompt"}
     )
 )
 """Names of the body's fields that are understood."""
 TOOL_PARAMETERS = ("tools",)
 """Those of them that only a model which is shown tools obeys."""
-
-# Values that ask for nothing, of fields that are not obeyed (yet); None always asks for nothing.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "stream": (False,),
-    "logprobs": (False,),
-    "length_penalty": (1,),
-    "stop": ([],),
-    "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "modalities": (["text"],),
-    "chat_template_kwargs": ({},),
-}
-# Fields that change no answer, whatever their value.
-_IGNORED = frozenset(
-    {
-        "user",
-        "safety_identifier",
-        "metadata",
-        "store",
-        "service_tier",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "stream_options",
-        "guided_decoding_backend",
-        "priority",
-        "request_id",
-    }
-)
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
-_QUOTED = re.compile(r"'(.*)'", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
 
 
 class Terms(msgspec.Struct, frozen=True, eq=False):
@@ -454,7 +275,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         Raises:
             InvalidLine: what `parse_line` says with these capabilities.
         """
-        if isinstance(self.body, _Body):
+        if isinstance(self.body, Body):
             _check_capabilities(self.body, self.constraint, capabilities)
 
 
@@ -496,7 +317,7 @@ class Sketcher:
         self._is_chat = endpoint == CHAT
         self._is_pooling = endpoint in POOLING_ENDPOINTS
         self._decode = _LINE_DECODERS[endpoint].decode
-        self._body: _Body | None = None
+        self._body: Body | None = None
         self._terms: Terms | None = None
 
     def sketch(self, line: bytes) -> Sketch:
@@ -510,7 +331,9 @@ class Sketcher:
             wire = self._decode(line)
             body, custom_id = wire.body, wire.custom_id
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            custom_id, body = _parse_slowly(line, self._endpoint)
+            custom_id, body = parse_slowly(
+                line, endpoint=self._endpoint, body_type=_BODY_TYPES[self._endpoint]
+            )
         if not 0 < len(custom_id) <= _SURE_CHARS:
             _check_custom_id(custom_id)
         if self._is_pooling:
@@ -565,7 +388,7 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         wire = _LINE_DECODERS[endpoint].decode(line)
         body, custom_id = wire.body, wire.custom_id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        custom_id, body = _parse_slowly(line, endpoint)
+        custom_id, body = parse_slowly(line, endpoint=endpoint, body_type=_BODY_TYPES[endpoint])
     _check_custom_id(custom_id)
     if endpoint in POOLING_ENDPOINTS:
         return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
@@ -616,7 +439,7 @@ def _check_custom_id(custom_id: str) -> None:
 
 
 def _check(
-    body: _ChatBody | _CompletionBody, capabilities: Capabilities | None
+    body: ChatBody | CompletionBody, capabilities: Capabilities | None
 ) -> tuple[Constraint | None, Tools | None]:
     """Return constraint and tools of a body, once nothing but its prompt is left to be looked at.
 
@@ -630,11 +453,11 @@ def _check(
             error_code="streaming_unsupported",
         )
     constraint = _constraint(body)
-    if isinstance(body, _ChatBody) and (not body.tools or body.tool_choice == "none"):
+    if isinstance(body, ChatBody) and (not body.tools or body.tool_choice == "none"):
         body.tools = None
     if capabilities is not None:
         _check_capabilities(body, constraint, capabilities)
-    if not isinstance(body, _ChatBody):
+    if not isinstance(body, ChatBody):
         return constraint, None
     if body.top_logprobs and not body.logprobs:
         raise InvalidLine(
@@ -648,7 +471,7 @@ def _check(
 
 
 def _with_tools(
-    body: _ChatBody, constraint: Constraint | None
+    body: ChatBody, constraint: Constraint | None
 ) -> tuple[Constraint | None, Tools | None]:
     tools = read_tools(
         body.tools or (), body.tool_choice, is_parallel=body.parallel_tool_calls is not False
@@ -667,7 +490,7 @@ def _with_tools(
     return constraint, tools
 
 
-def _content_of(message: _Message, messages: list[_Message]) -> str:
+def _content_of(message: WireMessage, messages: list[WireMessage]) -> str:
     """Return what a turn says, as one text.
 
     Raises:
@@ -687,7 +510,7 @@ def _content_of(message: _Message, messages: list[_Message]) -> str:
     )
 
 
-def _check_turns(messages: Sequence[_Message]) -> None:
+def _check_turns(messages: Sequence[WireMessage]) -> None:
     """Hold turns against each other: who calls tools, and which calls tools answer.
 
     Raises:
@@ -717,13 +540,13 @@ def _wrong_turn(what: str, number: int, name: str) -> InvalidLine:
     return InvalidLine(what, param=f"body.messages[{number}].{name}", error_code="invalid_messages")
 
 
-def _sampling(body: _ChatBody | _CompletionBody) -> SamplingParams:
+def _sampling(body: ChatBody | CompletionBody) -> SamplingParams:
     """Return how a body wants tokens to be chosen.
 
     Raises:
         InvalidLine: a bias names no token.
     """
-    if isinstance(body, _ChatBody):
+    if isinstance(body, ChatBody):
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     else:
         logprobs = body.logprobs
@@ -760,8 +583,8 @@ def _biases(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(token), bias) for token, bias in given.items()))
 
 
-def _longest(body: _ChatBody | _CompletionBody) -> int | None:
-    if isinstance(body, _ChatBody):
+def _longest(body: ChatBody | CompletionBody) -> int | None:
+    if isinstance(body, ChatBody):
         return body.max_completion_tokens or body.max_tokens
     return body.max_tokens or 16  # OpenAI's default for this endpoint
 
@@ -779,12 +602,12 @@ def _refused(name: str) -> InvalidLine:
 
 
 def _check_capabilities(
-    body: _Body, constraint: Constraint | None, capabilities: Capabilities
+    body: Body, constraint: Constraint | None, capabilities: Capabilities
 ) -> None:
     if capabilities.parameters != PARAMETERS:
         for name in _lacking(capabilities.parameters):
             value = getattr(body, name, None)
-            if value is not None and value != _ABSENT:
+            if value is not None and value != ABSENT:
                 raise InvalidLine(
                     f"Parameter `{name}` is not supported by engine {capabilities.engine}.",
                     param=f"body.{name}",
@@ -864,12 +687,12 @@ def _choices(choices: list[str]) -> Constraint:
     return Constraint("choice", msgspec.json.encode(choices).decode())
 
 
-def _constraint(body: _ChatBody | _CompletionBody) -> Constraint | None:
+def _constraint(body: ChatBody | CompletionBody) -> Constraint | None:
     """Return what the body asks of the answer's form; `response_format` wins, as in vLLM."""
     form = body.response_format
-    if isinstance(form, _JsonObject):
+    if isinstance(form, JsonObject):
         return Constraint("json_object")
-    if isinstance(form, _JsonSchema):
+    if isinstance(form, JsonSchema):
         schema = form.json_schema.schema
         if not _is_given(schema):
             return Constraint("json_object")
@@ -880,7 +703,7 @@ def _constraint(body: _ChatBody | _CompletionBody) -> Constraint | None:
     return _guided(body)
 
 
-def _structured_outputs(wanted: _StructuredOutputs) -> Constraint:
+def _structured_outputs(wanted: StructuredOutputs) -> Constraint:
     found: list[Constraint] = []
     if _is_given(wanted.json):
         text = _schema_text(wanted.json, "body.structured_outputs.json")
@@ -903,7 +726,7 @@ def _structured_outputs(wanted: _StructuredOutputs) -> Constraint:
     return found[0]
 
 
-def _guided(body: _Body) -> Constraint | None:
+def _guided(body: Body) -> Constraint | None:
     if _is_given(body.guided_json):
         return Constraint("json_schema", _schema_text(body.guided_json, "body.guided_json"))
     if body.guided_regex is not None:
@@ -925,118 +748,3 @@ _custom_id_decoder = msgspec.json.Decoder(_CustomId)
 def custom_id_of(line: bytes) -> str:
     """Return only the custom_id of a line that was found good before."""
     return _custom_id_decoder.decode(line).custom_id
-
-
-# --- the slow path: a line that the typed decoder refused ---
-
-
-def _parse_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
-    """Return custom_id and body of a line whose only fault is fields that ask for nothing.
-
-    Raises:
-        InvalidLine: there is a real fault; it says which.
-    """
-    value = _parse_json(line)
-    if not isinstance(value, dict):
-        raise InvalidLine("This line is not a JSON object.", error_code="invalid_json_line")
-    for name in ("custom_id", "method", "url", "body"):
-        if value.get(name) is None:
-            raise InvalidLine(
-                f"Missing required parameter: '{name}'.",
-                param=name,
-                error_code="missing_required_parameter",
-            )
-    custom_id, body = value["custom_id"], value["body"]
-    if not isinstance(custom_id, str):
-        raise InvalidLine(
-            "custom_id must be a string.", param="custom_id", error_code="invalid_type"
-        )
-    if value["method"] != "POST":
-        raise InvalidLine(
-            "The method of a batch line is POST.", param="method", error_code="invalid_method"
-        )
-    if value["url"] != endpoint:
-        raise InvalidLine(
-            f"The url of this line is not the batch's endpoint {endpoint}.",
-            param="url",
-            error_code="invalid_url",
-        )
-    if not isinstance(body, dict):
-        raise InvalidLine("body must be an object.", param="body", error_code="invalid_type")
-    if body.get("stream") is True:
-        raise InvalidLine(
-            "Streaming is not supported in a batch; leave `stream` out.",
-            param="body.stream",
-            error_code="streaming_unsupported",
-        )
-    known = _BODY_TYPES[endpoint].__struct_fields__
-    kept = {
-        name: part
-        for name, part in body.items()
-        if name not in _IGNORED
-        and not (part is None and name in (*known, *_NEUTRAL))
-        and not (name in _NEUTRAL and any(_same(part, neutral) for neutral in _NEUTRAL[name]))
-        and not (name not in known and part is None)
-    }
-    try:
-        # Through bytes once more: a schema is kept raw.
-        return custom_id, msgspec.json.decode(msgspec.json.encode(kept), type=_BODY_TYPES[endpoint])
-    except msgspec.ValidationError as error:
-        raise _explain(error) from None
-
-
-def _same(part: object, neutral: object) -> bool:
-    return part == neutral and isinstance(part, bool) == isinstance(neutral, bool)
-
-
-def _parse_json(line: bytes) -> object:
-    if is_nested_deeper(line):
-        raise InvalidLine(
-            f"This line is nested more than {MAX_NESTING} levels deep.",
-            error_code="nesting_too_deep",
-        )
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidLine(
-            f"This line is not UTF-8 (byte {error.start}); save the file as UTF-8.",
-            error_code="invalid_utf8",
-        ) from None
-    try:
-        return msgspec.json.decode(line)
-    except msgspec.MsgspecError as error:
-        detail = str(error).removeprefix("JSON is malformed: ")
-        raise InvalidLine(
-            f"This line is not parseable as valid JSON: {detail}.", error_code="invalid_json_line"
-        ) from None
-
-
-def quoted(text: str) -> str:
-    """Return what a message may show of a word that a caller wrote: little, and nothing odd."""
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[:_MAX_QUOTED_CHARS])
-    return f"{shown}..." if len(text) > _MAX_QUOTED_CHARS else shown
-
-
-def _explain(error: msgspec.ValidationError) -> InvalidLine:
-    match = _AT.match(str(error))
-    what, path = (match["what"], match["path"] or "") if match else (str(error), "")
-    param = f"body{path}"
-    if unknown := _UNKNOWN.match(what):
-        name = quoted(unknown["name"])
-        return InvalidLine(
-            f"Unsupported parameter: '{name}'.",
-            param=f"{param}.{name}",
-            error_code="unsupported_parameter",
-        )
-    if missing := _MISSING.match(what):
-        name = missing["name"]
-        return InvalidLine(
-            f"Missing required parameter: '{name}'.",
-            param=f"{param}.{name}",
-            error_code="missing_required_parameter",
-        )
-    what = _QUOTED.sub(lambda found: f"'{quoted(found[1])}'", what)
-    wrong_type = re.fullmatch(r"Expected `[^`]*`, got `[^`]*`", what) is not None
-    return InvalidLine(
-        f"{what}.", param=param, error_code="invalid_type" if wrong_type else "invalid_value"
-    )

@@ -22,7 +22,8 @@ from engine.demo import model_path
 from engine.hf import weights
 from engine.registry import describe_model
 from jobs.domain.errors import EngineMisconfigured, InvalidInput
-from jobs.domain.request import Message, Request, Role
+from jobs.domain.request import Message, Request
+from jobs.domain.wire import Role
 
 ROLES: tuple[Role, ...] = ("system", "developer", "user", "assistant")
 
