@@ -70,8 +70,9 @@ def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
         inner = RemoteEngine(config, model=model or config.served_model or "remote")
     elif isinstance(config, VllmConfig):
         with _needing("vllm"):
-            from engine.vllm import VllmEngine  # noqa: PLC0415
-        inner = VllmEngine(config, model=model)
+            from engine.vllm import VllmEngine, VllmPoolingEngine  # noqa: PLC0415
+        opened = VllmPoolingEngine if _is_encoder(config) else VllmEngine
+        inner = opened(config, model=model)
     elif isinstance(config, LlamacppConfig):
         with _needing("llamacpp"):
             from engine.llamacpp.engine import LlamacppEngine  # noqa: PLC0415
@@ -80,12 +81,13 @@ def open_engine(config: EngineConfig, *, model: str | None = None) -> Engine:
         with _needing("hf"):
             from engine.hf.engine import HfEngine  # noqa: PLC0415
             from engine.hf.pooling import HfPoolingEngine  # noqa: PLC0415
-        folder = find_folder(config)
-        if is_encoder(folder, _object(_read(folder / "config.json") or b"{}", folder)):
-            inner = HfPoolingEngine(config, model=model)
-        else:
-            inner = HfEngine(config, model=model)
+        inner = (HfPoolingEngine if _is_encoder(config) else HfEngine)(config, model=model)
     return Asking(inner, config.asking)
+
+
+def _is_encoder(config: HfConfig | VllmConfig) -> bool:
+    folder = find_folder(config)
+    return is_encoder(folder, _object(_read(folder / "config.json") or b"{}", folder))
 
 
 @contextmanager

@@ -3,11 +3,10 @@
     take -> encode -> sort by length -> [ forward -> pool -> normalize ] -> Result
                                           one batch of `batch_tokens`, padding included
 
-A model without a head for scores scores a pair by the cosine of its two embeddings, as vLLM does.
-
 Source: the files `modules.json` and `*_Pooling/config.json` of sentence-transformers.
 """
 
+import inspect
 import time
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -18,12 +17,12 @@ from engine.base import Source
 from engine.config import HfConfig
 from engine.encoders import PoolingMode, read_pooling_settings
 from engine.hf import weights
+from engine.pooled import Part, Parting
 from engine.registry import describe_model, find_folder
 from engine.sampling import OPENAI_DEFAULTS
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory
-from jobs.domain.pooling import Pooling, Text
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import LineError, Result, Usage
+from jobs.domain.result import Result
 
 _IDLE_SECONDS = 0.002
 _AHEAD_BATCHES = 4
@@ -32,31 +31,6 @@ _CPU_TOKENS, _GPU_TOKENS = 2048, 32_768
 """In a batch, where nobody says: a processor is busy with few, a GPU wants many."""
 _PADDING = 8
 """Sequences are padded to a multiple of so many tokens."""
-
-
-class _Part:
-    """One sequence of a request: a text to embed, or a pair to score."""
-
-    __slots__ = ("held", "ids", "number", "types")
-
-    def __init__(self, held: "_Held", number: int, ids: list[int], types: list[int]) -> None:
-        self.held = held
-        self.number = number
-        self.ids = ids
-        self.types = types
-
-
-class _Held:
-    """One request, and what there is of its answer."""
-
-    __slots__ = ("num_left", "num_tokens", "pooling", "request_id", "vectors")
-
-    def __init__(self, request_id: int, pooling: Pooling) -> None:
-        self.request_id = request_id
-        self.pooling = pooling
-        self.num_tokens = 0
-        self.num_left = 0
-        self.vectors: dict[int, torch.Tensor] = {}
 
 
 class HfPoolingEngine:
@@ -76,18 +50,27 @@ class HfPoolingEngine:
         loaded = weights.load_encoder(config)
         self._model: Any = loaded.model
         self._pad = loaded.tokenizer.pad_token_id or 0
-        self._backend = loaded.tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend = loaded.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
         self._device = loaded.device
         self._scores = loaded.scores
         self._settings = read_pooling_settings(find_folder(config))
-        self._context_tokens = self._capabilities.context_tokens
-        self._vocab_size = loaded.vocab_size
-        self._takes_types = "token_type_ids" in loaded.tokenizer.model_input_names
+        context_tokens = self._capabilities.context_tokens
+        self._parting = Parting(
+            backend,
+            scores=loaded.scores,
+            context_tokens=context_tokens,
+            vocab_size=loaded.vocab_size,
+        )
+        # A saved tokenizer need not name them, so the model is asked.
+        self._takes_types = (
+            "token_type_ids" in inspect.signature(self._model.forward).parameters
+            and getattr(self._model.config, "type_vocab_size", 0) > 1
+        )
         self._num_slots = config.slots or _SLOTS
         budget = config.batch_tokens or (_CPU_TOKENS if self._device.type == "cpu" else _GPU_TOKENS)
-        self._batch_tokens = max(budget, self._context_tokens)
+        self._batch_tokens = max(budget, context_tokens)
         self._num_done = 0
 
     @property
@@ -115,7 +98,7 @@ class HfPoolingEngine:
         Raises:
             InvalidLine: the request holds no texts.
         """
-        held = self._encode(request)
+        held = self._parting.encode(request)
         return 0 if isinstance(held, Result) else sum(len(part.ids) for part in held)
 
     def resolve_sampling(self, request: Request) -> SamplingParams:
@@ -133,14 +116,14 @@ class HfPoolingEngine:
         """Yield a result for each request of `source`, as they finish."""
         if self._model is None:
             raise EngineMisconfigured("The engine is closed.")
-        waiting: list[_Part] = []
+        waiting: list[Part] = []
         is_open = True
         while is_open or waiting:
             if is_open and len(waiting) < _AHEAD_BATCHES * self._num_slots:
                 taken = source.take(self._num_slots)
                 is_open = taken is not None
                 for request in taken or ():
-                    parts = self._encode(request)
+                    parts = self._parting.encode(request)
                     if isinstance(parts, Result):
                         yield parts
                     else:
@@ -151,7 +134,7 @@ class HfPoolingEngine:
             if waiting:
                 yield from self._step(waiting)
 
-    def _step(self, waiting: list[_Part]) -> Iterator[Result]:
+    def _step(self, waiting: list[Part]) -> Iterator[Result]:
         """Run one batch, taken out of `waiting`; yield the requests that it completed."""
         batch = self._choose(waiting)
         try:
@@ -173,13 +156,10 @@ class HfPoolingEngine:
         waiting[:] = [part for part in waiting if id(part) not in chosen]
         self._num_done += 1
         for part, vector in zip(batch, vectors, strict=True):
-            held = part.held
-            held.vectors[part.number] = vector
-            held.num_left -= 1
-            if not held.num_left:
-                yield self._conclude(held)
+            if part.held.receive(part.number, vector.numpy()):
+                yield self._parting.conclude(part.held)
 
-    def _choose(self, waiting: list[_Part]) -> list[_Part]:
+    def _choose(self, waiting: list[Part]) -> list[Part]:
         """Return the oldest sequence and those of about its length, as many as fit in a batch."""
         ordered = sorted(waiting, key=lambda part: len(part.ids))
         first = last = ordered.index(waiting[0])
@@ -193,7 +173,7 @@ class HfPoolingEngine:
                 return ordered[first : last + 1]
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[_Part]) -> torch.Tensor:
+    def _forward(self, batch: Sequence[Part]) -> torch.Tensor:
         """Return what the model makes of each sequence: [len(batch), size] in float32."""
         width = _padded(max(len(part.ids) for part in batch))
         ids = torch.full((len(batch), width), self._pad, dtype=torch.int64)
@@ -216,77 +196,6 @@ class HfPoolingEngine:
             pooled = torch.nn.functional.normalize(pooled, dim=-1)
         return pooled.cpu()
 
-    def _encode(self, request: Request) -> list[_Part] | Result:
-        """Return the sequences of a request, or its result where it cannot run."""
-        pooling = request.pooling
-        if pooling is None:
-            return _refuse(
-                request, "unsupported_endpoint", "This model embeds and scores; it writes no text."
-            )
-        held = _Held(request.id, pooling)
-        parts: list[_Part] = []
-        for number in range(len(pooling.texts)):
-            if pooling.task == "score" and self._scores:
-                query, text = pooling.pair(number)
-                parts.append(self._part(held, number, text, query))
-            else:
-                parts.append(self._part(held, number, pooling.texts[number]))
-        if pooling.task == "score" and not self._scores:
-            first = len(pooling.texts)
-            parts += [
-                self._part(held, first + number, query)
-                for number, query in enumerate(pooling.queries)
-            ]
-        longest = max(len(part.ids) for part in parts)
-        if longest > self._context_tokens:
-            return _refuse(
-                request,
-                "context_length_exceeded",
-                f"A text has {longest} tokens; this model takes {self._context_tokens}.",
-            )
-        if any(part.ids and max(part.ids) >= self._vocab_size for part in parts):
-            return _refuse(request, "invalid_value", "A token id is not in the vocabulary.")
-        if pooling.task == "embed" and self._scores:
-            return _refuse(
-                request, "unsupported_endpoint", "This model scores pairs; it embeds nothing."
-            )
-        held.num_left = len(parts)
-        held.num_tokens = sum(len(part.ids) for part in parts)
-        return parts
-
-    def _part(self, held: _Held, number: int, text: Text, query: str | None = None) -> _Part:
-        if not isinstance(text, str):
-            return _Part(held, number, list(text), [0] * len(text))
-        encoded = self._backend.encode(*((text,) if query is None else (query, text)))
-        return _Part(held, number, encoded.ids, encoded.type_ids)
-
-    def _conclude(self, held: _Held) -> Result:
-        pooling = held.pooling
-        usage = Usage(prompt_tokens=held.num_tokens)
-        num = len(pooling.texts)
-        if pooling.task == "score":
-            if self._scores:
-                scores = [float(torch.sigmoid(held.vectors[n][0])) for n in range(num)]
-            else:
-                scores = [
-                    float(
-                        torch.nn.functional.cosine_similarity(
-                            held.vectors[n],
-                            held.vectors[num + (n if len(pooling.queries) > 1 else 0)],
-                            dim=0,
-                        )
-                    )
-                    for n in range(num)
-                ]
-            return Result(id=held.request_id, usage=usage, scores=tuple(scores))
-        vectors: list[bytes] = []
-        for n in range(num):
-            vector = held.vectors[n]
-            if pooling.dimensions is not None and pooling.dimensions < len(vector):
-                vector = torch.nn.functional.normalize(vector[: pooling.dimensions], dim=0)
-            vectors.append(vector.numpy().astype("<f4").tobytes())
-        return Result(id=held.request_id, usage=usage, vectors=tuple(vectors))
-
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: PoolingMode) -> torch.Tensor:
     """Return one vector for each sequence.
@@ -307,9 +216,3 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: PoolingMode) -> torch.T
 
 def _padded(num_tokens: int) -> int:
     return -(-num_tokens // _PADDING) * _PADDING
-
-
-def _refuse(request: Request, code: str, message: str) -> Result:
-    return Result(
-        id=request.id, error=LineError(code=code, message=message, status_code=400, param="input")
-    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm.config import PoolerConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.platforms import current_platform
@@ -14,6 +15,7 @@ from vllm.plugins import load_general_plugins
 
 from engine import checkpoint
 from engine.config import DROPPED_BY_VLLM, VllmConfig
+from engine.encoders import PoolingMode, is_scoring, read_pooling_settings
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.tuning import choose_vllm
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
@@ -21,6 +23,8 @@ from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 _CPU_CACHE_BYTES = 4 << 30
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for. Source: `MaxLoRARanks` of vllm/config/lora.py, 0.32."""
+
+_POOLING: dict[PoolingMode, Any] = {"cls": "CLS", "mean": "MEAN", "last": "LAST"}
 
 # Arguments that a setting of ours stands for, since more than vLLM has to know the value.
 _SPELLED = {
@@ -98,6 +102,40 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         return AsyncEngineArgs(**given | config.engine_args)
     except (TypeError, ValueError, AssertionError) as error:
         raise EngineMisconfigured(f"vLLM refuses its arguments: {first_line(error)}") from error
+
+
+def pooling_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
+    """Return what vLLM is started with for a model that embeds or scores; see `engine_arguments`.
+
+    How vectors are pooled is said by us, so that each engine does the same.
+
+    Raises:
+        EngineMisconfigured: besides, the model pools in a way that vLLM has not.
+    """
+    settings = read_pooling_settings(folder)
+    if settings.mode not in _POOLING:
+        raise EngineMisconfigured(f"vLLM does not pool by {settings.mode}; use the hf engine.")
+    arguments = engine_arguments(config, folder)
+    if config.adapter is not None:
+        raise EngineMisconfigured("A model that embeds or scores takes no adapter in vLLM.")
+    longest = config.context_tokens or settings.max_tokens
+    scores = is_scoring(read_object(folder / "config.json"))
+    return dataclasses.replace(
+        arguments,
+        runner="pooling",
+        pooler_config=PoolerConfig(use_activation=False)
+        if scores
+        else PoolerConfig(
+            seq_pooling_type=_POOLING[settings.mode], use_activation=settings.normalize
+        ),
+        max_model_len=longest,
+        # An encoder's tokens all see each other: a text is one piece, and begins at no other.
+        enable_chunked_prefill=False,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=None
+        if config.batch_tokens is None
+        else max(config.batch_tokens, longest or 0),
+    )
 
 
 def _amounts(config: VllmConfig, folder: Path) -> tuple[int, int | None]:

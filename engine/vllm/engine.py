@@ -8,19 +8,15 @@
 vLLM keeps its queue; it is never given more than three times the sequences that it runs at once.
 """
 
-import asyncio
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Generator
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Iterable
+from typing import TYPE_CHECKING, Any
 
 import llguidance
 import llguidance.hf
 import msgspec
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm import SamplingParams as VllmSampling
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
@@ -28,7 +24,6 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from engine.ahead import Ahead, Failure, drain
 from engine.base import Source
@@ -37,18 +32,22 @@ from engine.config import VllmConfig
 from engine.constraints import Enforcement
 from engine.registry import describe_model, find_folder
 from engine.sampling import read_model_defaults, resolve_sampling
-from engine.tuning import Fitting, Reason, Tuning
-from engine.vllm import arguments, startup
+from engine.tuning import Reason, Tuning
+from engine.vllm import arguments
 from engine.vllm.constraints import Constraints
-from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
+from engine.vllm.hosting import Host
+from engine.vllm.tokenizers import load_tokenizer
+from jobs.domain.errors import InvalidLine
 from jobs.domain.request import Capabilities, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    import asyncio
 
 _IDLE_SECONDS = 0.002
 _STARVED_SECONDS = 0.01
 _FULL_SECONDS = 0.05
 _ABORT_SECONDS = 0.25
-_CLOSE_SECONDS = 20.0
 _SEED_BITS = 2**63 - 1
 _REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -78,47 +77,6 @@ _Prepared = _Running | Result
 _Events = queue.SimpleQueue[_Output | _Prepared | Failure]
 
 
-class _StepCounter(PrometheusStatLogger):  # type: ignore[misc]  # vLLM is not where mypy runs
-    """Counts vLLM's steps; stands where its Prometheus metrics would, which nobody reads here.
-
-    Attributes:
-        fitting: what the cache has been seen to hold.
-    """
-
-    def __init__(self, vllm_config: Any, engine_indexes: object = None) -> None:  # noqa: ANN401
-        del engine_indexes
-        self.count = 0
-        self.fitting = Fitting(int(vllm_config.scheduler_config.max_num_seqs))
-
-    def record(
-        self,
-        scheduler_stats: Any = None,  # noqa: ANN401 -- vLLM's
-        iteration_stats: Any = None,  # noqa: ANN401
-        *_: object,
-        **__: object,
-    ) -> None:
-        """Note a step."""
-        self.count += 1
-        if scheduler_stats is not None:
-            # What was preempted is computed again from the start.
-            self.fitting.note(
-                num_running=int(scheduler_stats.num_running_reqs),
-                num_evicted=int(getattr(iteration_stats, "num_preempted_reqs", 0)),
-            )
-
-    def log(self) -> None:
-        """Say nothing."""
-
-    def log_engine_initialized(self) -> None:
-        """Say nothing."""
-
-    def record_sleep_state(self, *_: object) -> None:
-        """Note nothing."""
-
-    def record_admission_rejection(self, *_: object) -> None:
-        """Note nothing."""
-
-
 class VllmEngine:
     """A model in vLLM that works on `num_slots` sequences at once."""
 
@@ -137,7 +95,7 @@ class VllmEngine:
         folder = find_folder(config)
         wanted = arguments.engine_arguments(config, folder)
         arguments.check_weights(config, wanted)
-        self._tokenizer = tokenizer = _load_tokenizer(folder)
+        self._tokenizer = tokenizer = load_tokenizer(folder)
         self._adapter = (
             LoRARequest(lora_name=self._capabilities.model, lora_int_id=1, lora_path=config.adapter)
             if config.adapter is not None
@@ -149,25 +107,9 @@ class VllmEngine:
         self._eos = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._constraints = Constraints(config.asking)
         self._spelling: llguidance.LLTokenizer | None = None
-        self._steps: _StepCounter | None = None
         self._num_done = 0
-        self._stderr = startup.StandardError()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="vllm-loop", daemon=True
-        )
-        self._thread.start()
-        self._llm: AsyncLLM | None = None
-        try:
-            with self._stderr.inherited():
-                self._llm = asyncio.run_coroutine_threadsafe(
-                    self._open(wanted), self._loop
-                ).result()
-        except Exception as error:
-            said = self._stderr.text(wait_seconds=2.0)
-            self.close()
-            raise startup.explain(error, said, model=config.model) from error
-        described = self._llm.vllm_config
+        self._host = Host(wanted, model=config.model)
+        described = self._host.llm.vllm_config
         self._context_tokens = int(described.model_config.max_model_len)
         self._is_gpu = described.device_config.device_type != "cpu"
         self._num_slots = int(described.scheduler_config.max_num_seqs)
@@ -209,14 +151,17 @@ class VllmEngine:
             batch_tokens=self._batch_tokens,
             batch_tokens_by="asked" if config.batch_tokens is not None else batch_tokens_by,
             cache_tokens=self._cache_tokens,
-            num_evictions=self._steps.fitting.num_evictions if self._steps is not None else 0,
+            num_evictions=self._host.steps.fitting.num_evictions
+            if self._host.steps is not None
+            else 0,
         )
 
     def _bound(self) -> int:
         """Return how many sequences the cache holds, as far as that is known and matters."""
-        if self._config.slots is not None or not self._config.tune or self._steps is None:
+        steps = self._host.steps
+        if self._config.slots is not None or not self._config.tune or steps is None:
             return self._num_slots
-        return self._steps.fitting.bound
+        return steps.fitting.bound
 
     def _most_inside(self) -> int:
         """Return how many requests vLLM may have: a queue behind its slots, unless they thrash."""
@@ -225,7 +170,7 @@ class VllmEngine:
 
     def progress(self) -> int:
         """Return the number of vLLM's steps and of answers so far; any thread may ask."""
-        return self._num_done + (self._steps.count if self._steps is not None else 0)
+        return self._num_done + self._host.num_steps
 
     def count_tokens(self, request: Request) -> int:
         """Return the exact number of prompt tokens of a request.
@@ -241,17 +186,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End vLLM's processes; may be called twice."""
-        if self._loop.is_closed():
-            return
-        llm, self._llm = self._llm, None
-        # Its reader of outputs first: it would report the end of vLLM's processes as a failure.
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(_CLOSE_SECONDS)
-        if llm is not None:
-            llm.shutdown()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._host.close()
 
     def generate(self, source: Source) -> Generator[Result]:
         """Yield a result for each request of `source`, as they finish.
@@ -260,27 +195,14 @@ class VllmEngine:
             EngineDied: vLLM ended; `suspects` were in its hands.
             EngineOutOfMemory: it ended because memory ran out.
         """
-        llm = self._llm
-        if llm is None:
-            raise EngineMisconfigured("The engine is closed.")
+        llm = self._host.llm
         live: dict[int, _Running] = {}
         events: _Events = queue.SimpleQueue()
         try:
-            yield from self._run(source, llm, live, events)
-        except EngineDeadError as error:
-            said = self._stderr.text(wait_seconds=1.0)
-            if startup.ran_out_of_memory(said):
-                raise EngineOutOfMemory(
-                    f"The device ran out of memory with {len(live)} requests; lower slots, "
-                    "batch_tokens or gpu_memory_utilization."
-                ) from error
-            raise EngineDied(
-                f"vLLM's engine ended with {len(live)} requests in flight"
-                f"{startup.last_reason(said)}.",
-                suspects=frozenset(live),
-            ) from error
+            with self._host.watching(live):
+                yield from self._run(source, llm, live, events)
         finally:
-            self._abort(list(live.values()))
+            self._abort(live.values())
 
     def _run(
         self, source: Source, llm: AsyncLLM, live: dict[int, _Running], events: _Events
@@ -312,7 +234,7 @@ class VllmEngine:
                     yield result
                 started = self._admit(ready, source, live, ahead)
                 if started:
-                    self._loop.call_soon_threadsafe(self._spawn, started, llm, events)
+                    self._host.loop.call_soon_threadsafe(self._spawn, started, llm, events)
 
     def _admit(
         self,
@@ -476,15 +398,9 @@ class VllmEngine:
 
     # --- in the loop's thread ---
 
-    async def _open(self, wanted: Any) -> AsyncLLM:  # noqa: ANN401 -- AsyncEngineArgs
-        llm = AsyncLLM.from_engine_args(wanted, stat_loggers=[_StepCounter])
-        loggers = llm.logger_manager.stat_loggers if llm.logger_manager is not None else []
-        self._steps = next((one for one in loggers if isinstance(one, _StepCounter)), None)
-        return llm
-
     def _spawn(self, started: list[_Running], llm: AsyncLLM, events: _Events) -> None:
         for running in started:
-            running.task = self._loop.create_task(self._serve(running, llm, events))
+            running.task = self._host.loop.create_task(self._serve(running, llm, events))
 
     async def _serve(self, running: _Running, llm: AsyncLLM, events: _Events) -> None:
         output: Any = None
@@ -516,10 +432,9 @@ class VllmEngine:
         running.constraint = "validated"
         return True
 
-    def _abort(self, aborted: list[_Running]) -> None:
+    def _abort(self, aborted: Iterable[_Running]) -> None:
         """Make vLLM drop requests, and wait until it knows."""
-        if aborted and not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(_cancel(aborted), self._loop).result(_CLOSE_SECONDS)
+        self._host.cancel([running.task for running in aborted if running.task is not None])
 
 
 def _receive(
@@ -538,35 +453,7 @@ def _receive(
             ready.append(one)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        raise EngineMisconfigured(
-            f"The tokenizer in {folder} cannot be loaded: {arguments.first_line(error)}"
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise EngineMisconfigured(f"{folder} has no tokenizer.json; save it with a fast tokenizer.")
-    return tokenizer
-
-
 def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
     return Result(
         id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
     )
-
-
-async def _cancel(aborted: list[_Running]) -> None:
-    tasks = [running.task for running in aborted if running.task is not None]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _cancel_all() -> None:
-    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

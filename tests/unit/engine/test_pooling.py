@@ -29,10 +29,10 @@ Ask = Callable[..., dict[int, Result]]
 WORDS = ("alpha", "beta", "gamma", "delta", "json", "decoder", "wrap", "text")
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> BertConfig:
+def tiny_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 32) -> BertConfig:
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
@@ -43,11 +43,11 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> BertConfig:
     return config
 
 
-def make_encoder(folder: Path) -> None:
+def make_encoder(folder: Path, *, hidden_size: int = 32, mode: str = "mean_tokens") -> None:
     """Save a random encoder that says how it pools, as sentence-transformers save it."""
     tokenizer = make_tokenizer()
     torch.manual_seed(1)
-    BertModel(tiny_config(tokenizer)).save_pretrained(folder)
+    BertModel(tiny_config(tokenizer, hidden_size)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     kinds = ("Transformer", "Pooling", "Normalize")
     (folder / "modules.json").write_text(
@@ -59,9 +59,20 @@ def make_encoder(folder: Path) -> None:
         )
     )
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(
-        json.dumps({"pooling_mode_mean_tokens": True})
-    )
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({f"pooling_mode_{mode}": True}))
+
+
+def make_scorer(folder: Path, *, hidden_size: int = 32) -> None:
+    """Save a random cross-encoder."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(2)
+    model = BertForSequenceClassification(tiny_config(tokenizer, hidden_size))
+    with torch.no_grad():
+        # What is query and what is text shall matter to the score.
+        model.bert.embeddings.token_type_embeddings.weight *= 50
+        model.classifier.weight *= 50
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +85,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scorer")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(2)
-    BertForSequenceClassification(tiny_config(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_scorer(folder)
     return folder
 
 

@@ -1,0 +1,27 @@
+"""The tokenizer of a model in vLLM, which is ours to use: prompts go to vLLM as token ids."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from engine.vllm.arguments import first_line
+from jobs.domain.errors import EngineMisconfigured
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in a folder.
+
+    Raises:
+        EngineMisconfigured: it cannot be loaded, or is no fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise EngineMisconfigured(
+            f"The tokenizer in {folder} cannot be loaded: {first_line(error)}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise EngineMisconfigured(f"{folder} has no tokenizer.json; save it with a fast tokenizer.")
+    return tokenizer
