@@ -25,9 +25,10 @@ from jobs.domain.errors import (
     NotFound,
 )
 from jobs.domain.ids import BatchId
+from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, endpoint_of, open_sketcher
+from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
-    ENDPOINTS,
     Capabilities,
     Constraint,
     Sketch,
@@ -72,6 +73,7 @@ class PlanLimits:
     """How large an input may be, how shards are cut, and how many faults are listed."""
 
     max_lines: int = 10_000_000
+    max_models: int = 16
     max_line_bytes: int = 8 << 20
     max_reported_errors: int = 100
     shard_lines: int = 1000
@@ -146,15 +148,20 @@ def plan(
         if problems.count:
             batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
             return
+        names = [one.model for one in reading.found]
+        model = names[0] if len(names) == 1 else ""
+        if not model:
+            keys = None  # they are of one model's answers
         found = stack.enter_context(finding(cache, keys, on_progress=on_progress))
-        run_order = reading.choose_order(
-            learned=lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {},
+        is_known = limits.by_template and bool(model)
+        run_order, starts = reading.choose_order(
+            learned=lengths.read(db, batch.tenant_id, model) if is_known else {},
             reused=found.is_reused if found is not None else None,
         )
         source_blob_key, cuts = file.blob_key, reading.cuts
         reused: Sequence[Reused] = ()
         if not run_order.is_arrival:
-            writing = _Writing(blobs, batch, lease, limits=limits, model=reading.model)
+            writing = _Writing(blobs, batch, lease, limits=limits, model=model, starts=starts)
             source_blob_key = plan_key(batch.id, lease.epoch)
             cuts, reused = writing.write(
                 reading.scan(),
@@ -173,7 +180,8 @@ def plan(
         lease,
         cuts=cuts,
         source_blob_key=source_blob_key,
-        model_key=reading.model,
+        model_key=model or None,
+        model_keys=() if model else [names[model_at(cut.first_index, starts)] for cut in cuts],
         total=reading.total,
         is_run_order=not run_order.is_arrival,
         reused=reused,
@@ -182,7 +190,7 @@ def plan(
     )
     if is_planned and reused:
         log.info("answers_reused", num_lines=reading.total, num_reused=run_order.num_reused)
-        metrics.count_reused(reading.model, run_order.num_reused)
+        metrics.count_reused(model, run_order.num_reused)
 
 
 class _Writing:
@@ -192,13 +200,21 @@ class _Writing:
     """
 
     def __init__(
-        self, blobs: BlobStore, batch: Batch, lease: Lease, *, limits: PlanLimits, model: str
+        self,
+        blobs: BlobStore,
+        batch: Batch,
+        lease: Lease,
+        *,
+        limits: PlanLimits,
+        model: str,
+        starts: Sequence[int],
     ) -> None:
         self._blobs = blobs
         self._batch = batch
         self._lease = lease
         self._limits = limits
         self._model = model
+        self._starts = starts
         self._cuts: list[Cut] = []
         self._reused: list[Reused] = []
         self._results: list[Entry] = []
@@ -263,7 +279,7 @@ class _Writing:
             result,
             custom_id=custom_id_of(content),
             request_id=f"{self._batch.id[6:]}{index:08x}",
-            endpoint=self._batch.endpoint,
+            endpoint=endpoint_of(content, self._batch.endpoint),
             model=self._model,
             created=int(time.time()),
             reused_from=batch_id,
@@ -276,7 +292,7 @@ class _Writing:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         limits = self._limits
-        first_reused = run_order.num_leaders - run_order.num_reused
+        borders = {*self._starts, run_order.num_leaders - run_order.num_reused}
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
         with self._blobs.open_writer(plan_key(self._batch.id, self._lease.epoch)) as writer:
             at = num_held = 0
@@ -290,7 +306,7 @@ class _Writing:
                     writer.write(b"".join(held))
                     held.clear()
                     num_held = 0
-                if rank == first_reused:
+                if rank in borders:
                     self._end_shard(cutter.finish())
                 self._end_shard(
                     cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
@@ -369,6 +385,8 @@ class _Judge:
         is_determined: whether equal requests are sure to have equal answers.
         is_shared: whether equal requests may have one answer.
         identity: of the model; empty: unknown.
+        model: its number.
+        salt: what tells its requests from those of other models of the file.
         longest: how many tokens an answer may have; 0: unknown.
     """
 
@@ -380,13 +398,16 @@ class _Judge:
         *,
         limits: PlanLimits,
         problems: Problems,
+        sketcher: Sketcher | MixedSketcher,
     ) -> None:
-        self._batch = batch
         self._models = models
+        self._checker = checker
         self._limits = limits
         self._problems = problems
+        self._sketcher = sketcher
         self._refuse = batch.on_unsupported_schema == "refuse"
-        self._schemas = Schemas(checker, problems, chunk=limits.check_chunk, refuse=self._refuse)
+        self._all_schemas: dict[tuple[bool, str | None], Schemas] = {}
+        self._schemas = self._schemas_for(None)
         self._terms: Terms | None = None
         self._capabilities: Capabilities | None = None
         self._fault: InvalidLine | None = None
@@ -394,6 +415,8 @@ class _Judge:
         self.wants_each = True
         self.is_determined = self.is_shared = False
         self.identity = ""
+        self.model = 0
+        self.salt = b""
         self.longest = 0
 
     def look(self, terms: Terms, number: int) -> None:
@@ -407,10 +430,11 @@ class _Judge:
             self.is_shared = self.is_determined if fold == "determined" else fold == "all"
             self.identity = capabilities.identity if capabilities is not None else ""
             self.longest = _longest(terms)
+            self.model = self._models.number
+            self.salt = bytes((self.model,)) if self.model else b""
             self._constraints = terms.list_schemas()
             if capabilities is not None:
-                self._schemas.refuse = self._refuse or capabilities.refuses_unenforceable
-                self._schemas.backend = capabilities.constraint_backend
+                self._schemas = self._schemas_for(capabilities)
         if self._fault is not None:
             self._problems.add_error(self._fault, number)
         for constraint, where in self._constraints:
@@ -423,14 +447,30 @@ class _Judge:
 
     def finish(self) -> None:
         """Report what could not be said before the last line."""
-        self._schemas.check()
+        for schemas in self._all_schemas.values():
+            schemas.check()
         self._models.finish()
+
+    def _schemas_for(self, capabilities: Capabilities | None) -> Schemas:
+        """Return what tries schemas as a model of these capabilities needs it; None: any."""
+        refuse, backend = self._refuse, None
+        if capabilities is not None:
+            refuse = refuse or capabilities.refuses_unenforceable
+            backend = capabilities.constraint_backend
+        key = (refuse, backend)
+        if key not in self._all_schemas:
+            found = Schemas(
+                self._checker, self._problems, chunk=self._limits.check_chunk, refuse=refuse
+            )
+            found.backend = backend
+            self._all_schemas[key] = found
+        return self._all_schemas[key]
 
     def _find_fault(self, terms: Terms, capabilities: Capabilities | None) -> InvalidLine | None:
         """Return why a model cannot serve lines on these terms, which are good in themselves."""
         if capabilities is None:
             return None
-        endpoint = self._batch.endpoint
+        endpoint = self._sketcher.endpoint
         if endpoint not in capabilities.endpoints:
             return InvalidLine(
                 f"Model {capabilities.model} cannot serve {endpoint}, only "
@@ -466,8 +506,8 @@ class _Reading:
         self._problems = problems
         self.cuts: list[Cut] = []
         self.total = 0
-        self.model = ""
-        self._capabilities: Capabilities | None = None
+        self.found: list[Capabilities] = []
+        self._models = ModelColumn()
         self._columns = columns
         self._keys = keys
 
@@ -484,9 +524,16 @@ class _Reading:
         """
         limits = self._limits
         models = self._open_models(describe)
-        judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
+        sketcher, note, keys = open_sketcher(self._batch.endpoint), self._columns.add, self._keys
+        judge = _Judge(
+            self._batch,
+            models,
+            checker,
+            limits=limits,
+            problems=self._problems,
+            sketcher=sketcher,
+        )
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        sketcher, note, keys = Sketcher(self._batch.endpoint), self._columns.add, self._keys
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
@@ -497,6 +544,8 @@ class _Reading:
                 if line.terms is not terms or judge.wants_each:
                     terms = line.terms
                     judge.look(terms, number)
+                    if self._models.note(total, judge.model):
+                        self._cut(cutter)
                 ids.add(line.custom_id)
                 cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
@@ -506,7 +555,7 @@ class _Reading:
                 note(
                     content,
                     num_first_chars=line.num_first_chars,
-                    key=line.digest() if judge.is_shared else None,
+                    key=line.digest(judge.salt) if judge.is_shared else None,
                     max_tokens=judge.longest,
                 )
                 total += 1
@@ -517,16 +566,18 @@ class _Reading:
             repeated = ids.repeated()
         if repeated:
             self._report_repeated(repeated)
-        last = cutter.finish()
-        if last is not None:
-            self.cuts.append(last)
+        self._cut(cutter)
         self._check_size()
-        self._capabilities = models.capabilities
-        if models.capabilities is not None:
-            self.model = models.capabilities.model
+        self.found = models.found
+
+    def _cut(self, cutter: Cutter) -> None:
+        """End the shard at hand, if there is one."""
+        cut = cutter.finish()
+        if cut is not None:
+            self.cuts.append(cut)
 
     def _sketch(
-        self, sketcher: Sketcher, number: int, num_bytes: int, content: bytes | None
+        self, sketcher: Sketcher | MixedSketcher, number: int, num_bytes: int, content: bytes | None
     ) -> Sketch | None:
         """Return what planning needs of a line, or None once it is reported what is wrong."""
         if content is None:
@@ -544,36 +595,45 @@ class _Reading:
 
     def choose_order(
         self, *, learned: Mapping[int, int], reused: "NDArray[np.bool_] | None"
-    ) -> RunOrder:
-        """Return in which order the lines are to run; see `order` for what was learned.
+    ) -> tuple[RunOrder, list[int]]:
+        """Return in which order the lines are to run, and where in it each model begins.
+
+        See `order` for what was learned.
 
         Args:
             reused: for each line, whether it need not; None: all have to.
         """
-        found = self._capabilities
-        return order(
+        chosen = order(
             self._columns,
-            cache_tokens=found.cache_tokens if found is not None else 0,
+            cache_tokens=min(one.cache_tokens for one in self.found),
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
             learned=learned,
             reused=reused,
         )
+        if len(self.found) == 1:
+            return chosen, [0]
+        return group_by_model(chosen, self._models, self.total)
 
     def scan(self) -> Iterator[ScannedLine]:
         """Yield the lines of the file."""
         return scan(self._blobs, self._key, max_line_bytes=self._limits.max_line_bytes)
 
     def _open_models(self, describe: Callable[[str], Capabilities]) -> Models:
-        if self._batch.endpoint not in ENDPOINTS:
+        if self._batch.endpoint not in BATCH_ENDPOINTS:
             raise InvalidLine(
                 f"Endpoint {self._batch.endpoint} is not supported; use one of "
-                f"{', '.join(ENDPOINTS)}.",
+                f"{', '.join(BATCH_ENDPOINTS)}.",
                 param="endpoint",
                 error_code="invalid_value",
             )
         try:
-            return Models(describe, self._problems, override=self._batch.model_override)
+            return Models(
+                describe,
+                self._problems,
+                override=self._batch.model_override,
+                max_models=self._limits.max_models,
+            )
         except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             raise InvalidLine(reason.message, param="model", error_code="model_not_found") from None
 
@@ -592,7 +652,7 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
-        sketcher = Sketcher(self._batch.endpoint)
+        sketcher = open_sketcher(self._batch.endpoint)
         for number, _, _, content in self.scan():
             if content is None:
                 continue

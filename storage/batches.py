@@ -18,8 +18,10 @@ from jobs.domain.batch import (
 )
 from jobs.domain.errors import NotFound
 from jobs.domain.ids import BatchId, TenantId
+from jobs.domain.mixed import MIXED
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
+    MIXED_FORMAT,
     PLAIN_FORMAT,
     RUN_ORDER_FORMAT,
     Cut,
@@ -31,7 +33,16 @@ from jobs.domain.shard import (
 from storage.blobs.base import BlobInfo
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
-from storage.tables import UNENDED, UNFINISHED, batches, files, segments, shards, units
+from storage.tables import (
+    UNENDED,
+    UNFINISHED,
+    batch_models,
+    batches,
+    files,
+    segments,
+    shards,
+    units,
+)
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -104,7 +115,23 @@ def _load(tx: Transaction, rows: Sequence[sa.RowMapping]) -> list[Batch]:
             cached_tokens=tokens[f"{stem}cached_tokens"],
         )
         found.append(batch_from_row(row, counts, usage))
-    return found
+    return _with_models(tx, found)
+
+
+def _with_models(tx: Transaction, found: Sequence[Batch]) -> list[Batch]:
+    """Return batches with their models, where these are several."""
+    wanted = [one.id for one in found if one.planned_at is not None and one.model is None]
+    if not wanted:
+        return list(found)
+    rows = tx.execute(
+        sa.select(batch_models)
+        .where(batch_models.c.batch_id.in_(wanted))
+        .order_by(batch_models.c.batch_id, batch_models.c.ordinal)
+    )
+    models: dict[str, list[str]] = {}
+    for row in rows:
+        models.setdefault(row.batch_id, []).append(row.model_key)
+    return [replace(one, models=tuple(models.get(one.id, ()))) for one in found]
 
 
 def load(tx: Transaction, batch_id: BatchId) -> Batch:
@@ -235,6 +262,7 @@ def record_plan(
     source_blob_key: str,
     model_key: str | None,
     total: int,
+    model_keys: Sequence[str] = (),
     is_run_order: bool = False,
     reused: Sequence[Reused] = (),
     reuse_identity: str | None = None,
@@ -244,7 +272,9 @@ def record_plan(
     """Insert the shards of a batch, start it and end its plan unit; all or nothing.
 
     Args:
+        model_key: what every shard runs on; None: they run on several.
         total: lines of the input; with a run order some of them may not run themselves.
+        model_keys: where they do, what each of `cuts` runs on, in the order of the models.
         is_run_order: whether the cuts are of a run-order blob.
         reused: further shards behind the cuts, whose results are there already.
         reuse_identity: the model whose answers are given to later batches; None: none are.
@@ -283,6 +313,18 @@ def record_plan(
         reuse_identity=reuse_identity,
         reuse_blob_key=reuse_blob_key,
     )
+    names = list(dict.fromkeys(model_keys))
+    if names:
+        tx.execute(
+            sa.insert(batch_models),
+            [
+                {"batch_id": batch.id, "ordinal": ordinal, "model_key": name}
+                for ordinal, name in enumerate(names)
+            ],
+        )
+    format_version = RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT
+    if names or batch.endpoint == MIXED:
+        format_version = MIXED_FORMAT
     places = [(cut, None) for cut in cuts] + [(one.cut, one.blob) for one in reused]
     new_units = [
         new_unit(
@@ -290,8 +332,8 @@ def record_plan(
             UnitKind.SHARD,
             now=now,
             ordinal=ordinal,
-            model_key=model_key,
-            format_version=RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT,
+            model_key=model_keys[ordinal] if names else model_key,
+            format_version=format_version,
         )
         | ({"last_exit": None} if blob is None else _ENDED)
         for ordinal, (_, blob) in enumerate(places)

@@ -31,7 +31,7 @@ from jobs.domain.shard import (
 )
 from storage import batches as batch_statements
 from storage.database import Transaction, reads, writes
-from storage.tables import UNFINISHED, batches, shards, units
+from storage.tables import UNFINISHED, batch_models, batches, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -502,12 +502,14 @@ def poke_due(
 
 
 def _unfinished_models() -> sa.Subquery:
-    return (
-        sa.select(batches.c.model_key)
-        .where(UNFINISHED, batches.c.model_key.is_not(None))
-        .distinct()
-        .subquery("models")
+    """Of batches that have one, and of those that have several: a union names each once."""
+    ones = sa.select(batches.c.model_key).where(UNFINISHED, batches.c.model_key.is_not(None))
+    several = (
+        sa.select(batch_models.c.model_key)
+        .join(batches, batches.c.id == batch_models.c.batch_id)
+        .where(UNFINISHED)
     )
+    return sa.union(ones, several).subquery("models")
 
 
 def _last_ready(
