@@ -5,16 +5,16 @@ without a fault is cut into shards. Where another order than the file's is worth
 each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from engine.sandbox import Sandbox
 from jobs import metrics
+from jobs.arrange import Arranging
 from jobs.checks import CustomIds, Models, Problems, Schemas
 from jobs.domain.batch import Batch, LineProblem
 from jobs.domain.errors import (
@@ -24,8 +24,7 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
-from jobs.domain.ids import BatchId
-from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, endpoint_of, open_sketcher
+from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, open_sketcher
 from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
@@ -34,38 +33,27 @@ from jobs.domain.request import (
     Sketch,
     Sketcher,
     Terms,
-    custom_id_of,
 )
-from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
-from jobs.reuse import Cache, Found, Keys, finding
+from jobs.reuse import Cache, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, files, lengths
-from storage.batches import Reused
-from storage.blobs.base import BlobStore, keys_key, plan_key, reused_key
+from storage.blobs.base import BlobStore, keys_key, plan_key
 from storage.database import Database
 from storage.jsonl import (
-    KIND_OUTPUT,
-    Entry,
-    Follower,
     ScannedLine,
-    encode_run_head,
-    encode_segment,
     scan,
 )
-from storage.reorder import Ranked, Reorder
 from storage.spill import Spill
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from storage.batches import Reused
+
 _PROGRESS_LINES = 1000
-_WRITE_BYTES = 1 << 20
-_LEADER, _FOLLOWER, _RESULT = 0, 1, 2
-_KIND_BITS = 2
-"""Of a tag, behind the index of the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +149,9 @@ def plan(
         source_blob_key, cuts = file.blob_key, reading.cuts
         reused: Sequence[Reused] = ()
         if not run_order.is_arrival:
-            writing = _Writing(blobs, batch, lease, limits=limits, model=model, starts=starts)
+            writing = Arranging(
+                blobs, batch, lease, cutter=reading.open_cutter(), model=model, starts=starts
+            )
             source_blob_key = plan_key(batch.id, lease.epoch)
             cuts, reused = writing.write(
                 reading.scan(),
@@ -193,179 +183,11 @@ def plan(
         metrics.count_reused(model, run_order.num_reused)
 
 
-class _Writing:
-    """Writes the lines of a file as they will run, each with those it runs for.
-
-    Behind them come the lines that need not run, and their results go where a worker's would.
-    """
-
-    def __init__(
-        self,
-        blobs: BlobStore,
-        batch: Batch,
-        lease: Lease,
-        *,
-        limits: PlanLimits,
-        model: str,
-        starts: Sequence[int],
-    ) -> None:
-        self._blobs = blobs
-        self._batch = batch
-        self._lease = lease
-        self._limits = limits
-        self._model = model
-        self._starts = starts
-        self._cuts: list[Cut] = []
-        self._reused: list[Reused] = []
-        self._results: list[Entry] = []
-
-    def write(
-        self,
-        scanned: Iterator[ScannedLine],
-        *,
-        run_order: RunOrder,
-        num_bytes: int,
-        found: Found | None,
-        on_progress: Callable[[int], None] | None,
-    ) -> tuple[list[Cut], list[Reused]]:
-        """Return the shards that run, and those whose results are there.
-
-        Raises:
-            StorageError: the input cannot be read, a blob not written, or there is no room to sort.
-        """
-        if found is not None:
-            num_bytes += found.num_bytes
-        with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
-            self._sort(scanned, reorder, run_order, found, on_progress)
-            self._write_sorted(reorder, run_order, on_progress)
-        log.info(
-            "run_order_written",
-            batch_id=self._batch.id,
-            num_lines=len(run_order.rank) if run_order.rank is not None else 0,
-            num_run=run_order.num_leaders - run_order.num_reused,
-            num_groups=run_order.num_groups,
-            shared_percent=round(100 * run_order.shared, 1),
-        )
-        return self._cuts, self._reused
-
-    def _sort(
-        self,
-        scanned: Iterator[ScannedLine],
-        reorder: Reorder,
-        run_order: RunOrder,
-        found: Found | None,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
-        follows = None if run_order.is_follower is None else run_order.is_follower.data
-        answers = found.read() if found is not None else iter(())
-        answer = next(answers, None)
-        for index, (_, _, _, line) in enumerate(scanned):
-            content = line or b""
-            rank, tag = ranks[index], index << _KIND_BITS
-            if follows is not None and follows[index]:
-                reorder.add(rank, tag | _FOLLOWER, custom_id_of(content).encode())
-            else:
-                reorder.add(rank, tag | _LEADER, content)
-            if answer is not None and answer[0] == index:
-                result = self._render(content, index, answer[1], answer[2])
-                reorder.add(rank, tag | _RESULT, result)
-                answer = next(answers, None)
-            if on_progress is not None and index % _PROGRESS_LINES == 0:
-                on_progress(index)
-
-    def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
-        return render_result(
-            result,
-            custom_id=custom_id_of(content),
-            request_id=f"{self._batch.id[6:]}{index:08x}",
-            endpoint=endpoint_of(content, self._batch.endpoint),
-            model=self._model,
-            created=int(time.time()),
-            reused_from=batch_id,
-        )
-
-    def _write_sorted(
-        self,
-        reorder: Reorder,
-        run_order: RunOrder,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        limits = self._limits
-        borders = {*self._starts, run_order.num_leaders - run_order.num_reused}
-        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        with self._blobs.open_writer(plan_key(self._batch.id, self._lease.epoch)) as writer:
-            at = num_held = 0
-            held: list[bytes] = []
-            for rank, line in enumerate(_run_lines(reorder.read())):
-                head = encode_run_head(line.place, line.followers)
-                num_bytes = len(head) + len(line.content) + 1
-                held += (head, line.content, b"\n")
-                num_held += num_bytes
-                if num_held >= _WRITE_BYTES:
-                    writer.write(b"".join(held))
-                    held.clear()
-                    num_held = 0
-                if rank in borders:
-                    self._end_shard(cutter.finish())
-                self._end_shard(
-                    cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
-                )
-                self._results += [(line.place, KIND_OUTPUT, one) for one in line.results]
-                at += num_bytes
-                if on_progress is not None and rank % _PROGRESS_LINES == 0:
-                    on_progress(rank)
-            writer.write(b"".join(held))
-            writer.commit()
-        self._end_shard(cutter.finish())
-
-    def _end_shard(self, cut: Cut | None) -> None:
-        """Note a shard that has all its lines, and write the results that these have."""
-        if cut is None:
-            return
-        if not self._results:
-            self._cuts.append(cut)
-            return
-        key = reused_key(self._batch.id, self._lease.epoch, len(self._reused))
-        blob = self._blobs.put(key, encode_segment(self._results))
-        self._reused.append(Reused(cut, blob))
-        self._results = []
-
-
 def _longest(terms: Terms) -> int:
     """Return how many tokens an answer may have; 0: unknown."""
     if terms.max_tokens is None and terms.constraint is not None:
         return len(terms.constraint.spec) // 4  # an answer is about as long as its schema
     return terms.max_tokens or 0
-
-
-class _RunLine(NamedTuple):
-    """A line that runs, with those it runs for, or with the result that it has already.
-
-    `place` is its index in the file.
-    """
-
-    place: int
-    content: bytes
-    followers: list[Follower]
-    results: list[bytes]
-
-
-def _run_lines(entries: Iterator[Ranked]) -> Iterator[_RunLine]:
-    """Yield the lines of a run order; the leader is the first of its rank, as in the file."""
-    last: _RunLine | None = None
-    for _, tag, content in entries:
-        index, kind = tag >> _KIND_BITS, tag & ((1 << _KIND_BITS) - 1)
-        if kind == _LEADER:
-            if last is not None:
-                yield last
-            last = _RunLine(index, content, [], [])
-        elif last is not None and kind == _FOLLOWER:
-            last.followers.append((index, content.decode()))
-        elif last is not None:
-            last.results.append(content)
-    if last is not None:
-        yield last
 
 
 def _is_determined(terms: Terms, capabilities: Capabilities | None) -> bool:
@@ -533,7 +355,7 @@ class _Reading:
             problems=self._problems,
             sketcher=sketcher,
         )
-        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
+        cutter = self.open_cutter()
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
@@ -569,6 +391,10 @@ class _Reading:
         self._cut(cutter)
         self._check_size()
         self.found = models.found
+
+    def open_cutter(self) -> Cutter:
+        """Return what cuts lines into shards."""
+        return Cutter(max_lines=self._limits.shard_lines, max_bytes=self._limits.shard_bytes)
 
     def _cut(self, cutter: Cutter) -> None:
         """End the shard at hand, if there is one."""

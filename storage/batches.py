@@ -30,19 +30,11 @@ from jobs.domain.shard import (
     UnitState,
     bitmap,
 )
+from storage import batch_models
 from storage.blobs.base import BlobInfo
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
-from storage.tables import (
-    UNENDED,
-    UNFINISHED,
-    batch_models,
-    batches,
-    files,
-    segments,
-    shards,
-    units,
-)
+from storage.tables import UNENDED, UNFINISHED, batches, files, segments, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -115,23 +107,7 @@ def _load(tx: Transaction, rows: Sequence[sa.RowMapping]) -> list[Batch]:
             cached_tokens=tokens[f"{stem}cached_tokens"],
         )
         found.append(batch_from_row(row, counts, usage))
-    return _with_models(tx, found)
-
-
-def _with_models(tx: Transaction, found: Sequence[Batch]) -> list[Batch]:
-    """Return batches with their models, where these are several."""
-    wanted = [one.id for one in found if one.planned_at is not None and one.model is None]
-    if not wanted:
-        return list(found)
-    rows = tx.execute(
-        sa.select(batch_models)
-        .where(batch_models.c.batch_id.in_(wanted))
-        .order_by(batch_models.c.batch_id, batch_models.c.ordinal)
-    )
-    models: dict[str, list[str]] = {}
-    for row in rows:
-        models.setdefault(row.batch_id, []).append(row.model_key)
-    return [replace(one, models=tuple(models.get(one.id, ()))) for one in found]
+    return batch_models.fill_in(tx, found)
 
 
 def load(tx: Transaction, batch_id: BatchId) -> Batch:
@@ -315,13 +291,7 @@ def record_plan(
     )
     names = list(dict.fromkeys(model_keys))
     if names:
-        tx.execute(
-            sa.insert(batch_models),
-            [
-                {"batch_id": batch.id, "ordinal": ordinal, "model_key": name}
-                for ordinal, name in enumerate(names)
-            ],
-        )
+        batch_models.insert(tx, batch.id, names)
     format_version = RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT
     if names or batch.endpoint == MIXED:
         format_version = MIXED_FORMAT

@@ -1,11 +1,13 @@
 """Batches whose lines run on several models, or are of several kinds."""
 
 import json
+from typing import Any
 
 import msgspec
 import pytest
 from sqlalchemy import select
 
+from jobs.audit import audit
 from jobs.domain.batch import Batch, BatchStatus, LineProblem
 from jobs.domain.mixed import MIXED
 from jobs.domain.pooling import EMBEDDINGS
@@ -49,7 +51,7 @@ def plan(
     *,
     endpoint: str = CHAT,
     override: str | None = None,
-    **limits: int,
+    **limits: Any,  # noqa: ANN401
 ) -> Batch:
     bench.submit(b"\n".join(lines), endpoint=endpoint, model_override=override)
     return bench.plan(describe=describe_all, **limits)
@@ -141,6 +143,7 @@ def test_each_model_gives_its_own_lines_answers_in_the_order_of_the_file(bench: 
     assert units.list_waiting_models(bench.db) == {}
     batch = bench.finalize()
     assert (batch.status, batch.models) == (BatchStatus.COMPLETED, (MODEL, OTHER))
+    assert audit(bench.db, bench.blobs, batch.id).violated == ()
     output = bench.output_of(batch)
     assert ids_of(output) == [f"r{n}" for n in range(24)]
     bodies = [line["response"]["body"] for line in output]
