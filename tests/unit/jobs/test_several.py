@@ -17,6 +17,7 @@ from storage import batches, shards, units
 from storage.jsonl import read_requests
 from storage.tables import units as units_table
 from tests.builders import MODEL, Bench, ScriptedEngine, Worker, describe, ids_of, make_line
+from tests.reusing import Reusing
 
 OTHER = "other"
 EMBEDDER = "embedder"
@@ -300,3 +301,36 @@ def test_a_mixed_batch_expires_like_any(bench: Bench) -> None:
     batch = bench.finalize()
     assert batch.status is BatchStatus.EXPIRED
     assert ids_of(bench.errors_of(batch)) == ["a", "b"]
+
+
+# --- answers of earlier batches ---
+
+
+def run_reusing(reusing: Reusing, lines: list[bytes]) -> Batch:
+    reusing.submit(lines, endpoint=MIXED)
+    reusing.plan()
+    for name in (MODEL, OTHER):
+        with Worker(reusing.bench, ScriptedEngine(), model=name) as worker:
+            worker.result()
+    return reusing.bench.finalize(reusing.cache)
+
+
+def test_a_mixed_batch_of_one_model_takes_answers_of_every_kind(bench: Bench) -> None:
+    reusing = Reusing(bench)
+    prompt = {"model": MODEL, "prompt": "say", "temperature": 0}
+    lines = [make_line("a", "hello", temperature=0), line_for(COMPLETIONS, "b", prompt)]
+    first = run_reusing(reusing, lines)
+    second = run_reusing(reusing, lines)
+    assert (first.num_reused, second.num_reused) == (0, 2)
+    bodies = [line["response"]["body"] for line in bench.output_of(second)]
+    assert [body["object"] for body in bodies] == ["chat.completion", "text_completion"]
+    assert [body["batchctl"]["reused_from"] for body in bodies] == [first.id] * 2
+
+
+def test_a_batch_of_several_models_takes_and_gives_no_answers(bench: Bench) -> None:
+    reusing = Reusing(bench)
+    lines = [make_line(f"r{n}", "hello", model=(MODEL, OTHER)[n], temperature=0) for n in range(2)]
+    for _ in range(2):
+        batch = run_reusing(reusing, lines)
+        assert (batch.status, batch.num_reused) == (BatchStatus.COMPLETED, 0)
+    assert list(bench.blobs.list_keys("reuse/")) == []
