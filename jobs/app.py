@@ -130,6 +130,7 @@ class App:
         planning = self.settings.planning
         return PlanLimits(
             max_lines=limits.max_lines,
+            max_models=limits.max_models,
             max_line_bytes=limits.max_line_bytes,
             max_reported_errors=limits.max_reported_errors,
             shard_lines=shards.max_lines,

@@ -187,7 +187,12 @@ class _Naming:
 
 
 class Models:
-    """Decides which model a file runs on, and which lines name another."""
+    """Decides which model each line of a file runs on, and which lines name none that there is.
+
+    Attributes:
+        found: what each model can do, in the order in which lines name them first.
+        number: in `found`, of the last line's model.
+    """
 
     def __init__(
         self,
@@ -195,8 +200,9 @@ class Models:
         problems: Problems,
         *,
         override: str | None,
+        max_models: int,
     ) -> None:
-        """Run on `override` if given, else on what the first good line names.
+        """Run every line on `override` if given, else each on the model that it names.
 
         Raises:
             NotFound, InvalidInput, EngineMisconfigured: `override` is not to be had.
@@ -204,13 +210,16 @@ class Models:
         self._describe = describe
         self._problems = problems
         self._override = override
+        self._max_models = max_models
         self._foreign: str | None = None
         # Lines that name the override, the first other model, or (None) any further one.
         self._naming: dict[str | None, _Naming] = {}
-        self.capabilities: Capabilities | None = None
+        self._known: dict[str, int] = {}
         self._unknown: dict[str, InvalidLine] = {}
+        self.found: list[Capabilities] = []
+        self.number = 0
         if override is not None:
-            self.capabilities = describe(override)
+            self.found = [describe(override)]
 
     def add(self, name: str | None, line: int) -> Capabilities | None:
         """Note that `line` names `name`; return what its model can do, where that is known."""
@@ -223,7 +232,7 @@ class Models:
                 naming.count += 1
                 if len(naming.first) < self._problems.limit:
                     naming.first.append(line)
-            return self.capabilities
+            return self.found[0]
         if name is None:
             self._problems.add(
                 LineProblem(
@@ -233,22 +242,21 @@ class Models:
                     line=line,
                 )
             )
-            return self.capabilities
-        if self.capabilities is not None and name == self.capabilities.model:
-            return self.capabilities
-        error = self._unknown.get(name) or self._look_up(name)
-        if error is None:
-            return self.capabilities
-        self._problems.add_error(error, line)
-        return None
+            return None
+        if name not in self._known:
+            error = self._unknown.get(name) or self._look_up(name)
+            if error is not None:
+                self._problems.add_error(error, line)
+                return None
+        self.number = self._known[name]
+        return self.found[self.number]
 
     def is_settled(self, name: str | None) -> bool:
         """Return whether another line that names `name` would change and report nothing."""
-        found = self.capabilities
-        return self._override is None and found is not None and name == found.model
+        return self._override is None and name in self._known
 
     def _look_up(self, name: str) -> InvalidLine | None:
-        """Return what is wrong with naming this model; the first good one becomes the batch's."""
+        """Return what is wrong with naming this model; a good one gets its number."""
         if not name.isprintable():  # a database would choke on some of it
             return InvalidLine(
                 f"There is no model {quoted(name)!r}.",
@@ -260,14 +268,15 @@ class Models:
         except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             error = InvalidLine(reason.message, param="body.model", error_code="model_not_found")
         else:
-            if self.capabilities is None:
-                self.capabilities = found
+            if len(self.found) < self._max_models:
+                self._known[name] = len(self.found)
+                self.found.append(found)
                 return None
             error = InvalidLine(
-                f"This line names another model than the first ({self.capabilities.model}); "
-                "a batch runs on one model.",
+                f"The lines before this one name {self._max_models} models already; split the "
+                "file, or raise limits.max_models.",
                 param="body.model",
-                error_code="mismatched_model",
+                error_code="too_many_models",
             )
         if len(self._unknown) < self._problems.limit:
             self._unknown[name] = error
@@ -287,8 +296,9 @@ class Models:
                 self._problems.add(
                     LineProblem(
                         code="mismatched_model",
-                        message=f"This line names another model than the others ({kept}); "
-                        "a batch runs on one model.",
+                        message=f"This line names another model than the others ({kept}), and "
+                        f"{self._override} was chosen to stand in for one; choose none to run "
+                        "each line on the model that it names.",
                         param="body.model",
                         line=line,
                     )

@@ -92,6 +92,7 @@ class Batch(msgspec.Struct, frozen=True):
     completion_window: str = ""
     created_at: int = 0
     model: str | None = None
+    models: tuple[str, ...] = ()
     errors: Problems | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None

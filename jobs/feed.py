@@ -25,6 +25,7 @@ from jobs import metrics
 from jobs.domain.batch import Batch
 from jobs.domain.errors import BatchctlError, InvalidLine, LeaseLost, StorageError
 from jobs.domain.ids import BatchId, UnitId, WorkerId
+from jobs.domain.mixed import endpoint_of
 from jobs.domain.request import Request, custom_id_of, parse_line
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.retry import Settlement
@@ -123,6 +124,7 @@ class _Held:
     request: Request
     num_bytes: int = 0
     followers: Sequence[Follower] = ()
+    endpoint: str = ""
 
 
 class Feed:
@@ -418,8 +420,8 @@ class Feed:
                 result,
                 custom_id=custom_id,
                 request_id=f"{shard.lease.batch_id[6:]}{index:08x}",
-                endpoint=shard.batch.endpoint,
-                model=shard.batch.model or "",
+                endpoint=held.endpoint,
+                model=shard.lease.model_key or "",
                 created=int(time.time()),
                 same_as=None if index == held.index else held.custom_id,
                 pooling=held.request.pooling,
@@ -713,7 +715,8 @@ class Feed:
                 refused.append((held, shard.guilty[position]))
                 continue
             try:
-                line = parse_line(content, endpoint=shard.batch.endpoint)
+                endpoint = endpoint_of(content, shard.batch.endpoint)
+                line = parse_line(content, endpoint=endpoint)
             except InvalidLine as error:
                 # Planning let this line through, so the code changed since; say so in its place.
                 request = Request(id=self._next_id)
@@ -725,7 +728,16 @@ class Feed:
                 refused.append((held, refusal))
                 continue
             request = line.to_request(self._next_id)
-            held = _Held(shard, position, index, line.custom_id, request, len(content), followers)
+            held = _Held(
+                shard,
+                position,
+                index,
+                line.custom_id,
+                request,
+                len(content),
+                followers,
+                endpoint,
+            )
             group = shard.group_of.get(position)
             if group is None:
                 read.append(held)

@@ -5,16 +5,16 @@ without a fault is cut into shards. Where another order than the file's is worth
 each other, a second pass writes the lines in the order they will run, and that is cut instead.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from engine.sandbox import Sandbox
 from jobs import metrics
+from jobs.arrange import Arranging
 from jobs.checks import CustomIds, Models, Problems, Schemas
 from jobs.domain.batch import Batch, LineProblem
 from jobs.domain.errors import (
@@ -24,47 +24,36 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
-from jobs.domain.ids import BatchId
+from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, open_sketcher
+from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
-    ENDPOINTS,
     Capabilities,
     Constraint,
     Sketch,
     Sketcher,
     Terms,
-    custom_id_of,
 )
-from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
-from jobs.reuse import Cache, Found, Keys, finding
+from jobs.reuse import Cache, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
 from storage import batches, files, lengths
-from storage.batches import Reused
-from storage.blobs.base import BlobStore, keys_key, plan_key, reused_key
+from storage.blobs.base import BlobStore, keys_key, plan_key
 from storage.database import Database
 from storage.jsonl import (
-    KIND_OUTPUT,
-    Entry,
-    Follower,
     ScannedLine,
-    encode_run_head,
-    encode_segment,
     scan,
 )
-from storage.reorder import Ranked, Reorder
 from storage.spill import Spill
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from storage.batches import Reused
+
 _PROGRESS_LINES = 1000
-_WRITE_BYTES = 1 << 20
-_LEADER, _FOLLOWER, _RESULT = 0, 1, 2
-_KIND_BITS = 2
-"""Of a tag, behind the index of the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +61,7 @@ class PlanLimits:
     """How large an input may be, how shards are cut, and how many faults are listed."""
 
     max_lines: int = 10_000_000
+    max_models: int = 16
     max_line_bytes: int = 8 << 20
     max_reported_errors: int = 100
     shard_lines: int = 1000
@@ -146,15 +136,22 @@ def plan(
         if problems.count:
             batches.refuse(db, lease, errors=problems.first(), num_errors=problems.count)
             return
+        names = [one.model for one in reading.found]
+        model = names[0] if len(names) == 1 else ""
+        if not model:
+            keys = None  # they are of one model's answers
         found = stack.enter_context(finding(cache, keys, on_progress=on_progress))
-        run_order = reading.choose_order(
-            learned=lengths.read(db, batch.tenant_id, reading.model) if limits.by_template else {},
+        is_known = limits.by_template and bool(model)
+        run_order, starts = reading.choose_order(
+            learned=lengths.read(db, batch.tenant_id, model) if is_known else {},
             reused=found.is_reused if found is not None else None,
         )
         source_blob_key, cuts = file.blob_key, reading.cuts
         reused: Sequence[Reused] = ()
         if not run_order.is_arrival:
-            writing = _Writing(blobs, batch, lease, limits=limits, model=reading.model)
+            writing = Arranging(
+                blobs, batch, lease, cutter=reading.open_cutter(), model=model, starts=starts
+            )
             source_blob_key = plan_key(batch.id, lease.epoch)
             cuts, reused = writing.write(
                 reading.scan(),
@@ -173,7 +170,8 @@ def plan(
         lease,
         cuts=cuts,
         source_blob_key=source_blob_key,
-        model_key=reading.model,
+        model_key=model or None,
+        model_keys=() if model else [names[model_at(cut.first_index, starts)] for cut in cuts],
         total=reading.total,
         is_run_order=not run_order.is_arrival,
         reused=reused,
@@ -182,138 +180,7 @@ def plan(
     )
     if is_planned and reused:
         log.info("answers_reused", num_lines=reading.total, num_reused=run_order.num_reused)
-        metrics.count_reused(reading.model, run_order.num_reused)
-
-
-class _Writing:
-    """Writes the lines of a file as they will run, each with those it runs for.
-
-    Behind them come the lines that need not run, and their results go where a worker's would.
-    """
-
-    def __init__(
-        self, blobs: BlobStore, batch: Batch, lease: Lease, *, limits: PlanLimits, model: str
-    ) -> None:
-        self._blobs = blobs
-        self._batch = batch
-        self._lease = lease
-        self._limits = limits
-        self._model = model
-        self._cuts: list[Cut] = []
-        self._reused: list[Reused] = []
-        self._results: list[Entry] = []
-
-    def write(
-        self,
-        scanned: Iterator[ScannedLine],
-        *,
-        run_order: RunOrder,
-        num_bytes: int,
-        found: Found | None,
-        on_progress: Callable[[int], None] | None,
-    ) -> tuple[list[Cut], list[Reused]]:
-        """Return the shards that run, and those whose results are there.
-
-        Raises:
-            StorageError: the input cannot be read, a blob not written, or there is no room to sort.
-        """
-        if found is not None:
-            num_bytes += found.num_bytes
-        with Reorder(num_ranks=run_order.num_leaders, num_bytes=num_bytes) as reorder:
-            self._sort(scanned, reorder, run_order, found, on_progress)
-            self._write_sorted(reorder, run_order, on_progress)
-        log.info(
-            "run_order_written",
-            batch_id=self._batch.id,
-            num_lines=len(run_order.rank) if run_order.rank is not None else 0,
-            num_run=run_order.num_leaders - run_order.num_reused,
-            num_groups=run_order.num_groups,
-            shared_percent=round(100 * run_order.shared, 1),
-        )
-        return self._cuts, self._reused
-
-    def _sort(
-        self,
-        scanned: Iterator[ScannedLine],
-        reorder: Reorder,
-        run_order: RunOrder,
-        found: Found | None,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        ranks = run_order.rank.data if run_order.rank is not None else memoryview(b"")
-        follows = None if run_order.is_follower is None else run_order.is_follower.data
-        answers = found.read() if found is not None else iter(())
-        answer = next(answers, None)
-        for index, (_, _, _, line) in enumerate(scanned):
-            content = line or b""
-            rank, tag = ranks[index], index << _KIND_BITS
-            if follows is not None and follows[index]:
-                reorder.add(rank, tag | _FOLLOWER, custom_id_of(content).encode())
-            else:
-                reorder.add(rank, tag | _LEADER, content)
-            if answer is not None and answer[0] == index:
-                result = self._render(content, index, answer[1], answer[2])
-                reorder.add(rank, tag | _RESULT, result)
-                answer = next(answers, None)
-            if on_progress is not None and index % _PROGRESS_LINES == 0:
-                on_progress(index)
-
-    def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
-        return render_result(
-            result,
-            custom_id=custom_id_of(content),
-            request_id=f"{self._batch.id[6:]}{index:08x}",
-            endpoint=self._batch.endpoint,
-            model=self._model,
-            created=int(time.time()),
-            reused_from=batch_id,
-        )
-
-    def _write_sorted(
-        self,
-        reorder: Reorder,
-        run_order: RunOrder,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        limits = self._limits
-        first_reused = run_order.num_leaders - run_order.num_reused
-        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        with self._blobs.open_writer(plan_key(self._batch.id, self._lease.epoch)) as writer:
-            at = num_held = 0
-            held: list[bytes] = []
-            for rank, line in enumerate(_run_lines(reorder.read())):
-                head = encode_run_head(line.place, line.followers)
-                num_bytes = len(head) + len(line.content) + 1
-                held += (head, line.content, b"\n")
-                num_held += num_bytes
-                if num_held >= _WRITE_BYTES:
-                    writer.write(b"".join(held))
-                    held.clear()
-                    num_held = 0
-                if rank == first_reused:
-                    self._end_shard(cutter.finish())
-                self._end_shard(
-                    cutter.add(index=rank, line=rank + 1, byte_start=at, num_bytes=num_bytes)
-                )
-                self._results += [(line.place, KIND_OUTPUT, one) for one in line.results]
-                at += num_bytes
-                if on_progress is not None and rank % _PROGRESS_LINES == 0:
-                    on_progress(rank)
-            writer.write(b"".join(held))
-            writer.commit()
-        self._end_shard(cutter.finish())
-
-    def _end_shard(self, cut: Cut | None) -> None:
-        """Note a shard that has all its lines, and write the results that these have."""
-        if cut is None:
-            return
-        if not self._results:
-            self._cuts.append(cut)
-            return
-        key = reused_key(self._batch.id, self._lease.epoch, len(self._reused))
-        blob = self._blobs.put(key, encode_segment(self._results))
-        self._reused.append(Reused(cut, blob))
-        self._results = []
+        metrics.count_reused(model, run_order.num_reused)
 
 
 def _longest(terms: Terms) -> int:
@@ -321,35 +188,6 @@ def _longest(terms: Terms) -> int:
     if terms.max_tokens is None and terms.constraint is not None:
         return len(terms.constraint.spec) // 4  # an answer is about as long as its schema
     return terms.max_tokens or 0
-
-
-class _RunLine(NamedTuple):
-    """A line that runs, with those it runs for, or with the result that it has already.
-
-    `place` is its index in the file.
-    """
-
-    place: int
-    content: bytes
-    followers: list[Follower]
-    results: list[bytes]
-
-
-def _run_lines(entries: Iterator[Ranked]) -> Iterator[_RunLine]:
-    """Yield the lines of a run order; the leader is the first of its rank, as in the file."""
-    last: _RunLine | None = None
-    for _, tag, content in entries:
-        index, kind = tag >> _KIND_BITS, tag & ((1 << _KIND_BITS) - 1)
-        if kind == _LEADER:
-            if last is not None:
-                yield last
-            last = _RunLine(index, content, [], [])
-        elif last is not None and kind == _FOLLOWER:
-            last.followers.append((index, content.decode()))
-        elif last is not None:
-            last.results.append(content)
-    if last is not None:
-        yield last
 
 
 def _is_determined(terms: Terms, capabilities: Capabilities | None) -> bool:
@@ -369,6 +207,8 @@ class _Judge:
         is_determined: whether equal requests are sure to have equal answers.
         is_shared: whether equal requests may have one answer.
         identity: of the model; empty: unknown.
+        model: its number.
+        salt: what tells its requests from those of other models of the file.
         longest: how many tokens an answer may have; 0: unknown.
     """
 
@@ -380,13 +220,16 @@ class _Judge:
         *,
         limits: PlanLimits,
         problems: Problems,
+        sketcher: Sketcher | MixedSketcher,
     ) -> None:
-        self._batch = batch
         self._models = models
+        self._checker = checker
         self._limits = limits
         self._problems = problems
+        self._sketcher = sketcher
         self._refuse = batch.on_unsupported_schema == "refuse"
-        self._schemas = Schemas(checker, problems, chunk=limits.check_chunk, refuse=self._refuse)
+        self._all_schemas: dict[tuple[bool, str | None], Schemas] = {}
+        self._schemas = self._schemas_for(None)
         self._terms: Terms | None = None
         self._capabilities: Capabilities | None = None
         self._fault: InvalidLine | None = None
@@ -394,6 +237,8 @@ class _Judge:
         self.wants_each = True
         self.is_determined = self.is_shared = False
         self.identity = ""
+        self.model = 0
+        self.salt = b""
         self.longest = 0
 
     def look(self, terms: Terms, number: int) -> None:
@@ -407,10 +252,11 @@ class _Judge:
             self.is_shared = self.is_determined if fold == "determined" else fold == "all"
             self.identity = capabilities.identity if capabilities is not None else ""
             self.longest = _longest(terms)
+            self.model = self._models.number
+            self.salt = bytes((self.model,)) if self.model else b""
             self._constraints = terms.list_schemas()
             if capabilities is not None:
-                self._schemas.refuse = self._refuse or capabilities.refuses_unenforceable
-                self._schemas.backend = capabilities.constraint_backend
+                self._schemas = self._schemas_for(capabilities)
         if self._fault is not None:
             self._problems.add_error(self._fault, number)
         for constraint, where in self._constraints:
@@ -423,14 +269,30 @@ class _Judge:
 
     def finish(self) -> None:
         """Report what could not be said before the last line."""
-        self._schemas.check()
+        for schemas in self._all_schemas.values():
+            schemas.check()
         self._models.finish()
+
+    def _schemas_for(self, capabilities: Capabilities | None) -> Schemas:
+        """Return what tries schemas as a model of these capabilities needs it; None: any."""
+        refuse, backend = self._refuse, None
+        if capabilities is not None:
+            refuse = refuse or capabilities.refuses_unenforceable
+            backend = capabilities.constraint_backend
+        key = (refuse, backend)
+        if key not in self._all_schemas:
+            found = Schemas(
+                self._checker, self._problems, chunk=self._limits.check_chunk, refuse=refuse
+            )
+            found.backend = backend
+            self._all_schemas[key] = found
+        return self._all_schemas[key]
 
     def _find_fault(self, terms: Terms, capabilities: Capabilities | None) -> InvalidLine | None:
         """Return why a model cannot serve lines on these terms, which are good in themselves."""
         if capabilities is None:
             return None
-        endpoint = self._batch.endpoint
+        endpoint = self._sketcher.endpoint
         if endpoint not in capabilities.endpoints:
             return InvalidLine(
                 f"Model {capabilities.model} cannot serve {endpoint}, only "
@@ -466,8 +328,8 @@ class _Reading:
         self._problems = problems
         self.cuts: list[Cut] = []
         self.total = 0
-        self.model = ""
-        self._capabilities: Capabilities | None = None
+        self.found: list[Capabilities] = []
+        self._models = ModelColumn()
         self._columns = columns
         self._keys = keys
 
@@ -484,9 +346,16 @@ class _Reading:
         """
         limits = self._limits
         models = self._open_models(describe)
-        judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
-        cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
-        sketcher, note, keys = Sketcher(self._batch.endpoint), self._columns.add, self._keys
+        sketcher, note, keys = open_sketcher(self._batch.endpoint), self._columns.add, self._keys
+        judge = _Judge(
+            self._batch,
+            models,
+            checker,
+            limits=limits,
+            problems=self._problems,
+            sketcher=sketcher,
+        )
+        cutter = self.open_cutter()
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
@@ -497,6 +366,8 @@ class _Reading:
                 if line.terms is not terms or judge.wants_each:
                     terms = line.terms
                     judge.look(terms, number)
+                    if self._models.note(total, judge.model):
+                        self._cut(cutter)
                 ids.add(line.custom_id)
                 cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
@@ -506,7 +377,7 @@ class _Reading:
                 note(
                     content,
                     num_first_chars=line.num_first_chars,
-                    key=line.digest() if judge.is_shared else None,
+                    key=line.digest(judge.salt) if judge.is_shared else None,
                     max_tokens=judge.longest,
                 )
                 total += 1
@@ -517,16 +388,22 @@ class _Reading:
             repeated = ids.repeated()
         if repeated:
             self._report_repeated(repeated)
-        last = cutter.finish()
-        if last is not None:
-            self.cuts.append(last)
+        self._cut(cutter)
         self._check_size()
-        self._capabilities = models.capabilities
-        if models.capabilities is not None:
-            self.model = models.capabilities.model
+        self.found = models.found
+
+    def open_cutter(self) -> Cutter:
+        """Return what cuts lines into shards."""
+        return Cutter(max_lines=self._limits.shard_lines, max_bytes=self._limits.shard_bytes)
+
+    def _cut(self, cutter: Cutter) -> None:
+        """End the shard at hand, if there is one."""
+        cut = cutter.finish()
+        if cut is not None:
+            self.cuts.append(cut)
 
     def _sketch(
-        self, sketcher: Sketcher, number: int, num_bytes: int, content: bytes | None
+        self, sketcher: Sketcher | MixedSketcher, number: int, num_bytes: int, content: bytes | None
     ) -> Sketch | None:
         """Return what planning needs of a line, or None once it is reported what is wrong."""
         if content is None:
@@ -544,36 +421,45 @@ class _Reading:
 
     def choose_order(
         self, *, learned: Mapping[int, int], reused: "NDArray[np.bool_] | None"
-    ) -> RunOrder:
-        """Return in which order the lines are to run; see `order` for what was learned.
+    ) -> tuple[RunOrder, list[int]]:
+        """Return in which order the lines are to run, and where in it each model begins.
+
+        See `order` for what was learned.
 
         Args:
             reused: for each line, whether it need not; None: all have to.
         """
-        found = self._capabilities
-        return order(
+        chosen = order(
             self._columns,
-            cache_tokens=found.cache_tokens if found is not None else 0,
+            cache_tokens=min(one.cache_tokens for one in self.found),
             by_prefix=self._limits.by_prefix,
             by_length=self._limits.by_length,
             learned=learned,
             reused=reused,
         )
+        if len(self.found) == 1:
+            return chosen, [0]
+        return group_by_model(chosen, self._models, self.total)
 
     def scan(self) -> Iterator[ScannedLine]:
         """Yield the lines of the file."""
         return scan(self._blobs, self._key, max_line_bytes=self._limits.max_line_bytes)
 
     def _open_models(self, describe: Callable[[str], Capabilities]) -> Models:
-        if self._batch.endpoint not in ENDPOINTS:
+        if self._batch.endpoint not in BATCH_ENDPOINTS:
             raise InvalidLine(
                 f"Endpoint {self._batch.endpoint} is not supported; use one of "
-                f"{', '.join(ENDPOINTS)}.",
+                f"{', '.join(BATCH_ENDPOINTS)}.",
                 param="endpoint",
                 error_code="invalid_value",
             )
         try:
-            return Models(describe, self._problems, override=self._batch.model_override)
+            return Models(
+                describe,
+                self._problems,
+                override=self._batch.model_override,
+                max_models=self._limits.max_models,
+            )
         except (NotFound, InvalidInput, EngineMisconfigured) as reason:
             raise InvalidLine(reason.message, param="model", error_code="model_not_found") from None
 
@@ -592,7 +478,7 @@ class _Reading:
     def _report_repeated(self, repeated: set[bytes]) -> None:
         """Read the file again and list every line that repeats an earlier custom_id."""
         first_lines: dict[bytes, int] = {}
-        sketcher = Sketcher(self._batch.endpoint)
+        sketcher = open_sketcher(self._batch.endpoint)
         for number, _, _, content in self.scan():
             if content is None:
                 continue

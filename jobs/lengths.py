@@ -13,8 +13,8 @@ import numpy as np
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.ids import BatchId
+from jobs.domain.mixed import open_sketcher
 from jobs.domain.plan import Columns
-from jobs.domain.request import Sketcher
 from jobs.domain.shard import Shard, UnitState
 from storage import batches, lengths, segments, shards
 from storage.blobs.base import BlobStore
@@ -49,7 +49,7 @@ def learn(db: Database, blobs: BlobStore, batch_id: BatchId) -> int:
         if state is UnitState.DONE
     ]
     columns = Columns(batch.endpoint)
-    sketcher = Sketcher(batch.endpoint)
+    sketcher = open_sketcher(batch.endpoint)
     counts: list[int] = []
     are_cut: list[bool] = []
     for line, result in _read_sample(db, blobs, done):

@@ -56,6 +56,7 @@ from jobs.catalogue import (
     resolve,
 )
 from jobs.domain.errors import InvalidInput, NotFound
+from jobs.domain.models import MAX_MODELS
 from jobs.domain.plan import Fold
 from storage.config import BlobSettings, DatabaseSettings
 
@@ -96,6 +97,9 @@ class LimitSettings(_Group):
 
     max_file_bytes: int = Field(default=200 * _GIB, ge=1, description="size of an uploaded file")
     max_lines: int = Field(default=10_000_000, ge=1, description="requests in one batch")
+    max_models: int = Field(
+        default=16, ge=1, le=MAX_MODELS, description="models that one batch may run on"
+    )
     max_line_bytes: int = Field(
         default=8 * _MIB, ge=_KIB, description="size of one request line; a longer one is an error"
     )

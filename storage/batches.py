@@ -18,8 +18,10 @@ from jobs.domain.batch import (
 )
 from jobs.domain.errors import NotFound
 from jobs.domain.ids import BatchId, TenantId
+from jobs.domain.mixed import MIXED
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
+    MIXED_FORMAT,
     PLAIN_FORMAT,
     RUN_ORDER_FORMAT,
     Cut,
@@ -28,6 +30,7 @@ from jobs.domain.shard import (
     UnitState,
     bitmap,
 )
+from storage import batch_models
 from storage.blobs.base import BlobInfo
 from storage.database import Transaction, reads, writes
 from storage.files import File, insert_file
@@ -104,7 +107,7 @@ def _load(tx: Transaction, rows: Sequence[sa.RowMapping]) -> list[Batch]:
             cached_tokens=tokens[f"{stem}cached_tokens"],
         )
         found.append(batch_from_row(row, counts, usage))
-    return found
+    return batch_models.fill_in(tx, found)
 
 
 def load(tx: Transaction, batch_id: BatchId) -> Batch:
@@ -235,6 +238,7 @@ def record_plan(
     source_blob_key: str,
     model_key: str | None,
     total: int,
+    model_keys: Sequence[str] = (),
     is_run_order: bool = False,
     reused: Sequence[Reused] = (),
     reuse_identity: str | None = None,
@@ -244,7 +248,9 @@ def record_plan(
     """Insert the shards of a batch, start it and end its plan unit; all or nothing.
 
     Args:
+        model_key: what every shard runs on; None: they run on several.
         total: lines of the input; with a run order some of them may not run themselves.
+        model_keys: where they do, what each of `cuts` runs on, in the order of the models.
         is_run_order: whether the cuts are of a run-order blob.
         reused: further shards behind the cuts, whose results are there already.
         reuse_identity: the model whose answers are given to later batches; None: none are.
@@ -283,6 +289,12 @@ def record_plan(
         reuse_identity=reuse_identity,
         reuse_blob_key=reuse_blob_key,
     )
+    names = list(dict.fromkeys(model_keys))
+    if names:
+        batch_models.insert(tx, batch.id, names)
+    format_version = RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT
+    if names or batch.endpoint == MIXED:
+        format_version = MIXED_FORMAT
     places = [(cut, None) for cut in cuts] + [(one.cut, one.blob) for one in reused]
     new_units = [
         new_unit(
@@ -290,8 +302,8 @@ def record_plan(
             UnitKind.SHARD,
             now=now,
             ordinal=ordinal,
-            model_key=model_key,
-            format_version=RUN_ORDER_FORMAT if is_run_order else PLAIN_FORMAT,
+            model_key=model_keys[ordinal] if names else model_key,
+            format_version=format_version,
         )
         | ({"last_exit": None} if blob is None else _ENDED)
         for ordinal, (_, blob) in enumerate(places)

@@ -135,6 +135,14 @@ batches = sa.Table(
     sa.Index("ix_batches_page", "tenant_id", "created_at", "id"),
     sa.Index("ix_batches_input_file_id", "input_file_id"),
 )
+# Of a batch whose lines run on several models; that of any other is in its row.
+batch_models = sa.Table(
+    "batch_models",
+    metadata,
+    sa.Column("batch_id", sa.Text, sa.ForeignKey("batches.id"), primary_key=True),
+    sa.Column("ordinal", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("model_key", sa.Text, nullable=False),
+)
 UNFINISHED = batches.c.status.not_in(sorted(TERMINAL_STATUSES))
 _unfinished = sa.text("status NOT IN ('cancelled', 'completed', 'expired', 'failed')")
 sa.Index(

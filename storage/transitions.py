@@ -34,7 +34,7 @@ from storage.tables import UNENDED, batches, outbox, units
 WORK_KINDS = (UnitKind.PLAN, UnitKind.SHARD)
 """Kinds that end with their batch; the others run whatever becomes of it."""
 
-_NOT_COLUMNS = frozenset({"request_counts", "usage", "errors", "status", "ending"})
+_NOT_COLUMNS = frozenset({"request_counts", "usage", "errors", "status", "ending", "models"})
 _PLAIN = tuple(field.name for field in fields(Batch) if field.name not in _NOT_COLUMNS)
 
 

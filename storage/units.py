@@ -29,9 +29,10 @@ from jobs.domain.shard import (
     UnitKind,
     UnitState,
 )
+from storage import batch_models
 from storage import batches as batch_statements
 from storage.database import Transaction, reads, writes
-from storage.tables import UNFINISHED, batches, shards, units
+from storage.tables import batches, shards, units
 from storage.transitions import (
     WORK_KINDS,
     advance_if_ended,
@@ -442,7 +443,7 @@ def list_waiting_models(tx: Transaction) -> dict[str, datetime]:
 
     Reads one index entry a model, not what waits.
     """
-    models = _unfinished_models()
+    models = batch_models.select_unfinished()
     oldest = (
         sa.select(sa.func.min(units.c.not_before))
         .where(
@@ -468,7 +469,7 @@ def poke_due(
     poked for at once, and the rest is claimed before it.
     """
     now = now or tx.now()
-    models = _unfinished_models()
+    models = batch_models.select_unfinished()
     is_of_model = _waiting.c.model_key == models.c.model_key
     candidates = [sa.select(_last_ready(UnitKind.SHARD, is_of_model, now)).select_from(models)]
     candidates += [
@@ -498,15 +499,6 @@ def poke_due(
     return sorted(
         ((UnitKind(row.kind), row.model_key) for row in rows),
         key=lambda pair: (pair[0], pair[1] or ""),
-    )
-
-
-def _unfinished_models() -> sa.Subquery:
-    return (
-        sa.select(batches.c.model_key)
-        .where(UNFINISHED, batches.c.model_key.is_not(None))
-        .distinct()
-        .subquery("models")
     )
 
 

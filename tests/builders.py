@@ -378,6 +378,7 @@ class Worker:
         times: LeaseTimes = TIMES,
         name: str = "worker_test",
         start: Callable[[], Any] | None = None,
+        model: str = MODEL,
     ) -> None:
         self.stop = threading.Event()
         self._engine = engine
@@ -394,7 +395,7 @@ class Worker:
         self.supervisor = EngineSupervisor(start or (lambda: cast("Any", engine)))
         self._pool = ThreadPoolExecutor(1)
         self._work = lambda: runner.work(
-            context, self.supervisor, model_keys=[MODEL], stop=self.stop
+            context, self.supervisor, model_keys=[model], stop=self.stop
         )
 
     def __enter__(self) -> Self:

@@ -236,7 +236,7 @@ def list_(
                 _done(batch),
                 batch.request_counts.failed,
                 short_instant(batch.created_at),
-                batch.model or "",
+                batch.model or ", ".join(batch.models),
             )
             for batch in chosen
         ),
@@ -404,7 +404,7 @@ def _show(batch: Batch) -> None:
         (
             ("batch", batch.id),
             ("status", batch.status),
-            ("model", batch.model),
+            ("model", batch.model or ", ".join(batch.models) or None),
             ("endpoint", batch.endpoint),
             ("requests", output.count(counts.total)),
             ("completed", output.count(counts.completed)),

@@ -11,7 +11,8 @@ import typer
 from jobs.cli import output
 from jobs.client import Client
 from jobs.domain.errors import InvalidInput
-from jobs.domain.request import CHAT, ENDPOINTS, Constraint
+from jobs.domain.mixed import BATCH_ENDPOINTS, MIXED
+from jobs.domain.request import CHAT, Constraint
 from jobs.prepare import Source, prepare_input
 from jobs.settings import Settings, load, origins
 from jobs.telemetry import configure_logging
@@ -39,7 +40,10 @@ Input = Annotated[
     ),
 ]
 Endpoint = Annotated[
-    str | None, typer.Option("--endpoint", metavar="PATH", help="If not the first line's url.")
+    str | None,
+    typer.Option(
+        "--endpoint", metavar="PATH", help="If not the first line's url; mixed: each its own."
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option("--model", help="Run on this model, whatever the lines name.")
@@ -193,6 +197,10 @@ class Making:
         Raises:
             InvalidInput: it is none that is served.
         """
+        if self.prompt is not None and chosen == MIXED:
+            raise typer.BadParameter(
+                "lines that are made with --prompt are all for one", param_hint="--endpoint"
+            )
         return check_endpoint(chosen or (source.endpoint if self.prompt is None else None))
 
     def prepare(self, source: Source, endpoint: str) -> Iterator[bytes]:
@@ -216,9 +224,10 @@ def check_endpoint(endpoint: str | None) -> str:
         InvalidInput: it is none that is served.
     """
     endpoint = endpoint or CHAT
-    if endpoint not in ENDPOINTS:
+    if endpoint not in BATCH_ENDPOINTS:
         raise InvalidInput(
-            f"Endpoint {output.one_line(endpoint)} is not served; use {' or '.join(ENDPOINTS)}.",
+            f"Endpoint {output.one_line(endpoint)} is not served; use "
+            f"{' or '.join(BATCH_ENDPOINTS)}.",
             param="endpoint",
         )
     return endpoint

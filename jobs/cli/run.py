@@ -33,6 +33,7 @@ from storage.config import BlobSettings, DatabaseSettings
 
 _POLL_SECONDS = 0.25
 _COPY_BYTES = 1 << 20
+_FOREVER_SECONDS = 1e9
 
 
 def run(
@@ -88,7 +89,14 @@ def run(
     _check_places(input_file, output_file, errors_file)
     settings = options.load_settings(config, data=data, engine=engine)
     # A local run stands by itself, whatever a server on this machine uses.
-    settings = settings.model_copy(update={"database": DatabaseSettings(), "blobs": BlobSettings()})
+    # Nobody waits for another model than this batch: each loads once, and runs all its lines.
+    settings = settings.model_copy(
+        update={
+            "database": DatabaseSettings(),
+            "blobs": BlobSettings(),
+            "worker": settings.worker.model_copy(update={"model_stay_seconds": _FOREVER_SECONDS}),
+        }
+    )
     if reuse and not settings.reuse.expire_days:
         raise InvalidInput(
             "No answers are kept for later runs; say for how long with reuse.expire_days or "
@@ -266,7 +274,7 @@ def _show(
     phase = "running"
     if batch.status is not BatchStatus.IN_PROGRESS:
         phase = "writing" if not batch.status.is_terminal else str(batch.status)
-    elif embedded.engine_pid is None and not counts.completed + counts.failed:
+    elif embedded.engine_pid is None and (batch.models or not counts.completed + counts.failed):
         phase = "loading the model"
     progress.update(
         total=counts.total,
@@ -341,7 +349,10 @@ def _deliver(
                 },
                 "output": str(output_file) if output_file else None,
                 "errors": str(errors_file) if errors_file else None,
-                "tuning": msgspec.structs.asdict(tuning) if tuning is not None else None,
+                "models": batch.models or ((batch.model,) if batch.model else ()),
+                "tuning": msgspec.structs.asdict(tuning)
+                if tuning is not None and not batch.models
+                else None,
                 "batch": batch.id,
                 "folder": str(app.folder),
             }
@@ -369,7 +380,9 @@ def _sum_up(
     ]
     if errors_file is not None:
         told.append(("errors", str(errors_file)))
-    if tuning is not None:
+    if batch.models:
+        told.insert(1, ("models", ", ".join(batch.models)))
+    elif tuning is not None:  # what the last of several worked with says nothing of the others
         told.append(("engine", render_tuning(tuning)))
     if batch.reuse:
         told.insert(3, ("reused", output.reused(batch.num_reused, counts.total)))

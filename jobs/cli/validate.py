@@ -77,6 +77,7 @@ def _tell(batch: "Batch", *, as_json: bool) -> None:
                 "requests": batch.request_counts.total,
                 "endpoint": batch.endpoint,
                 "model": batch.model,
+                "models": batch.models,
                 "num_errors": batch.num_errors,
                 "errors": [
                     {
@@ -93,7 +94,7 @@ def _tell(batch: "Batch", *, as_json: bool) -> None:
     if not batch.num_errors:
         output.say(
             f"Good: {output.count(batch.request_counts.total)} requests for "
-            f"{output.one_line(batch.model or '')}."
+            f"{output.one_line(batch.model or ', '.join(batch.models))}."
         )
         return
     output.print_problems((one.line, one.code, one.param, one.message) for one in batch.errors)

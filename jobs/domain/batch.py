@@ -94,7 +94,7 @@ class Batch:
     """A batch of requests over one input file.
 
     With `reuse` it takes answers of earlier batches, `num_reused` of them, and gives its own to
-    later ones.
+    later ones. Where its lines run on several models it has no `model`, and `models` lists them.
     """
 
     id: BatchId
@@ -129,6 +129,7 @@ class Batch:
     error_file_id: FileId | None = None
     reuse: bool = False
     num_reused: int = 0
+    models: tuple[str, ...] = ()
 
 
 _S, _E = BatchStatus, BatchEvent

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import xxhash
 
+from jobs.domain.mixed import MIXED
 from jobs.domain.request import CHAT
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Columns:
             endpoint: of the lines to come.
             spill: takes what would be in memory beyond some thousand lines; None: nothing does.
         """
-        self._prompt_key = b'"messages"' if endpoint == CHAT else b'"prompt"'
+        self._prompt_key = b'"messages"' if endpoint in {CHAT, MIXED} else b'"prompt"'
         self._rows = bytearray()
         self._new = bytearray()
         self._spill = spill

@@ -292,12 +292,13 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
     asked: Any
     num_first_chars: int
 
-    def digest(self) -> bytes:
+    def digest(self, model: bytes = b"") -> bytes:
         """Return 16 bytes that are equal where requests are, however their lines are written.
 
-        The model is not among what they depend on: a batch runs on one.
+        Args:
+            model: what tells apart the models of a batch that has several.
         """
-        return xxh3_128_digest(self.request())
+        return xxh3_128_digest(self.request() + model)
 
     def request(self) -> bytes:
         """Return all that is asked: equal bytes where requests are equal, the model aside."""
@@ -313,7 +314,7 @@ class Sketcher:
 
     def __init__(self, endpoint: str) -> None:
         """Prepare for lines of one of `ENDPOINTS`."""
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         self._is_chat = endpoint == CHAT
         self._is_pooling = endpoint in POOLING_ENDPOINTS
         self._decode = _LINE_DECODERS[endpoint].decode
@@ -332,13 +333,13 @@ class Sketcher:
             body, custom_id = wire.body, wire.custom_id
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             custom_id, body = parse_slowly(
-                line, endpoint=self._endpoint, body_type=_BODY_TYPES[self._endpoint]
+                line, endpoint=self.endpoint, body_type=_BODY_TYPES[self.endpoint]
             )
         if not 0 < len(custom_id) <= _SURE_CHARS:
             _check_custom_id(custom_id)
         if self._is_pooling:
             # There is nothing to choose by chance, so equal lines have equal answers.
-            asks = Terms(body.model, None, 0.0, None, None, None, self._endpoint.encode(), body)
+            asks = Terms(body.model, None, 0.0, None, None, None, self.endpoint.encode(), body)
             return Sketch(custom_id, asks, read_pooling(body), 0)
         if is_chat:
             asked, body.messages = body.messages, None

@@ -7,13 +7,15 @@ from enum import StrEnum
 from jobs.domain.ids import BatchId, UnitId, WorkerId
 from jobs.domain.result import Usage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of what a unit's worker must understand; older workers skip newer units.
 
-1: byte ranges of the input. 2: ranges of a run-order blob too.
+1: byte ranges of the input. 2: ranges of a run-order blob too. 3: a line may have an endpoint of
+its own, and a batch a model for each shard.
 """
 PLAIN_FORMAT = 1
 RUN_ORDER_FORMAT = 2
+MIXED_FORMAT = 3
 
 
 class UnitKind(StrEnum):

@@ -83,7 +83,8 @@ def parse_slowly(line: bytes, *, endpoint: str, body_type: type[msgspec.Struct])
         )
     if value["url"] != endpoint:
         raise InvalidLine(
-            f"The url of this line is not the batch's endpoint {endpoint}.",
+            f"The url of this line is not the batch's endpoint {endpoint}; use the endpoint "
+            '"mixed" to run lines of several kinds.',
             param="url",
             error_code="invalid_url",
         )

@@ -120,7 +120,12 @@ class Bench:
         )
 
     def record_plan(
-        self, lease: Lease, sizes: Sequence[int] = (3, 2), *, model_key: str = "demo"
+        self,
+        lease: Lease,
+        sizes: Sequence[int] = (3, 2),
+        *,
+        model_key: str | None = "demo",
+        model_keys: Sequence[str] = (),
     ) -> bool:
         cuts, first = [], 0
         for size in sizes:
@@ -140,6 +145,7 @@ class Bench:
             cuts=cuts,
             source_blob_key="files/x",
             model_key=model_key,
+            model_keys=model_keys,
             total=first,
         )
 

@@ -367,6 +367,29 @@ def test_models_with_shards_to_claim_are_listed_with_since_when(bench: Bench) ->
     assert units.list_waiting_models(bench.db) == {}
 
 
+def test_each_model_of_a_batch_that_has_several_is_claimed_by_who_has_it(bench: Bench) -> None:
+    batch = bench.add_batch()
+    lease = bench.must_claim(UnitKind.PLAN)
+    names = ["demo", "demo", "another", "third"]
+    assert bench.record_plan(lease, [2] * 4, model_key=None, model_keys=names)
+    found = batches.get(bench.db, batch.id)
+    assert (found.model, found.models) == (None, ("demo", "another", "third"))
+    bench.add_planned(1)
+    assert batches.get(bench.db, bench.add_planned(1)).models == ()
+    since = bench.clock.now
+    assert units.list_waiting_models(bench.db) == dict.fromkeys(names, since)
+    assert units.poke_due(bench.db) == [
+        (UnitKind.SHARD, name) for name in ("another", "demo", "third")
+    ]
+    taken = bench.claim(UnitKind.SHARD, model_keys=["another"])
+    assert taken is not None
+    assert (taken.batch_id, taken.ordinal, taken.model_key) == (batch.id, 2, "another")
+    assert bench.claim(UnitKind.SHARD, model_keys=["another"]) is None
+    assert units.list_waiting_models(bench.db).keys() == {"demo", "third"}
+    batches.request_cancel(bench.db, batch.id)
+    assert units.list_waiting_models(bench.db).keys() == {"demo"}
+
+
 def test_a_claim_takes_the_first_entry_of_an_index_however_many_wait(bench: Bench) -> None:
     bench.add_planned(*[1] * 500)
     asked: list[tuple[str, Any]] = []

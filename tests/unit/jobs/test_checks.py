@@ -3,7 +3,7 @@ from tests.builders import describe
 
 
 def models(problems: Problems) -> Models:
-    return Models(describe, problems, override="simulated")
+    return Models(describe, problems, override="simulated", max_models=16)
 
 
 def test_every_line_of_a_second_model_is_counted_and_the_first_are_listed() -> None:

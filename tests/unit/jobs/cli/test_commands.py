@@ -283,6 +283,29 @@ def test_validate_lists_every_bad_line(tmp_path: Path) -> None:
     assert "not listed" in limited.stderr
 
 
+def test_validate_names_the_models_of_lines_of_several_kinds(tmp_path: Path) -> None:
+    text = {"model": "demo", "prompt": "hi"}
+    rows = [request_line("a"), request_line("b", url="/v1/completions", body=text)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    (error,) = json.loads(invoke("validate", "in.jsonl", "--json").stdout)["errors"]
+    assert (error["line"], error["code"]) == (2, "invalid_url")
+    mixed = ("validate", "in.jsonl", "--endpoint", "mixed")
+    shown = invoke(*mixed)
+    assert (shown.exit_code, shown.stderr) == (exits.OK, "Good: 2 requests for simulated, demo.\n")
+    told = json.loads(invoke(*mixed, "--json").stdout)
+    assert (told["endpoint"], told["model"], told["models"]) == (
+        "mixed",
+        None,
+        ["simulated", "demo"],
+    )
+
+
+def test_lines_made_by_a_prompt_are_all_of_one_kind(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("text\nx\n")
+    shown = invoke("validate", "in.csv", "--prompt", "Say {text}", "--endpoint", "mixed")
+    assert_one_line(shown, exits.USAGE, "--endpoint", "--prompt")
+
+
 def test_validate_checks_what_a_prompt_makes(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id,text\na,x\na,y\n")
     shown = invoke("validate", "in.csv", "--prompt", "Say {text}", "--model", "simulated", "--json")
