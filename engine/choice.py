@@ -7,7 +7,7 @@ moment: the same model on the same machine has to give the same answers tomorrow
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,12 @@ _COMMON_CONTEXT_TOKENS = 4096
 # The rest is for whoever else uses the device, and for what an estimate does not see.
 _GPU_SHARE = 0.9
 _MEMORY_SHARE = 0.8
-_WEIGHT_KINDS: Mapping[str, WeightKind] = {"none": "16 bit", "nf4": "nf4"}
+_WEIGHT_KINDS: Mapping[str, WeightKind] = {
+    "none": "16 bit",
+    "int8": "int8",
+    "nf4": "nf4",
+    "fp4": "fp4",
+}
 _HUB_FOLDER = Path("~/.cache/huggingface/hub")
 
 
@@ -156,14 +161,23 @@ def _cached_folder(source: str, cache_folder: str | None) -> Path | None:
 
 
 def list_options(
-    size: ModelSize, engine: LocalEngine, machine: Machine, plan: Plan
+    size: ModelSize,
+    engine: LocalEngine,
+    machine: Machine,
+    plan: Plan,
+    *,
+    words: Sequence[str] = ("none", "nf4"),
 ) -> list[Option]:
-    """Return the ways to run a model on an engine, the one with the most bits first."""
+    """Return the ways to run a model on an engine, the one with the most bits first.
+
+    Args:
+        words: quantizations to look at; only "none" where the weights are stored quantized.
+    """
     place = _place(engine, machine, plan)
     if place is None:
         return []
     found = []
-    for word in ["none"] if size.stored_quantization else ["none", "nf4"]:
+    for word in ("none",) if size.stored_quantization else words:
         kind = _WEIGHT_KINDS[word]
         if size.stored_quantization:
             kind = "as stored"
@@ -332,9 +346,12 @@ def _too_large(name: str, options: list[Option], machine: Machine) -> str:
 
 
 def _bits(option: Option) -> str:
-    return {"nf4": "4 bits (nf4)", "as stored": "the bits it is stored in"}.get(
-        option.kind, option.kind
-    )
+    return {
+        "nf4": "4 bits (nf4)",
+        "fp4": "4 bits (fp4)",
+        "int8": "8 bits (int8)",
+        "as stored": "the bits it is stored in",
+    }.get(option.kind, option.kind)
 
 
 def gigabytes(num_bytes: int) -> str:

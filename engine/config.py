@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-HfQuantization = Literal["none", "nf4"]
+HfQuantization = Literal["none", "nf4", "fp4", "int8"]
 VllmQuantization = Literal[
     "none", "nf4", "awq", "awq_marlin", "gptq", "gptq_marlin", "marlin", "fp8", "nvfp4"
 ]

@@ -14,17 +14,18 @@ from typing import Any, Literal
 
 from engine.checkpoint import Tensor, read_config, read_tensors
 
-WeightKind = Literal["16 bit", "32 bit", "int8", "nf4", "as stored"]
-"""How weights are kept: nf4 and int8 are of the linear layers, the others stay at 16 bit."""
+WeightKind = Literal["16 bit", "32 bit", "int8", "nf4", "fp4", "as stored"]
+"""How weights are kept: nf4, fp4 and int8 are of the linear layers, the others stay at 16 bit."""
 
 _LINEAR_BYTES: Mapping[WeightKind, float] = {
     "16 bit": 2.0,
     "32 bit": 4.0,
     "int8": 1.0,
     "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "fp4": 0.5 + 1 / 64 + 4 / (64 * 256),
 }
 # bitsandbytes repacks for a CPU at the first step: one bf16 constant for each block of 64.
-_NF4_BYTES_ON_CPU = 0.5 + 2 / 64
+_FOUR_BITS_ON_CPU = 0.5 + 2 / 64
 _CACHE_ITEM_BYTES = 2
 
 # What a process has beside the model. CPU: 0.4 GB was measured with the demo model, and large
@@ -300,7 +301,7 @@ def weight_bytes(
         if size.stored_bytes is not None:
             return size.stored_bytes
         kind = "16 bit"
-    each = _NF4_BYTES_ON_CPU if kind == "nf4" and on_cpu else _LINEAR_BYTES[kind]
+    each = _FOUR_BITS_ON_CPU if kind in {"nf4", "fp4"} and on_cpu else _LINEAR_BYTES[kind]
     small, plain = (size.linear, size.other + size.experts)
     if packs_experts:
         small, plain = size.linear + size.experts, size.other
@@ -311,11 +312,11 @@ def activation_bytes(size: ModelSize, kind: WeightKind, *, slots: int, batch_tok
     """Return about what one step needs beside weights and cache.
 
     The widest layer's inputs and outputs at 16 bit for every token of the step, the logits of
-    every sequence as 32-bit numbers twice, and with nf4 the widest matrix unpacked.
+    every sequence as 32-bit numbers twice, and with a quantization the widest matrix unpacked.
     """
     step = max(batch_tokens, slots) * (6 * size.hidden + 3 * size.widest) * 2
     logits = 2 * slots * size.vocabulary * 4
-    unpacked = size.hidden * size.widest * 2 if kind in {"nf4", "int8"} else 0
+    unpacked = size.hidden * size.widest * 2 if kind in {"nf4", "fp4", "int8"} else 0
     return step + logits + unpacked
 
 

@@ -1,10 +1,10 @@
 """Opens engines, importing only the one that was asked for, and describes models without torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -21,6 +21,7 @@ from engine.config import (
 from engine.encoders import is_encoder, is_scoring, read_pooling_settings
 from engine.gguf import read as read_gguf
 from engine.llamacpp.describe import describe_gguf
+from engine.quantized import effective_quantization
 from engine.revision import revision_of
 from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
@@ -34,6 +35,9 @@ from jobs.domain.request import (
     Capabilities,
 )
 
+if TYPE_CHECKING:
+    from engine.hf.quantizing import Quantized
+
 _DESCRIBING_FILES = (
     "config.json",
     "generation_config.json",
@@ -46,6 +50,8 @@ _DESCRIBING_FILES = (
     "1_Pooling/config.json",
     "sentence_bert_config.json",
 )
+_WRITTEN_FILES = frozenset({"config.json", "modules.json", "1_Pooling/config.json"})
+"""Those that a quantized model has its own of, or has no use for."""
 _DEFAULT_CONTEXT_TOKENS = 2048
 
 
@@ -99,6 +105,30 @@ def _needing(extra: str) -> Iterator[None]:
             f"The {extra} engine needs packages that are missing ({error.name}); install "
             f"`batchctl[{extra}]`."
         ) from error
+
+
+def quantize_model(config: HfConfig, target: Path, *, told: Callable[[str], None]) -> "Quantized":
+    """Write a model's weights to a folder as `config` has them quantized.
+
+    Args:
+        told: is called with what begins.
+
+    Raises:
+        Conflict: something is in that folder.
+        EngineMisconfigured: the model cannot be loaded, or not be quantized.
+        EngineOutOfMemory: it does not fit on the device.
+    """
+    with _needing("hf"):
+        from engine.hf import quantizing, weights  # noqa: PLC0415
+    quantizing.check_target(target)
+    source = find_folder(config)
+    quantizing.check_source(source)
+    told(f"loading {config.model} and quantizing it to {config.quantization}")
+    loaded = weights.load(config)
+    copied = [name for name in _DESCRIBING_FILES if name not in _WRITTEN_FILES]
+    return quantizing.write(
+        loaded.model, config, source=source, target=target, copied=copied, told=told
+    )
 
 
 def describe_model(config: EngineConfig, model: str) -> Capabilities:
@@ -173,7 +203,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"{config.kind}-{digest.hexdigest()}",
         num_slots=config.slots or 0,
-        quantization=config.quantization,
+        quantization=effective_quantization(folder, described, config.quantization),
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
         is_greedy=config.defaults.temperature == 0,
         revision=revision_of(config, folder),

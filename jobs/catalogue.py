@@ -82,11 +82,20 @@ _SPELLED = frozenset(
 _OPENAI = "https://api.openai.com"
 
 
+_OTHER_WORDS = {
+    "4bit": "nf4",
+    "8bit": "int8",
+    "bnb": "nf4",
+    "bitsandbytes": "nf4",
+    "": "none",
+}
+
+
 def _spelled_quantization(value: object) -> object:
     """Return the one spelling of what the field calls by several names."""
     if isinstance(value, str):
         word = value.strip().lower()
-        return {"4bit": "nf4", "bnb": "nf4", "bitsandbytes": "nf4", "": "none"}.get(word, word)
+        return _OTHER_WORDS.get(word, word)
     return value
 
 
@@ -104,6 +113,8 @@ def _known_quantization(*words: str) -> AfterValidator:
             raise ValueError(f"{word} is not possible: {DROPPED_BY_VLLM[word]}.")
         if word in _OF_VLLM:
             raise ValueError(_not_of_hf(word))
+        if word in _OF_HF:
+            raise ValueError(_not_of_vllm(word))
         raise ValueError(
             f"there is no quantization {word!r}.{did_you_mean(word, words)} Known are: auto, "
             f"{', '.join(words)}."
@@ -116,10 +127,17 @@ def _not_of_hf(word: str) -> str:
     return f"only the vllm engine has {word}; hf has auto, {', '.join(get_args(HfQuantization))}."
 
 
+def _not_of_vllm(word: str) -> str:
+    return f"only the hf engine has {word}; vllm has auto, {', '.join(get_args(VllmQuantization))}."
+
+
 _Spelled = Annotated[str, BeforeValidator(_spelled_quantization)]
 HfQuantizationChoice = Annotated[_Spelled, _known_quantization(*get_args(HfQuantization))]
 VllmQuantizationChoice = Annotated[_Spelled, _known_quantization(*get_args(VllmQuantization))]
-QuantizationChoice = VllmQuantizationChoice  # those of hf are among them
+QuantizationChoice = Annotated[
+    _Spelled,
+    _known_quantization(*dict.fromkeys((*get_args(VllmQuantization), *get_args(HfQuantization)))),
+]
 
 
 class HfSettings(BaseModel):
@@ -134,7 +152,8 @@ class HfSettings(BaseModel):
     )
     quantization: HfQuantizationChoice = Field(
         default="auto",
-        description="none, nf4 for 4-bit weights, or auto: nf4 if only that fits the device",
+        description="none, nf4 or fp4 for 4-bit weights, int8 for 8-bit ones, or auto: nf4 if only "
+        "that fits the device",
     )
     flash_attention: bool = Field(default=False, description="use the FlashAttention kernels")
     cache_folder: str | None = Field(
@@ -280,7 +299,7 @@ class ModelSettings(BaseModel):
     )
     quantization: QuantizationChoice | None = Field(
         default=None,
-        description="none, nf4 or another that the engine has; unset or auto: what "
+        description="none, nf4, int8 or another that the engine has; unset or auto: what "
         "`hf.quantization` or `vllm.quantization` says",
     )
     context_tokens: int | None = Field(
@@ -302,6 +321,8 @@ class ModelSettings(BaseModel):
     def _check_options(self) -> Self:
         if self.engine == "hf" and _needs_vllm(self.quantization):
             raise ValueError(_not_of_hf(str(self.quantization)))
+        if self.engine == "vllm" and _needs_hf(self.quantization):
+            raise ValueError(_not_of_vllm(str(self.quantization)))
         known = self._known_options()
         for name in self.options:
             if name in known:
@@ -426,8 +447,8 @@ def resolve(
     entry = models.get(name) or _from_source(models, name, engine=engine, remote=groups.remote)
     wanted = entry.engine if engine == "auto" else engine
     quantization = _checked_quantization(quantization)
-    if wanted == "auto" and not entry.url and _needs_vllm(quantization, entry.quantization):
-        wanted = "vllm"
+    if wanted == "auto" and not entry.url:
+        wanted = _only_engine_with(quantization, entry.quantization)
     kind = concrete(wanted, url=entry.url, source=entry.source)
     choice = None
     changes: dict[str, Any] = {}
@@ -484,8 +505,23 @@ def _checked_quantization(word: str | None) -> str | None:
 
 def _needs_vllm(*words: str | None) -> bool:
     """Return whether the first of these words that says anything is one that hf does not have."""
-    said = next((word for word in words if word not in {None, "auto"}), "none")
-    return said not in _OF_HF
+    return _said(words) not in _OF_HF
+
+
+def _needs_hf(*words: str | None) -> bool:
+    """Return whether the first of these words that says anything is one that only hf has."""
+    return _said(words) not in _OF_VLLM
+
+
+def _only_engine_with(*words: str | None) -> EngineChoice:
+    """Return the engine that the first of these words that says anything leaves, if only one."""
+    if _needs_vllm(*words):
+        return "vllm"
+    return "hf" if _needs_hf(*words) else "auto"
+
+
+def _said(words: Iterable[str | None]) -> str:
+    return next((word for word in words if word not in {None, "auto"}), None) or "none"
 
 
 def _remote_changes(name: str, entry: ModelSettings, groups: EngineGroups) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -36,15 +35,12 @@ from engine.choice import gigabytes
 from engine.config import HfConfig
 from engine.devices import read_memory
 from engine.encoders import is_scoring
+from engine.hf import quantizing
+from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
+from engine.quantized import effective_quantization
 from engine.registry import find_folder
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
-
-_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -172,12 +168,15 @@ def _load_model(
 ) -> PreTrainedModel:
     options: dict[str, Any] = {
         **common,
-        "dtype": _DTYPES[config.compute_dtype],
+        "dtype": DTYPES[config.compute_dtype],
         "use_safetensors": True,
         "output_loading_info": True,
-        "quantization_config": _quantization(config),
+        "quantization_config": quantizing.settings_for(config),
         "device_map": None if device.type == "cpu" else {"": device},
     }
+    stored = quantizing.read_stored(config, source, common, read_config(find_folder(config)))
+    if stored is not None:
+        options |= {"config": stored, "quantization_config": None}
     attention = _attention(config, device)
     read: Any = kind.from_pretrained
     try:
@@ -260,6 +259,7 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, gener
         EngineOutOfMemory: the device is smaller than the weights.
     """
     described = read_config(folder)
+    effective_quantization(folder, described, config.quantization)
     family = described.get("model_type")
     if "auto_map" in described and family not in CONFIG_MAPPING:
         raise EngineMisconfigured(
@@ -278,8 +278,8 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, gener
     kind: WeightKind = "32 bit" if config.compute_dtype == "float32" else "16 bit"
     if size.stored_quantization:
         kind = "as stored"
-    elif config.quantization == "nf4":
-        kind = "nf4"
+    elif config.quantization != "none":
+        kind = config.quantization
     needed, there = weight_bytes(size, kind), _device_bytes(device)
     if there is not None and needed > there:
         smaller = weight_bytes(size, "nf4")
@@ -328,17 +328,6 @@ def _attention(config: HfConfig, device: torch.device) -> str:
             "flash-attn for this torch, or turn flash_attention off."
         )
     return "flash_attention_2"
-
-
-def _quantization(config: HfConfig) -> BitsAndBytesConfig | None:
-    if config.quantization == "none":
-        return None
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES[config.compute_dtype],
-    )
 
 
 def _explain(error: Exception, config: HfConfig) -> EngineMisconfigured | EngineOutOfMemory:

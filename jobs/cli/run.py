@@ -63,7 +63,10 @@ def run(
     ] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(metavar="KIND", help="nf4 keeps weights in 4 bits; none; vLLM has more."),
+        typer.Option(
+            metavar="KIND",
+            help="nf4 or fp4 keeps weights in 4 bits, int8 in 8; none; vLLM has more.",
+        ),
     ] = None,
     resume: Annotated[
         bool,

@@ -442,7 +442,7 @@ def test_step_that_fails_names_the_sequences_in_flight_and_the_engine_goes_on(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_weights_may_be_replaced_on_disk_while_the_engine_runs(
     tiny_model: Path, tmp_path: Path, compute_dtype: str, quantization: str
 ) -> None:
@@ -453,8 +453,12 @@ def test_weights_may_be_replaced_on_disk_while_the_engine_runs(
     engine.close()
 
 
-def test_nf4_model_runs_and_keeps_constraints(tiny_model: Path, ask: Ask) -> None:
-    engine = HfEngine(config_of(tiny_model, quantization="nf4", compute_dtype="bfloat16"))
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_quantized_model_runs_and_keeps_constraints(
+    tiny_model: Path, ask: Ask, quantization: str
+) -> None:
+    engine = HfEngine(config_of(tiny_model, quantization=quantization, compute_dtype="bfloat16"))
+    assert engine.capabilities.quantization == quantization
     constraint = Constraint("choice", '["yes", "no"]')
     results = ask(
         engine,

@@ -148,7 +148,7 @@ def test_shapes_of_a_family_give_the_parameters_that_its_model_has(
     )
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4", "int8"])
 @pytest.mark.parametrize(
     ("family", "change"), [("llama", {}), ("mixtral", {"num_local_experts": 4})]
 )
@@ -164,7 +164,8 @@ def test_estimate_is_what_a_loaded_model_takes(
             {"model": str(tmp_path), "quantization": quantization, "device": "cpu"}
         )
     )
-    kind: WeightKind = "nf4" if quantization == "nf4" else "16 bit"
+    kinds: dict[str, WeightKind] = {"nf4": "nf4", "fp4": "fp4", "int8": "int8"}
+    kind = kinds.get(quantization, "16 bit")
     expected = weight_bytes(read_size(tmp_path), kind)
     assert loaded.model.get_memory_footprint() == pytest.approx(expected, rel=0.02)
 

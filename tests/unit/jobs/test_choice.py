@@ -443,7 +443,7 @@ def test_quantization_that_only_vllm_has_is_not_run_on_hf_where_hf_is_named() ->
         ({"vllm": {"quantization": "squeezellm"}}, "vLLM has no squeezellm since 0.7"),
         ({"vllm": {"quantization": "nonsense"}}, "no quantization 'nonsense'"),
         ({"hf": {"quantization": "awq"}}, "only the vllm engine has awq"),
-        ({"hf": {"quantization": "nonsense"}}, "Known are: auto, none, nf4"),
+        ({"hf": {"quantization": "nonsense"}}, "Known are: auto, none, nf4, fp4, int8"),
         (
             {"models": {"m": {"source": "a/b", "quantization": "squeezellm"}}},
             "vLLM has no squeezellm since 0.7",
@@ -459,6 +459,26 @@ def test_wrong_quantization_is_refused_with_the_settings(
         load(**given)
     assert reason in refused.value.message
     assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize("word", ["int8", "fp4", "8bit"])
+@pytest.mark.parametrize("where", ["flag", "entry"])
+def test_kinds_that_only_hf_has_choose_hf_and_are_refused_on_vllm(word: str, where: str) -> None:
+    flag = word if where == "flag" else None
+    entry: dict[str, Any] = {"quantization": word} if where == "entry" else {}
+    there = machine(24, has_vllm=True)
+    found = complete("owner/name", there, flag=flag, **entry)
+    assert found.settings.engine == "hf"
+    assert found.settings.quantization == word.replace("8bit", "int8")
+    with pytest.raises((InvalidInput, ValueError), match="only the hf engine has"):
+        resolve(
+            {"m": ModelSettings.model_validate({"source": "o/n", "engine": "vllm", **entry})},
+            "m",
+            groups=Settings().engine_groups,
+            engine="auto",
+            quantization=flag,
+            check_installed=False,
+        )
 
 
 def test_wrong_quantization_of_a_flag_is_refused() -> None:

@@ -393,3 +393,35 @@ def test_table_never_cuts_an_id_at_80_columns(
     assert "model" not in shown
     plain = output.clean(shown)
     assert max(map(len, plain.splitlines())) <= 80
+
+
+# --- models ---
+
+
+def test_models_quantize_writes_a_folder_that_the_catalogue_takes() -> None:
+    made = invoke("models", "quantize", "demo", "small/four", "--json")
+    assert made.exit_code == exits.OK, made.output
+    told = json.loads(made.stdout)
+    assert (told["quantization"], told["compute_dtype"]) == ("nf4", "bfloat16")
+    stored = Path("small/four/model.safetensors").stat().st_size
+    assert told["stored_bytes"] == stored < told["source_bytes"] / 2
+    assert Path(told["folder"]) == Path("small/four").absolute()
+    assert made.stderr.splitlines() == [
+        line for line in made.stderr.splitlines() if line.endswith(" ...")
+    ]
+    assert_one_line(
+        invoke("models", "quantize", "demo", "small/four"), exits.CONFLICT, "is not empty"
+    )
+    assert_one_line(
+        invoke("models", "quantize", "demo", "other", "--quantization", "int4"),
+        exits.REFUSED,
+        "nf4, fp4, int8, not to int4",
+    )
+    assert [path.name for path in Path("small").iterdir()] == ["four"]
+    assert not Path("other").exists()
+
+
+def test_models_lists_as_before_it_had_commands() -> None:
+    found = json.loads(invoke("models", "--json").stdout)
+    assert [one["id"] for one in found] == ["demo", "simulated"]
+    assert invoke("models").stdout.startswith("MODEL\t")
