@@ -48,6 +48,7 @@ from jobs.domain.suspects import (
     narrow,
 )
 from jobs.leases import LeaseKeeper
+from jobs.pictures import Pictures
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell, Hint
 from storage import batches, segments, shards, units
@@ -712,8 +713,14 @@ class Feed:
                 )
                 refused.append((held, shard.guilty[position]))
                 continue
+            num_held = len(content)
             try:
                 line = parse_line(content, endpoint=shard.batch.endpoint)
+                if line.messages is not None and any(m.parts for m in line.messages):
+                    pictures = Pictures(self._db, self._blobs, shard.batch.tenant_id)
+                    line, num_read = pictures.fill(line)
+                    num_held += num_read
+                    num_bytes += num_read
             except InvalidLine as error:
                 # Planning let this line through, so the code changed since; say so in its place.
                 request = Request(id=self._next_id)
@@ -725,7 +732,7 @@ class Feed:
                 refused.append((held, refusal))
                 continue
             request = line.to_request(self._next_id)
-            held = _Held(shard, position, index, line.custom_id, request, len(content), followers)
+            held = _Held(shard, position, index, line.custom_id, request, num_held, followers)
             group = shard.group_of.get(position)
             if group is None:
                 read.append(held)

@@ -8,7 +8,7 @@ each other, a second pass writes the lines in the order they will run, and that 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
@@ -25,6 +25,7 @@ from jobs.domain.errors import (
     NotFound,
 )
 from jobs.domain.ids import BatchId
+from jobs.domain.images import Image, ImageLimits
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import (
     ENDPOINTS,
@@ -33,10 +34,12 @@ from jobs.domain.request import (
     Sketch,
     Sketcher,
     Terms,
+    check_takes_images,
     custom_id_of,
 )
 from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.pictures import Pictures
 from jobs.reuse import Cache, Found, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
@@ -82,6 +85,7 @@ class PlanLimits:
     by_prefix: bool = True
     by_length: bool = True
     by_template: bool = True
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -132,6 +136,7 @@ def plan(
                 problems=problems,
                 columns=Columns(batch.endpoint, spill),
                 keys=keys,
+                pictures=Pictures(db, blobs, batch.tenant_id),
             )
             reading.read(describe, checker, on_progress)
         except NotFound as error:
@@ -380,9 +385,11 @@ class _Judge:
         *,
         limits: PlanLimits,
         problems: Problems,
+        pictures: Pictures,
     ) -> None:
         self._batch = batch
         self._models = models
+        self._pictures = pictures
         self._limits = limits
         self._problems = problems
         self._refuse = batch.on_unsupported_schema == "refuse"
@@ -396,7 +403,7 @@ class _Judge:
         self.identity = ""
         self.longest = 0
 
-    def look(self, terms: Terms, number: int) -> None:
+    def look(self, terms: Terms, number: int, *, images: Sequence[Image] = ()) -> None:
         """Hold a line that is good in itself against what its model can do."""
         capabilities = self._models.add(terms.model, number)
         if terms is not self._terms or capabilities is not self._capabilities:
@@ -415,11 +422,21 @@ class _Judge:
             self._problems.add_error(self._fault, number)
         for constraint, where in self._constraints:
             self._schemas.add(constraint, number, where=where)
+        if images:
+            self._look_at_images(images, number)
         self.wants_each = (
             self._fault is not None
             or bool(self._constraints)
             or not self._models.is_settled(terms.model)
         )
+
+    def _look_at_images(self, images: Sequence[Image], number: int) -> None:
+        try:
+            if self._capabilities is not None:
+                check_takes_images(self._capabilities)
+            self._pictures.check(images, self._limits.images)
+        except InvalidLine as error:
+            self._problems.add_error(error, number)
 
     def finish(self) -> None:
         """Report what could not be said before the last line."""
@@ -458,6 +475,7 @@ class _Reading:
         problems: Problems,
         columns: Columns,
         keys: Keys | None,
+        pictures: Pictures,
     ) -> None:
         self._blobs = blobs
         self._batch = batch
@@ -470,6 +488,7 @@ class _Reading:
         self._capabilities: Capabilities | None = None
         self._columns = columns
         self._keys = keys
+        self._pictures = pictures
 
     def read(
         self,
@@ -484,7 +503,14 @@ class _Reading:
         """
         limits = self._limits
         models = self._open_models(describe)
-        judge = _Judge(self._batch, models, checker, limits=limits, problems=self._problems)
+        judge = _Judge(
+            self._batch,
+            models,
+            checker,
+            limits=limits,
+            problems=self._problems,
+            pictures=self._pictures,
+        )
         cutter = Cutter(max_lines=limits.shard_lines, max_bytes=limits.shard_bytes)
         sketcher, note, keys = Sketcher(self._batch.endpoint), self._columns.add, self._keys
         total = 0
@@ -494,9 +520,9 @@ class _Reading:
                 line = self._sketch(sketcher, number, num_bytes, content)
                 if line is None or content is None:
                     continue
-                if line.terms is not terms or judge.wants_each:
+                if line.terms is not terms or judge.wants_each or line.images:
                     terms = line.terms
-                    judge.look(terms, number)
+                    judge.look(terms, number, images=line.images)
                 ids.add(line.custom_id)
                 cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
                 if cut is not None:
