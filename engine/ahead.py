@@ -148,5 +148,9 @@ def drain(waiting: "queue.SimpleQueue[Item]", wait_seconds: float) -> list[Item]
 
 
 def _size_of(request: Request) -> int:
-    size = len(request.prompt or ()) + sum(len(one.content) for one in request.messages or ())
+    size = len(request.prompt or ())
+    for message in request.messages or ():
+        size += len(message.content)
+        if message.parts:
+            size += sum(len(image.content) for image in message.images)
     return size + (len(request.constraint.spec) if request.constraint is not None else 0)

@@ -16,6 +16,7 @@ import xxhash
 
 from engine.tools import takes_tools
 from jobs.domain.errors import InvalidLine
+from jobs.domain.images import Image
 from jobs.domain.request import Message, Request
 from jobs.domain.tools import ToolCall, Tools
 
@@ -23,9 +24,10 @@ _LOOKS_LIKE_CONTROL = re.compile(r"[<\[\uff5c|].*[>\]\uff5c|]", re.DOTALL)
 _MAX_REMEMBERED_SHAPES = 4096
 
 
-_Shape = tuple[bytes, tuple[tuple[str, bool, bool, int], ...]]
+_Shape = tuple[bytes, tuple[tuple[str, bool, bool, int, tuple[bool | None, ...]], ...]]
 """What decides how many special tokens a template writes: the tools, and of each turn its role,
-whether it says anything, whether it has a name, and how many calls it makes."""
+whether it says anything, whether it has a name, how many calls it makes, and of a turn that shows
+images, which of its parts are images (None) or say anything."""
 
 
 class TextCodec(Protocol):
@@ -91,6 +93,8 @@ class PromptEncoder:
         template = tokenizer.chat_template
         self.has_template = bool(template)
         self._takes_tools = takes_tools(str(template))
+        self._knows_developer = self._wants_parts = False
+        self._wants_parts = self.has_template and self._wants_text_in_parts()
         self._knows_developer = self.has_template and self._renders_developer(str(template))
 
     def encode(self, request: Request) -> list[int]:
@@ -133,7 +137,15 @@ class PromptEncoder:
         shape = (
             xxhash.xxh3_128_digest(tools.spec.encode()) if tools is not None else b"",
             tuple(
-                (m.role, bool(m.content.strip()), m.name is not None, len(m.tool_calls))
+                (
+                    m.role,
+                    bool(m.content.strip()),
+                    m.name is not None,
+                    len(m.tool_calls),
+                    tuple([bool(p.strip()) if isinstance(p, str) else None for p in m.parts])
+                    if m.parts
+                    else (),
+                )
                 for m in messages
             ),
         )
@@ -200,6 +212,7 @@ class PromptEncoder:
                     for call in m.tool_calls
                 ),
                 m.tool_call_id and self._mark(m.tool_call_id, mark),
+                tuple(self._mark(p, mark) if isinstance(p, str) else p for p in m.parts),
             )
             for m in messages
         ]
@@ -246,6 +259,8 @@ class PromptEncoder:
             if role == "developer" and not self._knows_developer:
                 role = "system"
             turn: dict[str, Any] = {"role": role, "content": message.content}
+            if message.parts or self._wants_parts:
+                turn["content"] = [_part(one) for one in message.parts or (message.content,)]
             if message.name is not None:
                 turn["name"] = message.name
             if message.tool_calls:
@@ -273,6 +288,19 @@ class PromptEncoder:
             ) from None
         return str(rendered)
 
+    def _wants_text_in_parts(self) -> bool:
+        """Return whether the template shows a text only where it is a part of a message.
+
+        Those of some vision models leave out any other, without a word.
+        """
+        shows: list[bool] = []
+        for parts in ((), ("probe",)):
+            try:
+                shows.append("probe" in self._render([Message("user", "probe", parts=parts)]))
+            except InvalidLine:
+                shows.append(False)
+        return shows == [False, True]
+
     def _renders_developer(self, template: str) -> bool:
         """Return whether the template knows the role: names it, and renders what it says."""
         if "developer" not in template:
@@ -293,7 +321,13 @@ def _harmless(message: Message) -> Message:
         "x" if message.name else None,
         tuple(ToolCall("x", "{}", "x") for _ in message.tool_calls),
         "x" if message.tool_call_id else None,
+        tuple("x" if isinstance(p, str) and p.strip() else p for p in message.parts),
     )
+
+
+def _part(part: str | Image) -> dict[str, str]:
+    """Return a part of a message as templates take it; of an image they see that it is one."""
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
 def _written(call: ToolCall) -> dict[str, Any]:

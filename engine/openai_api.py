@@ -18,6 +18,7 @@ import msgspec
 
 from engine.config import GenerationDefaults
 from engine.sampling import longest_answer
+from jobs.domain.images import Image
 from jobs.domain.pooling import EMBEDDINGS, RERANK, SCORE, Pooling
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request
 from jobs.domain.result import FinishReason, LineError, TokenLogprob, Usage
@@ -280,6 +281,8 @@ def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def _turn_of(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.parts:
+        turn["content"] = [_part_of(part) for part in message.parts]
     if message.name:
         turn["name"] = message.name
     if message.tool_calls:
@@ -295,6 +298,15 @@ def _turn_of(message: Message) -> dict[str, Any]:
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _part_of(part: str | Image) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    shown = {"url": part.data_url()}
+    if part.detail is not None:
+        shown["detail"] = part.detail
+    return {"type": "image_url", "image_url": shown}
 
 
 def _pooling_endpoint(pooling: Pooling) -> str:

@@ -52,6 +52,10 @@ _DESCRIBING_FILES = (
 )
 _WRITTEN_FILES = frozenset({"config.json", "modules.json", "1_Pooling/config.json"})
 """Those that a quantized model has its own of, or has no use for."""
+_SEEING_FILES = ("preprocessor_config.json", "processor_config.json")
+"""That say how images become numbers."""
+SEEING_FAMILIES = frozenset({"llava"})
+"""The kinds of vision models that the hf engine runs."""
 _DEFAULT_CONTEXT_TOKENS = 2048
 
 
@@ -167,11 +171,19 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         str(tokenizer_config.get("chat_template") or "").encode(),
     )
     has_template = any(templates)
+    sees = "vision_config" in described and (
+        config.kind == "vllm" or described.get("model_type") in SEEING_FAMILIES
+    )
     encodes = is_encoder(folder, described)
     digest = xxhash.xxh3_128()
     for name, content in files.items():
         digest.update(f"{name}\0{-1 if content is None else len(content)}\0".encode())
         digest.update(content or b"")
+    for name in _SEEING_FILES:
+        content = _read(folder / name)
+        if content is not None:
+            digest.update(f"{name}\0{len(content)}\0".encode())
+            digest.update(content)
     digest.update(
         config.model_dump_json(
             include={
@@ -207,6 +219,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
         is_greedy=config.defaults.temperature == 0,
         revision=revision_of(config, folder),
+        takes_images=sees and b"image" in b"".join(templates),
     )
 
 
@@ -243,7 +256,7 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
                 revision=config.revision,
                 cache_dir=config.cache_folder,
                 token=config.token,
-                allow_patterns=list(_DESCRIBING_FILES),
+                allow_patterns=[*_DESCRIBING_FILES, *_SEEING_FILES],
             )
         )
     except RepositoryNotFoundError:

@@ -201,4 +201,5 @@ def describe_remote(config: RemoteConfig, model: str) -> Capabilities:
         refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
         fingerprint=f"remote-{digest.hexdigest()}",
         is_greedy=config.defaults.temperature == 0,
+        takes_images=True,
     )

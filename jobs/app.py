@@ -13,6 +13,7 @@ from engine.registry import describe_model
 from engine.sandbox import Sandbox
 from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import InvalidInput, NotFound, StorageError
+from jobs.domain.images import ImageLimits
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
 from jobs.reuse import Cache
@@ -139,6 +140,11 @@ class App:
             by_prefix=planning.by_prefix,
             by_length=planning.by_length,
             by_template=planning.by_length and planning.by_template,
+            images=ImageLimits(
+                max_images=limits.max_images,
+                max_bytes=limits.max_image_bytes,
+                max_pixels=limits.max_image_pixels,
+            ),
         )
 
 

@@ -49,6 +49,7 @@ from jobs.domain.suspects import (
     narrow,
 )
 from jobs.leases import LeaseKeeper
+from jobs.pictures import Pictures
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell, Hint
 from storage import batches, segments, shards, units
@@ -714,9 +715,15 @@ class Feed:
                 )
                 refused.append((held, shard.guilty[position]))
                 continue
+            num_held = len(content)
             try:
                 endpoint = endpoint_of(content, shard.batch.endpoint)
                 line = parse_line(content, endpoint=endpoint)
+                if line.messages is not None and any(m.parts for m in line.messages):
+                    pictures = Pictures(self._db, self._blobs, shard.batch.tenant_id)
+                    line, num_read = pictures.fill(line)
+                    num_held += num_read
+                    num_bytes += num_read
             except InvalidLine as error:
                 # Planning let this line through, so the code changed since; say so in its place.
                 request = Request(id=self._next_id)
@@ -734,7 +741,7 @@ class Feed:
                 index,
                 line.custom_id,
                 request,
-                len(content),
+                num_held,
                 followers,
                 endpoint,
             )

@@ -7,7 +7,7 @@ each other, a second pass writes the lines in the order they will run, and that 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -24,6 +24,7 @@ from jobs.domain.errors import (
     InvalidLine,
     NotFound,
 )
+from jobs.domain.images import Image, ImageLimits
 from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, open_sketcher
 from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
@@ -33,8 +34,10 @@ from jobs.domain.request import (
     Sketch,
     Sketcher,
     Terms,
+    check_takes_images,
 )
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.pictures import Pictures
 from jobs.reuse import Cache, Keys, finding
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell
@@ -72,6 +75,7 @@ class PlanLimits:
     by_prefix: bool = True
     by_length: bool = True
     by_template: bool = True
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 def submit(db: Database, doorbell: Doorbell, batch: Batch) -> Batch:
@@ -122,6 +126,7 @@ def plan(
                 problems=problems,
                 columns=Columns(batch.endpoint, spill),
                 keys=keys,
+                pictures=Pictures(db, blobs, batch.tenant_id),
             )
             reading.read(describe, checker, on_progress)
         except NotFound as error:
@@ -221,9 +226,11 @@ class _Judge:
         limits: PlanLimits,
         problems: Problems,
         sketcher: Sketcher | MixedSketcher,
+        pictures: Pictures,
     ) -> None:
         self._models = models
         self._checker = checker
+        self._pictures = pictures
         self._limits = limits
         self._problems = problems
         self._sketcher = sketcher
@@ -241,7 +248,7 @@ class _Judge:
         self.salt = b""
         self.longest = 0
 
-    def look(self, terms: Terms, number: int) -> None:
+    def look(self, terms: Terms, number: int, *, images: Sequence[Image] = ()) -> None:
         """Hold a line that is good in itself against what its model can do."""
         capabilities = self._models.add(terms.model, number)
         if terms is not self._terms or capabilities is not self._capabilities:
@@ -261,11 +268,21 @@ class _Judge:
             self._problems.add_error(self._fault, number)
         for constraint, where in self._constraints:
             self._schemas.add(constraint, number, where=where)
+        if images:
+            self._look_at_images(images, number)
         self.wants_each = (
             self._fault is not None
             or bool(self._constraints)
             or not self._models.is_settled(terms.model)
         )
+
+    def _look_at_images(self, images: Sequence[Image], number: int) -> None:
+        try:
+            if self._capabilities is not None:
+                check_takes_images(self._capabilities)
+            self._pictures.check(images, self._limits.images)
+        except InvalidLine as error:
+            self._problems.add_error(error, number)
 
     def finish(self) -> None:
         """Report what could not be said before the last line."""
@@ -320,6 +337,7 @@ class _Reading:
         problems: Problems,
         columns: Columns,
         keys: Keys | None,
+        pictures: Pictures,
     ) -> None:
         self._blobs = blobs
         self._batch = batch
@@ -332,6 +350,7 @@ class _Reading:
         self._models = ModelColumn()
         self._columns = columns
         self._keys = keys
+        self._pictures = pictures
 
     def read(
         self,
@@ -354,6 +373,7 @@ class _Reading:
             limits=limits,
             problems=self._problems,
             sketcher=sketcher,
+            pictures=self._pictures,
         )
         cutter = self.open_cutter()
         total = 0
@@ -363,9 +383,9 @@ class _Reading:
                 line = self._sketch(sketcher, number, num_bytes, content)
                 if line is None or content is None:
                     continue
-                if line.terms is not terms or judge.wants_each:
+                if line.terms is not terms or judge.wants_each or line.images:
                     terms = line.terms
-                    judge.look(terms, number)
+                    judge.look(terms, number, images=line.images)
                     if self._models.note(total, judge.model):
                         self._cut(cutter)
                 ids.add(line.custom_id)

@@ -56,6 +56,7 @@ from jobs.catalogue import (
     resolve,
 )
 from jobs.domain.errors import InvalidInput, NotFound
+from jobs.domain.images import MAX_READABLE_PIXELS
 from jobs.domain.models import MAX_MODELS
 from jobs.domain.plan import Fold
 from storage.config import BlobSettings, DatabaseSettings
@@ -105,6 +106,16 @@ class LimitSettings(_Group):
     )
     max_reported_errors: int = Field(
         default=100, ge=1, description="bad lines that a refused batch lists; all are counted"
+    )
+    max_images: int = Field(default=16, ge=0, description="images in one line; 0: none")
+    max_image_bytes: int = Field(
+        default=8 * _MIB, ge=1, le=256 * _MIB, description="size of all images of one line"
+    )
+    max_image_pixels: int = Field(
+        default=16 * _MIB,
+        ge=1,
+        le=MAX_READABLE_PIXELS,
+        description="pixels of one image, which take four bytes each once it is decoded",
     )
 
 

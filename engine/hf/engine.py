@@ -31,6 +31,7 @@ from engine.constraints import (
     TokenizerConstraints,
 )
 from engine.hf import rows, steps, tokens, weights
+from engine.hf.pictures import Seer, Shown
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
 from engine.tuning import Tuner, Tuning
@@ -56,6 +57,7 @@ class _Sequence:
         "num_prompt",
         "row",
         "said",
+        "shown",
         "stop_tokens",
         "stops",
     )
@@ -72,6 +74,7 @@ class _Sequence:
         stops: tokens.StopStrings | None,
         ignores_eos: bool,
         stop_tokens: frozenset[int],
+        shown: Shown | None,
     ) -> None:
         self.id = request.id
         self.key = str(request.id)
@@ -84,6 +87,7 @@ class _Sequence:
         self.ignores_eos = ignores_eos
         self.stop_tokens = stop_tokens
         self.keeps_marks = request.tools is not None
+        self.shown = shown
         self.said: list[int] = []
 
 
@@ -109,6 +113,9 @@ class HfEngine:
         loaded = weights.load(config)
         self._loaded = loaded
         self._encoder = PromptEncoder(loaded.tokenizer, vocab_size=loaded.vocab_size)
+        self._seer = (
+            Seer(loaded.vision, device=loaded.device) if loaded.vision is not None else None
+        )
         self._vocabulary = vocabulary = tokens.constraint_tokenizer(
             loaded.tokenizer, vocab_size=loaded.vocab_size, eos_tokens=loaded.eos_tokens
         )
@@ -162,7 +169,7 @@ class HfEngine:
         Raises:
             InvalidLine: the request cannot be turned into a prompt.
         """
-        return len(self._encoder.encode(request))
+        return len(self._encode(request)[0])
 
     def resolve_sampling(self, request: Request) -> SamplingParams:
         """Return the request's sampling parameters with every default filled in."""
@@ -248,7 +255,7 @@ class HfEngine:
             ahead.forget(sequence.id)
         else:
             live[sequence.key] = sequence
-            stepper.add(sequence.key, prompt)
+            stepper.add(sequence.key, prompt, sequence.shown)
         return None
 
     def _step(
@@ -277,7 +284,7 @@ class HfEngine:
         """Return a sequence that can be queued; in the thread beside the engine's."""
         where = "messages" if request.messages is not None else "prompt"
         try:
-            prompt = self._encoder.encode(request)
+            prompt, told, shown = self._encode(request)
         except InvalidLine as error:
             return _refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
@@ -324,8 +331,26 @@ class HfEngine:
             # A constraint says where the answer ends; its end is an end-of-sequence token.
             ignores_eos=sampling.ignore_eos and request.constraint is None,
             stop_tokens=frozenset(sampling.stop_token_ids),
+            shown=shown,
         )
-        return sequence, prompt
+        return sequence, told
+
+    def _encode(self, request: Request) -> tuple[list[int], list[int], Shown | None]:
+        """Return a prompt as the model knows it, as its cache knows it, and its images.
+
+        Raises:
+            InvalidLine: the request cannot be turned into a prompt.
+        """
+        if not any(message.parts for message in request.messages or ()):
+            prompt = self._encoder.encode(request)
+            return prompt, prompt, None
+        if self._seer is None:
+            raise InvalidLine(
+                "This model takes no images.",
+                param="messages",
+                error_code="unsupported_parameter",
+            )
+        return self._seer.show(request, self._encoder.encode(request))
 
     def _adjust(
         self, sampling: SamplingParams, prompt: list[int], ends: frozenset[int]

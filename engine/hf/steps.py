@@ -27,10 +27,10 @@ from typing_extensions import override
 
 from engine.config import HfConfig
 from engine.constraints import Masks
-from engine.hf import paged, rows
+from engine.hf import paged, pictures, rows
 from engine.hf.weights import Loaded
 from engine.tuning import DeviceKind, Part, Room, Start, Tuner, choose_hf
-from jobs.domain.errors import EngineOutOfMemory
+from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CACHE_SHARE_OF_CPU_MEMORY = 0.25
 
@@ -192,6 +192,7 @@ class Stepper:
         """
         self._model: Any = loaded.model
         self._batch: list[Any] = []
+        self._shown: dict[str, pictures.Shown] = {}
         kinds = group_layers_by_attn_type(self._model.config.get_text_config())
         self._uses_own_attention = not config.flash_attention and paged.suits(
             loaded.model, list(kinds)
@@ -250,8 +251,19 @@ class Stepper:
         scheduler: _Scheduler = self._processor.scheduler
         return scheduler
 
-    def add(self, key: str, prompt: list[int]) -> None:
-        """Queue a sequence."""
+    def add(self, key: str, prompt: list[int], shown: pictures.Shown | None = None) -> None:
+        """Queue a sequence; `shown` are the images of its prompt.
+
+        Raises:
+            EngineMisconfigured: this attention takes no images.
+        """
+        if shown is not None:
+            if self._paged is None:
+                raise EngineMisconfigured(
+                    "The attention of this model's language model takes no images here; serve it "
+                    "with vLLM."
+                )
+            self._shown[key] = shown
         self._scheduler.add_waiting_request(
             RequestState(request_id=key, initial_tokens=prompt, max_new_tokens=None)
         )
@@ -259,6 +271,7 @@ class Stepper:
     def cancel(self, key: str) -> None:
         """Drop a sequence, running or queued, before the next step."""
         self._scheduler.set_request_cancellation(key)
+        self._shown.pop(key, None)
         self._scheduler.forget(key)
         # Offloading blocks new sequences until one ends; this one may have been the last to.
         self._scheduler.block_new_requests = False
@@ -270,6 +283,7 @@ class Stepper:
             is_tainted: its cache holds what is not a number, so it must not be used again.
         """
         scheduler = self._scheduler
+        self._shown.pop(key, None)
         if is_tainted and self._paged is not None:
             self._paged.purge(key)
         state = scheduler.active_requests.get(key)
@@ -283,6 +297,7 @@ class Stepper:
 
     def reset(self) -> None:
         """Forget every sequence."""
+        self._shown.clear()
         self._processor.reset()
 
     @torch.inference_mode()
@@ -323,6 +338,8 @@ class Stepper:
                     "use_cache": False,
                 }
                 last = inputs.last_places
+                if self._shown:
+                    self._show(data)
             if keeps_logits:
                 data["logits_to_keep"] = last
             logits = self._model(**data).logits[0]
@@ -332,6 +349,15 @@ class Stepper:
                 return []
             chosen: list[int] = rows.choose(logits.float(), choosers, masks).tolist()
             return chosen
+
+    def _show(self, data: dict[str, Any]) -> None:
+        """Give the model the images of a step, if it holds any, in the tokens' places."""
+        embedded = pictures.embed(
+            self._model.get_input_embeddings(), data["input_ids"], self._batch, self._shown
+        )
+        if embedded is not None:
+            data["inputs_embeds"] = embedded
+            del data["input_ids"]
 
     def finish(self, chosen: list[int]) -> None:
         """Hand every sequence its token."""

@@ -16,8 +16,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -36,10 +38,11 @@ from engine.config import HfConfig
 from engine.devices import read_memory
 from engine.encoders import is_scoring
 from engine.hf import quantizing
+from engine.hf.pictures import Vision, take_apart
 from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.quantized import effective_quantization
-from engine.registry import find_folder
+from engine.registry import SEEING_FAMILIES, find_folder
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 
@@ -53,6 +56,7 @@ class Loaded(msgspec.Struct, frozen=True):
     eos_tokens: tuple[int, ...]
     context_tokens: int
     vocab_size: int
+    vision: Vision | None = None
 
 
 class LoadedEncoder(msgspec.Struct, frozen=True):
@@ -79,8 +83,15 @@ def load(config: HfConfig) -> Loaded:
             to do.
         EngineOutOfMemory: the model does not fit on the device.
     """
-    model, tokenizer, device = _open(config, AutoModelForCausalLM)
+    sees = read_config(find_folder(config)).get("model_type") in SEEING_FAMILIES
+    model, tokenizer, device = _open(
+        config, AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    )
     generation_config = _generation_config(model.generation_config)
+    vision: Vision | None = None
+    if sees:
+        vision = _open_vision(config, model)
+        model = take_apart(model)
     text_config = model.config.get_text_config()
     return Loaded(
         model=model,
@@ -91,7 +102,28 @@ def load(config: HfConfig) -> Loaded:
         context_tokens=config.context_tokens
         or int(getattr(text_config, "max_position_embeddings", 0) or 2048),
         vocab_size=int(text_config.vocab_size),
+        vision=vision,
     )
+
+
+def _open_vision(config: HfConfig, model: PreTrainedModel) -> Vision:
+    """Return what turns images into rows of a prompt.
+
+    Raises:
+        EngineMisconfigured: its files are missing, or the attention cannot serve it.
+    """
+    if config.flash_attention:
+        raise EngineMisconfigured(
+            "A model that takes images runs without flash_attention here; turn it off."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            str(find_folder(config)), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:
+        raise _explain(error, config) from error
+    described: Any = model.config
+    return Vision(model, processor, int(described.image_token_id))
 
 
 def load_encoder(config: HfConfig) -> LoadedEncoder:
@@ -137,7 +169,8 @@ def _open(
         "cache_dir": config.cache_folder,
     }
     if is_local:
-        _check_folder(Path(source), config, device, generates=kind is AutoModelForCausalLM)
+        writes = kind in {AutoModelForCausalLM, AutoModelForImageTextToText}
+        _check_folder(Path(source), config, device, generates=writes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = _load_model(config, source, device, common, kind)
@@ -306,7 +339,8 @@ def _check_family(folder: Path, described: Mapping[str, Any], *, generates: bool
             f"{folder} is of the architecture {str(family)[:80]!r}, which transformers "
             f"{transformers_version} does not know; use another model or engine."
         )
-    if generates and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    writes = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or family in SEEING_FAMILIES
+    if generates and not writes:
         raise EngineMisconfigured(
             f"{folder} is of the architecture {family!r}, which does not generate text; use a "
             "model for text generation."

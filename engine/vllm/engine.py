@@ -19,7 +19,6 @@ import llguidance.hf
 import msgspec
 from vllm import SamplingParams as VllmSampling
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,6 +35,7 @@ from engine.tuning import Reason, Tuning
 from engine.vllm import arguments
 from engine.vllm.constraints import Constraints
 from engine.vllm.hosting import Host
+from engine.vllm.images import render
 from engine.vllm.tokenizers import load_tokenizer
 from jobs.domain.errors import InvalidLine
 from jobs.domain.request import Capabilities, Request, SamplingParams
@@ -60,12 +60,13 @@ class _Running:
     def __init__(
         self,
         request: Request,
-        prompt: list[int],
+        num_prompt: int,
+        prompt: Any,  # noqa: ANN401 -- vLLM's
         params: VllmSampling,
         constraint: Enforcement | None,
     ) -> None:
         self.request = request
-        self.num_prompt = len(prompt)
+        self.num_prompt = num_prompt
         self.prompt = prompt
         self.params = params
         self.constraint = constraint
@@ -178,7 +179,16 @@ class VllmEngine:
         Raises:
             InvalidLine: the request cannot be turned into a prompt.
         """
-        return len(self._encoder.encode(request))
+        return len(self._encode(request)[0])
+
+    def _encode(self, request: Request) -> tuple[list[int], Any]:
+        """Return the tokens of a prompt, and the prompt as vLLM takes it.
+
+        Raises:
+            InvalidLine: the request cannot be turned into one.
+            EngineMisconfigured: the engine is closed.
+        """
+        return render(self._host.llm, self._host.loop, request, self._encoder.encode(request))
 
     def resolve_sampling(self, request: Request) -> SamplingParams:
         """Return the request's sampling parameters with every default filled in."""
@@ -278,7 +288,7 @@ class VllmEngine:
         """
         where = "messages" if request.messages is not None else "prompt"
         try:
-            prompt = self._encoder.encode(request)
+            prompt, given = self._encode(request)
         except InvalidLine as error:
             return _refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
@@ -331,7 +341,7 @@ class VllmEngine:
             skip_special_tokens=request.tools is None,
             skip_clone=True,
         )
-        return _Running(request, prompt, params, kept)
+        return _Running(request, len(prompt), given, params, kept)
 
     def _decode(self, said: list[int], *, keeps_marks: bool) -> str:
         if keeps_marks and said and said[-1] in self._eos:
@@ -406,7 +416,7 @@ class VllmEngine:
         output: Any = None
         try:
             async for part in llm.generate(
-                tokens_input(running.prompt),
+                running.prompt,
                 running.params,
                 str(running.request.id),
                 lora_request=self._adapter,

@@ -16,6 +16,7 @@ import msgspec
 from xxhash import xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
+from jobs.domain.images import Image, read_image
 from jobs.domain.pooling import (
     EMBEDDINGS,
     POOLING_BODIES,
@@ -47,6 +48,7 @@ from jobs.domain.wire import (
     Role,
     ScoreLine,
     StructuredOutputs,
+    TextPart,
     WireMessage,
 )
 
@@ -87,7 +89,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
     """One turn of a conversation; content parts are already joined.
 
     `tool_calls` is what an assistant's turn wanted called, `tool_call_id` says which of them a
-    tool's turn answers.
+    tool's turn answers. `parts` are texts and images in their order, of a turn that shows any.
     """
 
     role: Role
@@ -95,6 +97,12 @@ class Message(msgspec.Struct, frozen=True, array_like=True):
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    parts: tuple[str | Image, ...] = ()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """What it shows."""
+        return tuple([part for part in self.parts if isinstance(part, Image)])
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -159,6 +167,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
         is_greedy: whether a line that says nothing of it gets the likeliest answer.
         revision: tells apart what has one fingerprint, as far as the machine that has the model
             can see: its weight files as they are there, and the engine's version.
+        takes_images: whether messages may show images.
     """
 
     model: str
@@ -176,6 +185,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_hash: str = ""
     is_greedy: bool = False
     revision: str = ""
+    takes_images: bool = False
 
     @property
     def identity(self) -> str:
@@ -285,12 +295,14 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         asked: its prompt, as its body has it.
         num_first_chars: of all messages but the last.
+        images: that its messages show.
     """
 
     custom_id: str
     terms: Terms
     asked: Any
     num_first_chars: int
+    images: tuple[Image, ...] = ()
 
     def digest(self, model: bytes = b"") -> bytes:
         """Return 16 bytes that are equal where requests are, however their lines are written.
@@ -364,15 +376,16 @@ class Sketcher:
         if not is_chat:
             return Sketch(custom_id, terms, _prompt(asked), 0)
         num_chars = num_last = 0
+        images: list[Image] = []
         for message in asked:
             content = message.content
             if type(content) is not str:
-                message.content = content = _content_of(message, asked)
+                content = _flatten(message, asked, images)
             num_last = len(content)
             num_chars += num_last
         if _TOOL in line:
             _check_turns(asked)
-        return Sketch(custom_id, terms, asked, num_chars - num_last)
+        return Sketch(custom_id, terms, asked, num_chars - num_last, tuple(images))
 
 
 def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
@@ -407,10 +420,13 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
                     m.name,
                     tuple([call.to_call() for call in m.tool_calls]) if m.tool_calls else (),
                     m.tool_call_id,
+                    () if type(m.content) is str else _parts_of(m, body.messages),
                 )
                 for m in body.messages
             ]
         )
+        if capabilities is not None and any(message.parts for message in messages):
+            check_takes_images(capabilities)
     else:
         prompt = _prompt(body.prompt)
     return Line(
@@ -501,7 +517,7 @@ def _content_of(message: WireMessage, messages: list[WireMessage]) -> str:
     if isinstance(content, str):
         return content
     if content is not None:
-        return "\n".join([part.text for part in content])
+        return "\n".join([part.text for part in content if isinstance(part, TextPart)])
     if message.tool_calls:
         return ""
     raise InvalidLine(
@@ -509,6 +525,64 @@ def _content_of(message: WireMessage, messages: list[WireMessage]) -> str:
         param=f"body.messages[{messages.index(message)}].content",
         error_code="missing_required_parameter",
     )
+
+
+def _parts_of(message: WireMessage, messages: list[WireMessage]) -> tuple[str | Image, ...]:
+    """Return what a turn says and shows, in its order; nothing where it shows no image.
+
+    Raises:
+        InvalidLine: an image is none, or of a turn that cannot show any.
+    """
+    content = message.content
+    if not isinstance(content, list) or all(isinstance(part, TextPart) for part in content):
+        return ()
+    if message.role != "user":
+        where = messages.index(message)
+        raise _wrong_turn("Only a user's message shows images.", where, "content")
+    parts: list[str | Image] = []
+    for part in content:
+        if isinstance(part, TextPart):
+            parts.append(part.text)
+            continue
+        try:
+            parts.append(read_image(part))
+        except InvalidLine as error:
+            where, number = messages.index(message), len(parts)
+            error.param = f"body.messages[{where}].content[{number}].{error.param}"
+            raise
+    return tuple(parts)
+
+
+def _flatten(message: WireMessage, messages: list[WireMessage], images: list[Image]) -> str:
+    """Return what a turn says, which becomes its content unless it shows images too.
+
+    Args:
+        images: where those are put.
+
+    Raises:
+        InvalidLine: it says nothing, or cannot show what it does.
+    """
+    text = _content_of(message, messages)
+    parts = _parts_of(message, messages)
+    if parts:
+        images += [part for part in parts if isinstance(part, Image)]
+    else:
+        message.content = text
+    return text
+
+
+def check_takes_images(capabilities: Capabilities) -> None:
+    """Do nothing if a model takes images.
+
+    Raises:
+        InvalidLine: it does not.
+    """
+    if not capabilities.takes_images:
+        raise InvalidLine(
+            f"Model {capabilities.model} on engine {capabilities.engine} takes no images.",
+            param="body.messages",
+            error_code="unsupported_parameter",
+        )
 
 
 def _check_turns(messages: Sequence[WireMessage]) -> None:

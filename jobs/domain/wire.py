@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from jobs.domain.images import ImageFilePart, ImageUrlPart, InputImagePart
 from jobs.domain.pooling import EmbeddingsBody, RerankBody, ScoreBody
 from jobs.domain.tools import WireCall, WireChoice, WireTool
 
@@ -42,7 +43,7 @@ class WireMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True
     """One turn of a conversation."""
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | ImageUrlPart | ImageFilePart | InputImagePart] | None = None
     name: str | None = None
     tool_calls: list[WireCall] | None = None
     tool_call_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None

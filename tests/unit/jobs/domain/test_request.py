@@ -194,7 +194,7 @@ def refuse(line: bytes, *, endpoint: str = CHAT) -> tuple[str, str | None]:
             "body.messages[0].tool_call_id",
         ),
         (
-            with_body('"messages":[{"role":"user","content":[{"type":"image_url"}]}]'),
+            with_body('"messages":[{"role":"user","content":[{"type":"input_audio"}]}]'),
             "invalid_value",
             "body.messages[0].content[0].type",
         ),
