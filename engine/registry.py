@@ -26,10 +26,10 @@ from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
 from jobs.domain.request import (
-    CHAT,
     COMPLETIONS,
     CONSTRAINT_KINDS,
     PARAMETERS,
+    TEXT_ENDPOINTS,
     TOOL_PARAMETERS,
     Capabilities,
 )
@@ -153,7 +153,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             }
         ).encode()
     )
-    endpoints: tuple[str, ...] = (CHAT, COMPLETIONS) if has_template else (COMPLETIONS,)
+    endpoints: tuple[str, ...] = TEXT_ENDPOINTS if has_template else (COMPLETIONS,)
     context_tokens = int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS)
     if encodes:
         endpoints = (RERANK, SCORE) if is_scoring(described) else POOLING_ENDPOINTS

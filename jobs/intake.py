@@ -34,7 +34,9 @@ from jobs.domain.request import (
     Sketcher,
     Terms,
     custom_id_of,
+    parse_line,
 )
+from jobs.domain.responses import RESPONSES
 from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.reuse import Cache, Found, Keys, finding
@@ -259,14 +261,18 @@ class _Writing:
                 on_progress(index)
 
     def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
+        endpoint, request = self._batch.endpoint, None
+        if endpoint == RESPONSES:
+            request = parse_line(content, endpoint=endpoint).to_request(0)
         return render_result(
             result,
             custom_id=custom_id_of(content),
             request_id=f"{self._batch.id[6:]}{index:08x}",
-            endpoint=self._batch.endpoint,
+            endpoint=endpoint,
             model=self._model,
             created=int(time.time()),
             reused_from=batch_id,
+            request=request,
         )
 
     def _write_sorted(
