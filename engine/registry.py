@@ -23,6 +23,7 @@ from engine.gguf import read as read_gguf
 from engine.llamacpp.describe import describe_gguf
 from engine.revision import revision_of
 from engine.tools import takes_tools
+from engine.trust import trusts_code
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
 from jobs.domain.request import (
@@ -127,6 +128,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             f"{folder} holds no tokenizer.json; save the model with a fast tokenizer."
         )
     described = _object(files["config.json"], folder / "config.json")
+    has_own_code = trusts_code(config, folder, described)
     text = described.get("text_config") or described
     tokenizer_config = _object(files["tokenizer_config.json"] or b"{}", folder)
     templates = (
@@ -153,6 +155,8 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             }
         ).encode()
     )
+    if has_own_code:
+        digest.update(str(config.trusted_code).encode())
     endpoints: tuple[str, ...] = TEXT_ENDPOINTS if has_template else (COMPLETIONS,)
     context_tokens = int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS)
     if encodes:

@@ -38,6 +38,7 @@ from engine.devices import read_memory
 from engine.encoders import is_scoring
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.registry import find_folder
+from engine.trust import trusts_code
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _DTYPES = {
@@ -133,15 +134,18 @@ def _open(
             "hub id such as owner/name."
         )
     source = str(Path(config.model).expanduser()) if is_local else config.model
+    folder = Path(source) if is_local else find_folder(config)
     common: dict[str, Any] = {
-        "trust_remote_code": False,
+        "trust_remote_code": trusts_code(config, folder, read_config(folder)),
         "local_files_only": is_local,
         "revision": config.revision or "main",
         "token": config.token,
         "cache_dir": config.cache_folder,
     }
+    if config.trusted_code is not None and not is_local:
+        common["code_revision"] = config.revision
     if is_local:
-        _check_folder(Path(source), config, device, generates=kind is AutoModelForCausalLM)
+        _check_folder(folder, config, device, generates=kind is AutoModelForCausalLM)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = _load_model(config, source, device, common, kind)
@@ -259,14 +263,8 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, gener
         EngineMisconfigured: its files are damaged or incomplete, or of no model that is known.
         EngineOutOfMemory: the device is smaller than the weights.
     """
-    described = read_config(folder)
-    family = described.get("model_type")
-    if "auto_map" in described and family not in CONFIG_MAPPING:
-        raise EngineMisconfigured(
-            f"{folder} brings Python code of its own, which is never run; use a model that "
-            "transformers knows."
-        )
-    _check_family(folder, described, generates=generates)
+    if config.trusted_code is None:
+        _check_family(folder, read_config(folder), generates=generates)
     if not read_tensors(folder):
         raise EngineMisconfigured(
             f"{folder} holds neither {WEIGHTS_FILE} nor an index of several; save the model's "

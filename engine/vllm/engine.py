@@ -37,6 +37,7 @@ from engine.config import VllmConfig
 from engine.constraints import Enforcement
 from engine.registry import describe_model, find_folder
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.trust import trusts_code
 from engine.tuning import Fitting, Reason, Tuning
 from engine.vllm import arguments, startup
 from engine.vllm.constraints import Constraints
@@ -137,7 +138,7 @@ class VllmEngine:
         folder = find_folder(config)
         wanted = arguments.engine_arguments(config, folder)
         arguments.check_weights(config, wanted)
-        self._tokenizer = tokenizer = _load_tokenizer(folder)
+        self._tokenizer = tokenizer = _load_tokenizer(config, folder)
         self._adapter = (
             LoRARequest(lora_name=self._capabilities.model, lora_int_id=1, lora_path=config.adapter)
             if config.adapter is not None
@@ -538,11 +539,16 @@ def _receive(
             ready.append(one)
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def _load_tokenizer(config: VllmConfig, folder: Path) -> PreTrainedTokenizerFast:
+    described = arguments.read_object(folder / "config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            folder,
+            trust_remote_code=trusts_code(config, folder, described),
+            local_files_only=True,
         )
+    except EngineMisconfigured:
+        raise
     except Exception as error:
         raise EngineMisconfigured(
             f"The tokenizer in {folder} cannot be loaded: {arguments.first_line(error)}"

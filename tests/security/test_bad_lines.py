@@ -219,6 +219,10 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+def _asking(name: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"content": name, "temperature": 0} | body
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_what_only_the_engine_finds_costs_its_own_line(tmp_path: Path, model: Path) -> None:
@@ -232,7 +236,7 @@ def test_what_only_the_engine_finds_costs_its_own_line(tmp_path: Path, model: Pa
     bodies |= GOOD
     bodies["last"] = {"max_tokens": 4}
     content = b"".join(
-        make_line(name, model="tiny", **{"content": name, "temperature": 0} | body) + b"\n"
+        make_line(name, model="tiny", **_asking(name, body)) + b"\n"
         for name, body in bodies.items()
     )
     arguments = ("--model", "tiny", "--output", "out.jsonl")
