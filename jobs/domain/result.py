@@ -189,11 +189,11 @@ def render_result(
                 for number, one in enumerate(answers)
             ]
             body.update(created=created, model=model, choices=choices, usage=usage_body)
-    copied = {"same_as": same_as, "reused_from": reused_from}
-    copied = {name: source for name, source in copied.items() if source is not None}
-    if result.constraint is not None or result.attempts > 1 or copied:
+    is_copy = same_as is not None or reused_from is not None
+    if result.constraint is not None or result.attempts > 1 or is_copy:
         told = {"constraint": result.constraint, "attempts": result.attempts}
-        body["batchctl"] = told | copied
+        copied = {"same_as": same_as, "reused_from": reused_from}
+        body["batchctl"] = told | {key: source for key, source in copied.items() if source}
     line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
     line["error"] = None
     return _encode(line)

@@ -22,8 +22,13 @@ USER = [{"role": "user", "content": "Hi"}]
 USAGE = Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3)
 
 
-def line_of(body: dict[str, Any], *, endpoint: str = RESPONSES) -> bytes:
-    line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": {"model": "m"} | body}
+def line_of(body: dict[str, Any], *, endpoint: str = RESPONSES, custom_id: str = "a") -> bytes:
+    line = {
+        "custom_id": custom_id,
+        "method": "POST",
+        "url": endpoint,
+        "body": {"model": "m"} | body,
+    }
     return json.dumps(line).encode()
 
 
@@ -238,7 +243,7 @@ def test_responses_with_common_instructions_are_grouped() -> None:
     sketcher = Sketcher(RESPONSES)
     for number in range(64):
         body = {"instructions": f"{number % 2} " + "rule " * 600, "input": f"{number}"}
-        line = line_of(body)
+        line = line_of(body, custom_id=f"{number}-" + "x" * 400)
         sketch = sketcher.sketch(line)
         columns.add(line, num_first_chars=sketch.num_first_chars, key=None, max_tokens=1)
     assert order(columns, cache_tokens=1000).num_groups == 2
