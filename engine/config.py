@@ -96,6 +96,9 @@ class HfConfig(_Config):
     kind: Literal["hf"] = "hf"
     model: str = Field(description="a local folder or a hub id")
     revision: str | None = None
+    trusted_code: str | None = Field(
+        default=None, description="digest or commit of the model's own code that may run"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
     quantization: HfQuantization = "none"
     compute_dtype: ComputeDtype = "bfloat16"
@@ -129,6 +132,9 @@ class VllmConfig(_Config):
     kind: Literal["vllm"] = "vllm"
     model: str = Field(description="a local folder or a hub id")
     revision: str | None = None
+    trusted_code: str | None = Field(
+        default=None, description="digest or commit of the model's own code that may run"
+    )
     quantization: VllmQuantization = "none"
     dtype: VllmDtype = "auto"
     context_tokens: int | None = Field(default=None, ge=1, description="unset: the model's own")

@@ -1,7 +1,7 @@
 """Opens engines, importing only the one that was asked for, and describes models without torch."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,14 @@ from engine.llamacpp.describe import describe_gguf
 from engine.quantized import effective_quantization
 from engine.revision import revision_of
 from engine.tools import takes_tools
+from engine.trust import trusts_code
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.pooling import POOLING_ENDPOINTS, RERANK, SCORE
 from jobs.domain.request import (
-    CHAT,
     COMPLETIONS,
     CONSTRAINT_KINDS,
     PARAMETERS,
+    TEXT_ENDPOINTS,
     TOOL_PARAMETERS,
     Capabilities,
 )
@@ -163,6 +164,7 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             f"{folder} holds no tokenizer.json; save the model with a fast tokenizer."
         )
     described = _object(files["config.json"], folder / "config.json")
+    has_own_code = trusts_code(config, folder, described)
     text = described.get("text_config") or described
     tokenizer_config = _object(files["tokenizer_config.json"] or b"{}", folder)
     templates = (
@@ -175,6 +177,40 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
         config.kind == "vllm" or described.get("model_type") in SEEING_FAMILIES
     )
     encodes = is_encoder(folder, described)
+    endpoints: tuple[str, ...] = TEXT_ENDPOINTS if has_template else (COMPLETIONS,)
+    context_tokens = int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS)
+    if encodes:
+        endpoints = (RERANK, SCORE) if is_scoring(described) else POOLING_ENDPOINTS
+        context_tokens = read_pooling_settings(folder).max_tokens or context_tokens
+    return Capabilities(
+        model=model,
+        engine=config.kind,
+        endpoints=endpoints,
+        context_tokens=config.context_tokens or context_tokens,
+        constraints=CONSTRAINT_KINDS,
+        parameters=PARAMETERS
+        if takes_tools(b"".join(templates).decode("utf-8", "replace"))
+        else tuple(name for name in PARAMETERS if name not in TOOL_PARAMETERS),
+        constraint_backend=config.asking.backend,
+        refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
+        fingerprint=f"{config.kind}-{_digest(config, folder, files, runs_code=has_own_code)}",
+        num_slots=config.slots or 0,
+        quantization=effective_quantization(folder, described, config.quantization),
+        tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
+        is_greedy=config.defaults.temperature == 0,
+        revision=revision_of(config, folder),
+        takes_images=sees and b"image" in b"".join(templates),
+    )
+
+
+def _digest(
+    config: HfConfig | VllmConfig,
+    folder: Path,
+    files: Mapping[str, bytes | None],
+    *,
+    runs_code: bool,
+) -> str:
+    """Return what changes with a model's describing files, and with settings that answers show."""
     digest = xxhash.xxh3_128()
     for name, content in files.items():
         digest.update(f"{name}\0{-1 if content is None else len(content)}\0".encode())
@@ -197,30 +233,9 @@ def describe_model(config: EngineConfig, model: str) -> Capabilities:
             }
         ).encode()
     )
-    endpoints: tuple[str, ...] = (CHAT, COMPLETIONS) if has_template else (COMPLETIONS,)
-    context_tokens = int(text.get("max_position_embeddings") or _DEFAULT_CONTEXT_TOKENS)
-    if encodes:
-        endpoints = (RERANK, SCORE) if is_scoring(described) else POOLING_ENDPOINTS
-        context_tokens = read_pooling_settings(folder).max_tokens or context_tokens
-    return Capabilities(
-        model=model,
-        engine=config.kind,
-        endpoints=endpoints,
-        context_tokens=config.context_tokens or context_tokens,
-        constraints=CONSTRAINT_KINDS,
-        parameters=PARAMETERS
-        if takes_tools(b"".join(templates).decode("utf-8", "replace"))
-        else tuple(name for name in PARAMETERS if name not in TOOL_PARAMETERS),
-        constraint_backend=config.asking.backend,
-        refuses_unenforceable=config.asking.on_unsupported_schema == "refuse",
-        fingerprint=f"{config.kind}-{digest.hexdigest()}",
-        num_slots=config.slots or 0,
-        quantization=effective_quantization(folder, described, config.quantization),
-        tokenizer_hash=xxhash.xxh3_128_hexdigest(files["tokenizer.json"]),
-        is_greedy=config.defaults.temperature == 0,
-        revision=revision_of(config, folder),
-        takes_images=sees and b"image" in b"".join(templates),
-    )
+    if runs_code:
+        digest.update(str(config.trusted_code).encode())
+    return digest.hexdigest()
 
 
 def find_folder(config: HfConfig | VllmConfig) -> Path:

@@ -8,7 +8,8 @@ from jobs.domain.batch import Batch
 from jobs.domain.ids import BatchId
 from jobs.domain.mixed import endpoint_of
 from jobs.domain.plan import RunOrder
-from jobs.domain.request import custom_id_of
+from jobs.domain.request import custom_id_of, parse_line
+from jobs.domain.responses import RESPONSES
 from jobs.domain.result import Result, render_result
 from jobs.domain.shard import Cut, Cutter, Lease
 from jobs.reuse import Found
@@ -121,14 +122,18 @@ class Arranging:
                 on_progress(index)
 
     def _render(self, content: bytes, index: int, batch_id: BatchId, result: Result) -> bytes:
+        endpoint, request = endpoint_of(content, self._batch.endpoint), None
+        if endpoint == RESPONSES:
+            request = parse_line(content, endpoint=endpoint).to_request(0)
         return render_result(
             result,
             custom_id=custom_id_of(content),
             request_id=f"{self._batch.id[6:]}{index:08x}",
-            endpoint=endpoint_of(content, self._batch.endpoint),
+            endpoint=endpoint,
             model=self._model,
             created=int(time.time()),
             reused_from=batch_id,
+            request=request,
         )
 
     def _write_sorted(

@@ -153,6 +153,10 @@ class _LineUsage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prompt_tokens_details: _Details = _Details()
+    # What a response calls them.
+    input_tokens: int = 0
+    output_tokens: int = 0
+    input_tokens_details: _Details = _Details()
 
 
 class _Body(msgspec.Struct, frozen=True):
@@ -176,9 +180,10 @@ class _Line(msgspec.Struct, frozen=True):
         if told is None:
             return None
         return Usage(
-            prompt_tokens=told.prompt_tokens,
-            completion_tokens=told.completion_tokens,
-            cached_tokens=told.prompt_tokens_details.cached_tokens,
+            prompt_tokens=told.prompt_tokens + told.input_tokens,
+            completion_tokens=told.completion_tokens + told.output_tokens,
+            cached_tokens=told.prompt_tokens_details.cached_tokens
+            + told.input_tokens_details.cached_tokens,
         )
 
 

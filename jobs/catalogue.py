@@ -66,6 +66,7 @@ _SPELLED = frozenset(
         "kind",
         "model",
         "revision",
+        "trusted_code",
         "quantization",
         "context_tokens",
         "token",
@@ -80,6 +81,7 @@ _SPELLED = frozenset(
     }
 )
 _OPENAI = "https://api.openai.com"
+_COMMIT_CHARS = 40
 
 
 _OTHER_WORDS = {
@@ -283,6 +285,12 @@ class ModelSettings(BaseModel):
     revision: str | None = Field(
         default=None, description="branch, tag or commit of a hub id; a commit is reproducible"
     )
+    trusted_code: str | None = Field(
+        default=None,
+        pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$",
+        description="lets the model's own Python code run: the commit of a hub id, or the digest "
+        "of a folder's code that a refusal names; unset: no code of a model runs",
+    )
     engine: EngineChoice = Field(
         default="auto", description="auto, hf, vllm, llamacpp, remote or simulated"
     )
@@ -345,6 +353,19 @@ class ModelSettings(BaseModel):
             pass
         return self
 
+    @model_validator(mode="after")
+    def _check_trust(self) -> Self:
+        if self.trusted_code is not None and self.engine not in {"auto", "hf", "vllm"}:
+            raise ValueError(f"trusted_code: the {self.engine} engine runs no code of a model.")
+        if self._trusted_commit is not None and self.revision not in {None, self._trusted_commit}:
+            raise ValueError("trusted_code and revision name two commits; leave revision out.")
+        return self
+
+    @property
+    def _trusted_commit(self) -> str | None:
+        pin = self.trusted_code
+        return pin if pin is not None and len(pin) == _COMMIT_CHARS else None
+
     def _known_options(self) -> frozenset[str]:
         if self.engine != "auto":
             return _option_names(self.engine)
@@ -390,7 +411,8 @@ class ModelSettings(BaseModel):
         loaded = {
             **shared,
             "model": self.source,
-            "revision": self.revision,
+            "revision": self.revision or self._trusted_commit,
+            "trusted_code": self.trusted_code,
             "quantization": "none" if self.quantization in {None, "auto"} else self.quantization,
             "token": self.token.get_secret_value() if self.token else None,
         }

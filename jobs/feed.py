@@ -426,6 +426,7 @@ class Feed:
                 created=int(time.time()),
                 same_as=None if index == held.index else held.custom_id,
                 pooling=held.request.pooling,
+                request=held.request,
             )
             buffer.entries.append((index, int(error is not None), line))
             buffer.num_bytes += len(line)

@@ -20,7 +20,8 @@ from typing import IO, Any, NoReturn, Protocol, Self
 import msgspec
 
 from jobs.domain.errors import InvalidInput, NotFound
-from jobs.domain.request import CHAT, Constraint
+from jobs.domain.request import CHAT, CHAT_ENDPOINTS, Constraint
+from jobs.domain.responses import RESPONSES
 
 MAX_LINE_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 20
@@ -37,6 +38,7 @@ _FORMS = (
     "guided_regex",
     "guided_choice",
     "guided_grammar",
+    "text",
 )
 _ID_COLUMNS = ("custom_id", "id")
 
@@ -214,10 +216,13 @@ def prepare_input(
         render = _template(
             prompt,
             model=model,
-            form=_form(constraint),
+            form=_form(constraint, endpoint),
             endpoint=endpoint,
             system=system,
-            limits={"max_tokens": max_tokens, "temperature": temperature},
+            limits={
+                "max_output_tokens" if endpoint == RESPONSES else "max_tokens": max_tokens,
+                "temperature": temperature,
+            },
         )
         with closing(source.open_again()) as file:
             lines = _numbered(file, max_line_bytes)
@@ -245,7 +250,7 @@ def prepare_input(
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk
         else:
-            yield from _constrained(file, _form(constraint), max_line_bytes)
+            yield from _constrained(file, _form(constraint, endpoint), max_line_bytes)
 
 
 def check_readable(path: Path) -> None:
@@ -338,21 +343,26 @@ def _refuse(number: int, reason: str) -> NoReturn:
 # --- request lines with a constraint ---
 
 
-def _form(constraint: Constraint | None) -> _Raws:
+def _form(constraint: Constraint | None, endpoint: str) -> _Raws:
     """Return what a body says to ask for `constraint`."""
     if constraint is None:
         return {}
     spec: Any = constraint.spec
     match constraint.kind:
         case "json_object":
-            return {"response_format": _raw({"type": "json_object"})}
+            form: dict[str, Any] = {"type": "json_object"}
         case "json_schema":
-            schema = {"name": "answer", "schema": msgspec.Raw(spec.encode()), "strict": True}
-            return {"response_format": _raw({"type": "json_schema", "json_schema": schema})}
+            form = {"name": "answer", "schema": msgspec.Raw(spec.encode()), "strict": True}
+            if endpoint != RESPONSES:
+                form = {"json_schema": form}
+            form["type"] = "json_schema"
         case "choice":
             return {"structured_outputs": _raw({"choice": msgspec.Raw(spec.encode())})}
         case kind:
             return {"structured_outputs": _raw({kind: spec})}
+    if endpoint == RESPONSES:
+        return {"text": _raw({"format": form})}
+    return {"response_format": _raw(form)}
 
 
 def _raw(value: object) -> msgspec.Raw:
@@ -484,8 +494,12 @@ def _template(
     pieces = _parse_template(prompt)
     fixed: dict[str, object] = {"model": model} if model is not None else {}
     rest = {name: value for name, value in limits.items() if value is not None} | form
-    if system is not None and endpoint != CHAT:
-        raise InvalidInput(f"A system message needs the endpoint {CHAT}.", param="system")
+    if system is not None and endpoint not in CHAT_ENDPOINTS:
+        raise InvalidInput(
+            f"A system message needs the endpoint {' or '.join(CHAT_ENDPOINTS)}.", param="system"
+        )
+    if system is not None and endpoint == RESPONSES:
+        fixed["instructions"] = system
     before = [{"role": "system", "content": system}] if system is not None else []
 
     def render(number: int, custom_id: str, record: _Record) -> bytes:
@@ -496,7 +510,7 @@ def _template(
         asked: dict[str, object] = (
             {"messages": [*before, {"role": "user", "content": text}]}
             if endpoint == CHAT
-            else {"prompt": text}
+            else {"input" if endpoint == RESPONSES else "prompt": text}
         )
         return _encode(
             {

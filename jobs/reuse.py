@@ -281,7 +281,23 @@ class _Told(msgspec.Struct, frozen=True):
     same_as: str | None = None
 
 
+class _Part(msgspec.Struct, frozen=True):
+    text: str
+    logprobs: msgspec.Raw | None = None
+
+
+class _Item(msgspec.Struct, frozen=True):
+    type: Literal["reasoning", "message", "function_call"]
+    content: tuple[_Part, ...] = ()
+    name: str = ""
+    arguments: str = ""
+
+
 class _Body(msgspec.Struct, frozen=True):
+    """The body of an answer; a response has a status and output, the others have choices."""
+
+    status: str = ""
+    output: tuple[_Item, ...] = ()
     choices: tuple[_Choice, ...] = ()
     batchctl: _Told = _Told()
 
@@ -406,9 +422,10 @@ def _answer_of(line: bytes) -> bytes | None:
     """
     body = _decode_line(line).response.body
     told = body.batchctl
-    if told.same_as is not None or len(body.choices) != 1:
+    choices = body.choices or ((_choice_of(body),) if body.output else ())
+    if told.same_as is not None or len(choices) != 1:
         return None
-    choice = body.choices[0]
+    choice = choices[0]
     if choice.logprobs is not None and bytes(choice.logprobs) != b"null":
         return None
     said = choice.message or _Message(choice.text)
@@ -423,6 +440,25 @@ def _answer_of(line: bytes) -> bytes | None:
                 ToolCall(call.function.name, call.function.arguments) for call in said.tool_calls
             ),
         )
+    )
+
+
+def _choice_of(body: _Body) -> _Choice:
+    """Return a response as the chat that says the same."""
+    said = {item.type: item.content[0] for item in body.output if item.content}
+    text, thought = said.get("message"), said.get("reasoning")
+    return _Choice(
+        "length" if body.status == "incomplete" else "stop",
+        _Message(
+            text.text if text is not None else None,
+            thought.text if thought is not None else None,
+            tuple(
+                _Call(_Function(item.name, item.arguments))
+                for item in body.output
+                if item.type == "function_call"
+            ),
+        ),
+        logprobs=text.logprobs if text is not None else None,
     )
 
 

@@ -43,6 +43,7 @@ from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.quantized import effective_quantization
 from engine.registry import SEEING_FAMILIES, find_folder
+from engine.trust import trusts_code
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 
@@ -161,16 +162,19 @@ def _open(
             "hub id such as owner/name."
         )
     source = str(Path(config.model).expanduser()) if is_local else config.model
+    folder = Path(source) if is_local else find_folder(config)
     common: dict[str, Any] = {
-        "trust_remote_code": False,
+        "trust_remote_code": trusts_code(config, folder, read_config(folder)),
         "local_files_only": is_local,
         "revision": config.revision or "main",
         "token": config.token,
         "cache_dir": config.cache_folder,
     }
+    if config.trusted_code is not None and not is_local:
+        common["code_revision"] = config.revision
     if is_local:
         writes = kind in {AutoModelForCausalLM, AutoModelForImageTextToText}
-        _check_folder(Path(source), config, device, generates=writes)
+        _check_folder(folder, config, device, generates=writes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = _load_model(config, source, device, common, kind)
@@ -293,13 +297,8 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, gener
     """
     described = read_config(folder)
     effective_quantization(folder, described, config.quantization)
-    family = described.get("model_type")
-    if "auto_map" in described and family not in CONFIG_MAPPING:
-        raise EngineMisconfigured(
-            f"{folder} brings Python code of its own, which is never run; use a model that "
-            "transformers knows."
-        )
-    _check_family(folder, described, generates=generates)
+    if config.trusted_code is None:
+        _check_family(folder, described, generates=generates)
     if not read_tensors(folder):
         raise EngineMisconfigured(
             f"{folder} holds neither {WEIGHTS_FILE} nor an index of several; save the model's "

@@ -8,10 +8,10 @@ from engine.revision import revision_of_file
 from engine.tools import takes_tools
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import (
-    CHAT,
     COMPLETIONS,
     CONSTRAINT_KINDS,
     PARAMETERS,
+    TEXT_ENDPOINTS,
     TOOL_PARAMETERS,
     Capabilities,
     SamplingParams,
@@ -48,7 +48,7 @@ def describe_gguf(config: LlamacppConfig, file: Gguf, model: str) -> Capabilitie
     return Capabilities(
         model=model,
         engine=config.kind,
-        endpoints=(CHAT, COMPLETIONS) if template else (COMPLETIONS,),
+        endpoints=TEXT_ENDPOINTS if template else (COMPLETIONS,),
         context_tokens=config.context_tokens or file.context_tokens or _DEFAULT_CONTEXT_TOKENS,
         constraints=CONSTRAINT_KINDS,
         parameters=PARAMETERS

@@ -17,6 +17,7 @@ from engine import checkpoint
 from engine.config import DROPPED_BY_VLLM, VllmConfig
 from engine.encoders import PoolingMode, is_scoring, read_pooling_settings
 from engine.memory import WeightKind, read_size, weight_bytes
+from engine.trust import trusts_code
 from engine.tuning import choose_vllm
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
@@ -30,6 +31,10 @@ _POOLING: dict[PoolingMode, Any] = {"cls": "CLS", "mean": "MEAN", "last": "LAST"
 _SPELLED = {
     "model": "the model's `source`",
     "revision": "the model's `revision`",
+    "trust_remote_code": "the model's `trusted_code`",
+    "code_revision": "the model's `trusted_code`",
+    "tokenizer_revision": "the model's `revision`",
+    "hf_config_path": "a folder that holds the model and its config.json as the `source`",
     "tokenizer": "a folder that holds model and tokenizer as the `source`",
     "max_model_len": "`context_tokens`",
     "max_num_seqs": "`slots`",
@@ -39,8 +44,9 @@ _SPELLED = {
     "structured_outputs_config": "`asking.backend`",
     "disable_log_stats": "the metrics of the worker",
 }
+# With these, code could come from elsewhere than where the operator read it.
+_UNTRUSTED = ("hf_overrides", "speculative_config")
 _REFUSED = {
-    "trust_remote_code": "code that a model brings is never run",
     "skip_tokenizer_init": "stop strings and constraints need the tokenizer",
     "data_parallel_size": "each group of GPUs has a worker of its own",
     "worker_cls": "code from elsewhere is never run",
@@ -72,6 +78,7 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
     arguments: dict[str, Any] = {
         "model": str(path) if path.is_dir() else config.model,
         "revision": config.revision,
+        "trust_remote_code": trusts_code(config, folder, described),
         "dtype": config.dtype,
         "quantization": _quantization(config.quantization, described),
         "max_model_len": config.context_tokens,
@@ -95,6 +102,14 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes()
         if config.dtype == "auto":
             arguments["dtype"] = "float32"
+    if arguments["trust_remote_code"]:
+        for name in _UNTRUSTED:
+            if name in config.engine_args:
+                raise EngineMisconfigured(
+                    f"engine_args.{name} is refused for a model whose own code is trusted."
+                )
+    if config.trusted_code is not None and not path.is_dir():
+        arguments["code_revision"] = config.revision
     if config.adapter is not None:
         arguments |= _adapter_arguments(Path(config.adapter).expanduser())
     given = {name: value for name, value in arguments.items() if value is not None}

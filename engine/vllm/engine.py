@@ -96,7 +96,7 @@ class VllmEngine:
         folder = find_folder(config)
         wanted = arguments.engine_arguments(config, folder)
         arguments.check_weights(config, wanted)
-        self._tokenizer = tokenizer = load_tokenizer(folder)
+        self._tokenizer = tokenizer = load_tokenizer(config, folder)
         self._adapter = (
             LoRARequest(lora_name=self._capabilities.model, lora_int_id=1, lora_path=config.adapter)
             if config.adapter is not None

@@ -71,7 +71,7 @@ class VllmPoolingEngine:
         folder = find_folder(config)
         wanted = arguments.pooling_arguments(config, folder)
         arguments.check_weights(config, wanted)
-        backend = load_tokenizer(folder).backend_tokenizer
+        backend = load_tokenizer(config, folder).backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         self._scores = is_scoring(arguments.read_object(folder / "config.json"))

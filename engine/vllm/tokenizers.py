@@ -4,19 +4,22 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.vllm.arguments import first_line
+from engine.config import VllmConfig
+from engine.trust import trusts_code
+from engine.vllm.arguments import first_line, read_object
 from jobs.domain.errors import EngineMisconfigured
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: VllmConfig, folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer in a folder.
 
     Raises:
-        EngineMisconfigured: it cannot be loaded, or is no fast one.
+        EngineMisconfigured: it cannot be loaded, is no fast one, or needs code that nobody trusts.
     """
+    is_trusted = trusts_code(config, folder, read_object(folder / "config.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
+            folder, trust_remote_code=is_trusted, local_files_only=True
         )
     except Exception as error:
         raise EngineMisconfigured(

@@ -19,6 +19,7 @@ import xxhash
 
 from jobs.domain.mixed import MIXED
 from jobs.domain.request import CHAT
+from jobs.domain.responses import RESPONSES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,6 +54,10 @@ Fold = Literal["determined", "all", "none"]
 """Which equal requests run once: those whose answer is determined (greedy or seeded), or all."""
 
 
+_PROMPT_KEYS = {CHAT: b'"messages"', MIXED: b'"messages"', RESPONSES: b'"body"'}
+"""Where in a line what models read begins; a response has it in two places."""
+
+
 class Spill(Protocol):
     """Where columns go when there are many; see storage.spill."""
 
@@ -73,7 +78,7 @@ class Columns:
             endpoint: of the lines to come.
             spill: takes what would be in memory beyond some thousand lines; None: nothing does.
         """
-        self._prompt_key = b'"messages"' if endpoint in {CHAT, MIXED} else b'"prompt"'
+        self._prompt_key = _PROMPT_KEYS.get(endpoint, b'"prompt"')
         self._rows = bytearray()
         self._new = bytearray()
         self._spill = spill

@@ -8,9 +8,9 @@ Planning needs less of a line than an engine does, so a `Sketcher` stops half wa
 and no request built.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from xxhash import xxh3_128_digest
@@ -26,6 +26,7 @@ from jobs.domain.pooling import (
     Pooling,
     read_pooling,
 )
+from jobs.domain.responses import RESPONSES, Translated, in_its_words, translate
 from jobs.domain.slow import parse_slowly
 from jobs.domain.tools import (
     ToolCall,
@@ -45,6 +46,8 @@ from jobs.domain.wire import (
     JsonObject,
     JsonSchema,
     RerankLine,
+    ResponsesBody,
+    ResponsesLine,
     Role,
     ScoreLine,
     StructuredOutputs,
@@ -54,7 +57,10 @@ from jobs.domain.wire import (
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-ENDPOINTS = (CHAT, COMPLETIONS, *POOLING_ENDPOINTS)
+CHAT_ENDPOINTS = (CHAT, RESPONSES)
+"""Both ask for the answer to a conversation: whoever serves one serves the other."""
+TEXT_ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
+ENDPOINTS = (*TEXT_ENDPOINTS, *POOLING_ENDPOINTS)
 
 MAX_CUSTOM_ID_BYTES = 512
 _SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
@@ -172,7 +178,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     engine: str
-    endpoints: tuple[str, ...] = (CHAT, COMPLETIONS)
+    endpoints: tuple[str, ...] = TEXT_ENDPOINTS
     context_tokens: int = 2048
     constraints: tuple[ConstraintKind, ...] = CONSTRAINT_KINDS
     parameters: tuple[str, ...] = ()
@@ -223,16 +229,31 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-_LINE_DECODERS: dict[str, msgspec.json.Decoder[Any]] = {
-    CHAT: msgspec.json.Decoder(ChatLine),
-    COMPLETIONS: msgspec.json.Decoder(CompletionLine),
-    EMBEDDINGS: msgspec.json.Decoder(EmbeddingsLine),
-    RERANK: msgspec.json.Decoder(RerankLine),
-    SCORE: msgspec.json.Decoder(ScoreLine),
+_response_decoder = msgspec.json.Decoder(ResponsesLine)
+
+
+class _ReadLine(NamedTuple):
+    custom_id: str
+    body: Translated
+
+
+def _read_response(line: bytes) -> _ReadLine:
+    wire = _response_decoder.decode(line)
+    return _ReadLine(wire.custom_id, translate(wire.body))
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    CHAT: msgspec.json.Decoder(ChatLine).decode,
+    COMPLETIONS: msgspec.json.Decoder(CompletionLine).decode,
+    RESPONSES: _read_response,
+    EMBEDDINGS: msgspec.json.Decoder(EmbeddingsLine).decode,
+    RERANK: msgspec.json.Decoder(RerankLine).decode,
+    SCORE: msgspec.json.Decoder(ScoreLine).decode,
 }
 _BODY_TYPES: dict[str, type[msgspec.Struct]] = {
     CHAT: ChatBody,
     COMPLETIONS: CompletionBody,
+    RESPONSES: ResponsesBody,
     **POOLING_BODIES,
 }
 
@@ -276,6 +297,8 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         if self.constraint is not None:
             is_json = self.constraint.kind.startswith("json")
             where = "response_format" if is_json else "structured_outputs"
+            if is_json and isinstance(self.body, Translated):
+                where = "text.format"
             found.append((self.constraint, "tool_choice" if self.tools is not None else where))
         return found
 
@@ -285,8 +308,12 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         Raises:
             InvalidLine: what `parse_line` says with these capabilities.
         """
-        if isinstance(self.body, Body):
+        if not isinstance(self.body, Body):
+            return
+        try:
             _check_capabilities(self.body, self.constraint, capabilities)
+        except InvalidLine as error:
+            raise (in_its_words(error) if isinstance(self.body, Translated) else error) from None
 
 
 class Sketch(msgspec.Struct, frozen=True, eq=False):
@@ -327,9 +354,9 @@ class Sketcher:
     def __init__(self, endpoint: str) -> None:
         """Prepare for lines of one of `ENDPOINTS`."""
         self.endpoint = endpoint
-        self._is_chat = endpoint == CHAT
+        self._is_chat = endpoint in CHAT_ENDPOINTS
         self._is_pooling = endpoint in POOLING_ENDPOINTS
-        self._decode = _LINE_DECODERS[endpoint].decode
+        self._decode = _DECODERS[endpoint]
         self._body: Body | None = None
         self._terms: Terms | None = None
 
@@ -344,9 +371,7 @@ class Sketcher:
             wire = self._decode(line)
             body, custom_id = wire.body, wire.custom_id
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            custom_id, body = parse_slowly(
-                line, endpoint=self.endpoint, body_type=_BODY_TYPES[self.endpoint]
-            )
+            custom_id, body = _read_slowly(line, self.endpoint)
         if not 0 < len(custom_id) <= _SURE_CHARS:
             _check_custom_id(custom_id)
         if self._is_pooling:
@@ -399,19 +424,19 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         InvalidLine: the line cannot be run; `error_code` and `param` are the Batch API's.
     """
     try:
-        wire = _LINE_DECODERS[endpoint].decode(line)
+        wire = _DECODERS[endpoint](line)
         body, custom_id = wire.body, wire.custom_id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        custom_id, body = parse_slowly(line, endpoint=endpoint, body_type=_BODY_TYPES[endpoint])
+        custom_id, body = _read_slowly(line, endpoint)
     _check_custom_id(custom_id)
     if endpoint in POOLING_ENDPOINTS:
         return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
     constraint, tools = _check(body, capabilities)
-    if _TOOL in line and endpoint == CHAT:
+    if _TOOL in line and endpoint in CHAT_ENDPOINTS:
         _check_turns(body.messages)
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
-    if endpoint == CHAT:
+    if endpoint in CHAT_ENDPOINTS:
         messages = tuple(
             [
                 Message(
@@ -445,6 +470,11 @@ _TOOL = b'"tool'
 """In a line that says nothing of tools, no turn has anything to do with them."""
 
 
+def _read_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
+    custom_id, body = parse_slowly(line, endpoint=endpoint, body_type=_BODY_TYPES[endpoint])
+    return custom_id, translate(body) if endpoint == RESPONSES else body
+
+
 def _check_custom_id(custom_id: str) -> None:
     num_bytes = len(custom_id) if custom_id.isascii() else len(custom_id.encode())
     if not 0 < num_bytes <= MAX_CUSTOM_ID_BYTES:
@@ -463,6 +493,15 @@ def _check(
     Raises:
         InvalidLine: it asks for what is not supported.
     """
+    try:
+        return _find_asked(body, capabilities)
+    except InvalidLine as error:
+        raise (in_its_words(error) if isinstance(body, Translated) else error) from None
+
+
+def _find_asked(
+    body: ChatBody | CompletionBody, capabilities: Capabilities | None
+) -> tuple[Constraint | None, Tools | None]:
     if body.stream:
         raise InvalidLine(
             "Streaming is not supported in a batch; leave `stream` out.",

@@ -8,6 +8,8 @@ import msgspec
 
 from jobs.domain.pooling import POOLING_ENDPOINTS, Pooling, render_pooling
 from jobs.domain.reasoning import split_reasoning
+from jobs.domain.request import Request
+from jobs.domain.responses import RESPONSES, render_response, render_usage
 from jobs.domain.tools import ToolCall
 
 FinishReason = Literal["stop", "length"]
@@ -114,6 +116,7 @@ def render_result(
     same_as: str | None = None,
     pooling: Pooling | None = None,
     reused_from: str | None = None,
+    request: Request | None = None,
 ) -> bytes:
     """Return the line (without its newline) that the output or error file holds.
 
@@ -121,7 +124,8 @@ def render_result(
     `request_id` is unique in the system; `created` is in unix seconds. `same_as` is the custom_id
     of the equal request that ran for this one: what was computed is told there, and is 0 here.
     So it is with `reused_from`, the id of the earlier batch that the answer was taken from.
-    `pooling` is what was asked for where the answer is no text.
+    `pooling` is what was asked for where the answer is no text. `request` is all that was asked
+    for, which a response tells again.
 
     Source: the JSONL formats of the OpenAI Batch API; `batchctl` is an addition of ours, present
     only where there was a constraint or a second attempt.
@@ -133,12 +137,7 @@ def render_result(
         line["error"] = {"code": error.code, "message": error.message}
         return _encode(line)
     usage = result.usage if same_as is None and reused_from is None else Usage()
-    usage_body = {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+    usage_body = _usage(usage, endpoint)
     body: dict[str, object]
     if error is not None:
         status = error.status_code
@@ -175,6 +174,9 @@ def render_result(
                 for number, one in enumerate(answers)
             ]
             body.update(created=created, model=model, choices=choices, usage=usage_body)
+        elif endpoint == RESPONSES:
+            body = _response(result, request_id, request)
+            body.update(created_at=created, model=model, usage=usage_body)
         else:
             body = {"id": f"cmpl-{request_id}", "object": "text_completion"}
             choices = [
@@ -189,15 +191,42 @@ def render_result(
             body.update(created=created, model=model, choices=choices, usage=usage_body)
     is_copy = same_as is not None or reused_from is not None
     if result.constraint is not None or result.attempts > 1 or is_copy:
-        told: dict[str, object] = {"constraint": result.constraint, "attempts": result.attempts}
-        if same_as is not None:
-            told["same_as"] = same_as
-        if reused_from is not None:
-            told["reused_from"] = reused_from
-        body["batchctl"] = told
+        told = {"constraint": result.constraint, "attempts": result.attempts}
+        copied = {"same_as": same_as, "reused_from": reused_from}
+        body["batchctl"] = told | {key: source for key, source in copied.items() if source}
     line["response"] = {"status_code": status, "request_id": f"req_{request_id}", "body": body}
     line["error"] = None
     return _encode(line)
+
+
+def _usage(usage: Usage, endpoint: str) -> dict[str, object]:
+    told = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+    return render_usage(told) if endpoint == RESPONSES else told
+
+
+def _response(result: Result, request_id: str, request: Request | None) -> dict[str, object]:
+    logprobs = _chat_logprobs(result.logprobs)
+    body = render_response(
+        request_id,
+        _message(result, request_id),
+        logprobs=logprobs["content"] if logprobs is not None else None,
+        is_cut=result.finish_reason == "length" and not result.tool_calls,
+        tools=request.tools if request is not None else None,
+    )
+    if request is not None:
+        sampling = request.sampling
+        body.update(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_output_tokens=sampling.max_tokens,
+            top_logprobs=sampling.logprobs,
+        )
+    return body
 
 
 def _message(result: Result | Choice, request_id: str) -> dict[str, object]:

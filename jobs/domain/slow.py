@@ -109,7 +109,7 @@ def parse_slowly(line: bytes, *, endpoint: str, body_type: type[msgspec.Struct])
         # Through bytes once more: a schema is kept raw.
         return custom_id, msgspec.json.decode(msgspec.json.encode(kept), type=body_type)
     except msgspec.ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
 
 
 def _same(part: object, neutral: object) -> bool:
@@ -144,10 +144,11 @@ def quoted(text: str) -> str:
     return f"{shown}..." if len(text) > _MAX_QUOTED_CHARS else shown
 
 
-def _explain(error: msgspec.ValidationError) -> InvalidLine:
+def explain(error: msgspec.ValidationError, *, at: str = "body") -> InvalidLine:
+    """Return what a decoder found wrong with the part of a line that is called `at`."""
     match = _AT.match(str(error))
     what, path = (match["what"], match["path"] or "") if match else (str(error), "")
-    param = f"body{path}"
+    param = f"{at}{path}"
     if unknown := _UNKNOWN.match(what):
         name = quoted(unknown["name"])
         return InvalidLine(

@@ -30,6 +30,7 @@ _Stop = Annotated[str, msgspec.Meta(min_length=1)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+SchemaName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 _Stops = Annotated[list[_Stop], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
 
 
@@ -39,11 +40,14 @@ class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fiel
     text: str
 
 
+Part = TextPart | ImageUrlPart | ImageFilePart | InputImagePart
+
+
 class WireMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """One turn of a conversation."""
 
     role: Role
-    content: str | list[TextPart | ImageUrlPart | ImageFilePart | InputImagePart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[WireCall] | None = None
     tool_call_id: Annotated[str, msgspec.Meta(max_length=256)] | None = None
@@ -64,7 +68,7 @@ class JsonObject(msgspec.Struct, tag_field="type", tag="json_object", forbid_unk
 class NamedSchema(msgspec.Struct, forbid_unknown_fields=True):
     """A schema, as OpenAI wraps it."""
 
-    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+    name: SchemaName
     schema: msgspec.Raw = ABSENT
     description: str | None = None
     strict: bool | None = None
@@ -138,6 +142,61 @@ class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
     response_format: PlainText | JsonObject | JsonSchema | None = None
 
 
+class FlatSchema(msgspec.Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
+    """A `text.format` of a response: what a schema allows."""
+
+    name: SchemaName
+    schema: msgspec.Raw = ABSENT
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextForm(msgspec.Struct, forbid_unknown_fields=True):
+    """What the text of a response has to look like."""
+
+    format: PlainText | JsonObject | FlatSchema | None = None
+    verbosity: str | None = None
+
+
+class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The body of a response; see jobs.domain.responses for what is made of it.
+
+    The items and tools have many types, most of which nothing here can serve: they are looked at
+    one by one, so that the refusal names the type.
+    """
+
+    input: str | list[dict[str, Any]]
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
+    instructions: str | None = None
+    max_output_tokens: _Positive | None = None
+    temperature: _Temperature | None = None
+    top_p: _TopP | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    include: list[str] | None = None
+    text: TextForm | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
+    stream: bool | None = None
+    user: str | None = None
+    # What vLLM takes beside OpenAI's names, as in a chat.
+    top_k: _TopK | None = None
+    seed: _Seed | None = None
+    stop: _Stop | _Stops | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # Refused with a reason of their own, whatever they hold but the defaults.
+    background: Any = None
+    conversation: Any = None
+    max_tool_calls: Any = None
+    previous_response_id: Any = None
+    prompt: Any = None
+    truncation: Any = None
+
+
 class ChatLine(msgspec.Struct):
     """A line of a batch of chats."""
 
@@ -154,6 +213,15 @@ class CompletionLine(msgspec.Struct):
     method: Literal["POST"]
     url: Literal["/v1/completions"]
     body: CompletionBody
+
+
+class ResponsesLine(msgspec.Struct):
+    """A line of a batch of responses."""
+
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/responses"]
+    body: ResponsesBody
 
 
 class EmbeddingsLine(msgspec.Struct):

@@ -161,7 +161,7 @@ def high_water_bytes(pid: int) -> int:
         (("in.jsonl", "--model", "nobody"), 5, ["nobody", "simulated"]),
         pytest.param(("in.jsonl", "--model", "."), 3, ["config.json"], marks=SLOW),
         pytest.param(
-            ("in.jsonl", "--endpoint", "/v1/responses"), 3, ["/v1/chat/completions"], marks=SLOW
+            ("in.jsonl", "--endpoint", "/v1/moderations"), 3, ["/v1/chat/completions"], marks=SLOW
         ),
         (("in.jsonl", "--output", "."), 3, ["is a folder", "name a file"]),
         (("in.jsonl", "--output", "no/out.jsonl"), 3, ["no/out.jsonl", "does not exist"]),

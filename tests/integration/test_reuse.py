@@ -40,6 +40,34 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path, options={"ledger": str(tmp_path / "ledger")}, settings=dict(KEEP))
 
 
+def test_chats_and_responses_of_one_meaning_share_their_answers(runs: Runs) -> None:
+    def responses(numbers: range) -> bytes:
+        return b"".join(
+            json.dumps(
+                {
+                    "custom_id": f"r{n}",
+                    "method": "POST",
+                    "url": "/v1/responses",
+                    "body": {"model": "simulated", "input": f"hello {n}", "temperature": 0},
+                }
+            ).encode()
+            + b"\n"
+            for n in numbers
+        )
+
+    def outputs() -> list[str]:
+        bodies = [line["response"]["body"] for line in runs.lines("out.jsonl")]
+        return [body["output"][0]["content"][0]["text"] for body in bodies]
+
+    assert runs.reuse(responses(range(6)))[0] == 6 * 4
+    first = outputs()
+    tokens, said = runs.reuse(responses(range(6)))
+    assert (tokens, outputs()) == (0, first)
+    assert "reused     6 of 6 answers" in said
+    tokens, _ = runs.reuse(lines_of(range(6), model="simulated"))
+    assert (tokens, answers_of(runs)) == (0, first)
+
+
 def answers_of(folder: Folder) -> list[str]:
     lines = folder.lines("out.jsonl")
     return [line["response"]["body"]["choices"][0]["message"]["content"] for line in lines]

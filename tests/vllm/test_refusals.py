@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from engine.base import Engine
-from engine.config import AskingConfig
+from engine.config import AskingConfig, VllmConfig
 from engine.registry import open_engine
+from engine.trust import digest_code
+from engine.vllm.arguments import engine_arguments
 from jobs.domain.errors import EngineError, EngineMisconfigured, EngineOutOfMemory
 from jobs.domain.request import COMPLETIONS, Constraint, Message, Request, SamplingParams
 from tests.vllm.conftest import Ask, make_config, open_vllm
@@ -38,7 +40,9 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
     [
         ("max_num_batched_token", "max_num_batched_tokens"),
         ("swap_space", "recomputes"),
-        ("trust_remote_code", "never run"),
+        ("trust_remote_code", "`trusted_code`"),
+        ("code_revision", "`trusted_code`"),
+        ("hf_config_path", "`source`"),
         ("worker_cls", "never run"),
         ("max_model_len", "`context_tokens`"),
         ("max_num_seqs", "`slots`"),
@@ -201,3 +205,22 @@ def test_adapter_answers_differently_and_what_cannot_be_kept_is_refused(
     assert "chat template" in errors[2].message
     assert errors[3] is not None
     assert errors[3].code == "schema_unsupported"
+
+
+def test_code_of_a_model_is_trusted_only_as_it_was_pinned(copy: Path) -> None:
+    (copy / "modeling_own.py").write_text("x = 1\n")
+    described = json.loads((copy / "config.json").read_text())
+    described |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "modeling_own.Own"}}
+    (copy / "config.json").write_text(json.dumps(described))
+    assert "only if an operator trusts it" in refusal(copy)
+    pin = digest_code(copy)
+    config = VllmConfig(model=str(copy), trusted_code=pin)
+    assert engine_arguments(config, copy).trust_remote_code
+    plain = VllmConfig(model=str(copy))
+    with pytest.raises(EngineMisconfigured, match="trusted_code"):
+        engine_arguments(plain, copy)
+    elsewhere = config.model_copy(update={"engine_args": {"hf_overrides": {}}})
+    with pytest.raises(EngineMisconfigured, match="hf_overrides"):
+        engine_arguments(elsewhere, copy)
+    (copy / "modeling_own.py").write_text("x = 2\n")
+    assert "not the code that was trusted" in refusal(copy, trusted_code=pin)

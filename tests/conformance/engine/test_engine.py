@@ -11,7 +11,7 @@ import pytest
 
 from engine.base import Engine
 from engine.constraints import validate
-from jobs.domain.request import CHAT, COMPLETIONS, Constraint, Message, Request, SamplingParams
+from jobs.domain.request import TEXT_ENDPOINTS, Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Result
 
 SCHEMA = json.dumps(
@@ -87,7 +87,7 @@ def chat(request_id: int, text: str, *, constraint: Constraint | None = None) ->
 
 def test_capabilities_are_said(engine: Engine) -> None:
     capabilities = engine.capabilities
-    assert set(capabilities.endpoints) <= {CHAT, COMPLETIONS}
+    assert set(capabilities.endpoints) <= set(TEXT_ENDPOINTS)
     assert capabilities.context_tokens > 0
     assert capabilities.fingerprint
     assert engine.num_slots > 0

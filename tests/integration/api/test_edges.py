@@ -113,7 +113,7 @@ def create(http: httpx2.Client, **changes: object) -> httpx2.Response:
         ({"endpoint": ...}, "endpoint", "missing_required_parameter"),
         ({"endpoint": 7}, "endpoint", "invalid_type"),
         ({"endpoint": "/v1/videos\ud800"}, "endpoint", None),
-        ({"endpoint": "/v1/responses"}, "endpoint", "invalid_value"),
+        ({"endpoint": "/v1/moderations"}, "endpoint", "invalid_value"),
         ({"completion_window": "25 hours"}, "completion_window", "invalid_value"),
         ({"completion_window": 24}, "completion_window", "invalid_type"),
         ({"metadata": []}, "metadata", "invalid_type"),

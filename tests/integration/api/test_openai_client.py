@@ -2,15 +2,18 @@
 
 import asyncio
 import io
+import json
 from pathlib import Path
 from typing import Final
 
 import openai
 import pytest
+from openai.types.responses import Response
 
 from tests.integration.api.servers import Running, Serve, lines, wait_for
 
 CHAT: Final = "/v1/chat/completions"
+RESPONSES: Final = "/v1/responses"
 TERMINAL = {"completed", "failed", "expired", "cancelled"}
 
 
@@ -321,3 +324,32 @@ def test_the_asynchronous_client_does_the_same(working: Running) -> None:
             assert [model.id async for model in client.models.list()] == ["demo", "simulated"]
 
     asyncio.run(run())
+
+
+def test_a_batch_of_responses_is_read_by_the_types_of_the_client(client: openai.OpenAI) -> None:
+    asked = [
+        {"custom_id": f"r{n}", "method": "POST", "url": RESPONSES, "body": {"input": f"hello {n}"}}
+        for n in range(3)
+    ]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in asked)
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = client.batches.create(
+        input_file_id=file.id,
+        endpoint=RESPONSES,
+        completion_window="24h",
+        extra_body={"model": "simulated"},
+    )
+    wait_for(lambda: client.batches.retrieve(batch.id).status in TERMINAL)
+    batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.endpoint) == ("completed", RESPONSES)
+    assert batch.output_file_id is not None
+    found = [
+        Response.model_validate(json.loads(line)["response"]["body"], strict=True)
+        for line in client.files.content(batch.output_file_id).text.splitlines()
+    ]
+    assert [answer.status for answer in found] == ["completed"] * 3
+    assert all(answer.output_text for answer in found)
+    assert batch.usage is not None
+    assert batch.usage.output_tokens == sum(
+        answer.usage.output_tokens for answer in found if answer.usage is not None
+    )

@@ -14,7 +14,7 @@ from engine.config import GenerationDefaults, LlamacppConfig
 from engine.gguf import is_gguf, read
 from engine.registry import describe_model
 from jobs.domain.errors import EngineMisconfigured
-from jobs.domain.request import CHAT, COMPLETIONS
+from jobs.domain.request import COMPLETIONS, TEXT_ENDPOINTS
 
 UINT32, FLOAT, STRING, ARRAY = 4, 6, 8, 9
 
@@ -83,7 +83,7 @@ def test_model_is_described_without_llama_cpp_and_torch(tmp_path: Path) -> None:
     found = describe_model(LlamacppConfig(model=str(path), slots=3), "mine")
     assert (found.model, found.engine, found.num_slots) == ("mine", "llamacpp", 3)
     assert (found.context_tokens, found.quantization) == (4096, "Q4_K_M")
-    assert found.endpoints == (CHAT, COMPLETIONS)
+    assert found.endpoints == TEXT_ENDPOINTS
     plain = make(tmp_path / "b.gguf", {"tokenizer.chat_template": None})
     assert describe_model(LlamacppConfig(model=str(plain)), "x").endpoints == (COMPLETIONS,)
     program = (

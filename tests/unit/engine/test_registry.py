@@ -12,7 +12,7 @@ from engine.asking import Asking
 from engine.config import GenerationDefaults, HfConfig, SimulatedConfig, VllmConfig
 from engine.registry import describe_model, open_engine
 from jobs.domain.errors import EngineMisconfigured
-from jobs.domain.request import CHAT, COMPLETIONS, Capabilities
+from jobs.domain.request import COMPLETIONS, TEXT_ENDPOINTS, Capabilities
 
 
 def test_model_is_described_from_its_files(tiny_model: Path) -> None:
@@ -20,7 +20,7 @@ def test_model_is_described_from_its_files(tiny_model: Path) -> None:
     assert found.model == "tiny"
     assert found.engine == "hf"
     assert found.context_tokens == 512
-    assert found.endpoints == (CHAT, COMPLETIONS)
+    assert found.endpoints == TEXT_ENDPOINTS
     shorter = describe_model(HfConfig(model=str(tiny_model), context_tokens=100), "tiny")
     assert shorter.context_tokens == 100
 

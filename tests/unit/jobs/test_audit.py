@@ -12,6 +12,7 @@ from jobs.audit import Report
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import NotFound
 from jobs.domain.ids import BatchId
+from jobs.domain.responses import RESPONSES
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import UnitKind, UnitState
 from jobs.feed import FeedSettings
@@ -90,6 +91,20 @@ def test_batch_that_runs_passes_every_check(bench: Bench, num_answered: int) -> 
     assert report.violated == ()
     assert skipped(report) == {"files"}
     assert {c.name: c.num_checked for c in report.checks}["order"] == num_answered
+
+
+def test_batch_of_responses_is_recounted_by_the_names_they_have_for_tokens(bench: Bench) -> None:
+    lines = [
+        {"custom_id": f"r{n}", "method": "POST", "url": RESPONSES, "body": body}
+        for n, body in enumerate([{"model": "simulated", "input": text} for text in "abc"])
+    ]
+    bench.submit(b"".join(json.dumps(line).encode() + b"\n" for line in lines), endpoint=RESPONSES)
+    bench.plan()
+    with Worker(bench, ScriptedEngine(), settings=EACH) as worker:
+        worker.result()
+    batch = bench.finalize()
+    assert batch.usage.completion_tokens > 0
+    assert audit(bench, batch).violated == ()
 
 
 def test_batch_that_was_cancelled_half_way_passes(bench: Bench) -> None:

@@ -227,7 +227,7 @@ def test_missing_content_says_to_upload_again(bench: Bench) -> None:
 
 
 def test_endpoint_that_is_not_served_is_refused(bench: Bench) -> None:
-    batch = refuse(bench, lines(GOOD), endpoint="/v1/responses")
+    batch = refuse(bench, lines(GOOD), endpoint="/v1/moderations")
     assert faults(batch) == [(None, "invalid_value", "endpoint")]
     assert CHAT in batch.errors[0].message
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jobs.domain.errors import InvalidInput, NotFound
 from jobs.domain.request import CHAT, COMPLETIONS, Constraint, parse_line
+from jobs.domain.responses import RESPONSES
 from jobs.prepare import Source, prepare_input
 
 SCHEMA = Constraint("json_schema", '{"type":"object","const":1.10}')
@@ -113,6 +114,9 @@ def test_constraint_keeps_numbers_as_they_are_written(tmp_path: Path) -> None:
         (Constraint("choice", '["yes","no"]'), CHAT),
         (Constraint("grammar", 'start: "a"'), COMPLETIONS),
         (Constraint("json_schema", '{"type":"string"}'), COMPLETIONS),
+        (Constraint("json_schema", '{"type":"string"}'), RESPONSES),
+        (Constraint("json_object"), RESPONSES),
+        (Constraint("regex", 'a"+'), RESPONSES),
     ],
 )
 def test_added_constraint_is_what_planning_reads(
@@ -124,6 +128,20 @@ def test_added_constraint_is_what_planning_reads(
     ).splitlines()[1:]
     parsed = parse_line(line, endpoint=endpoint)
     assert parsed.constraint == constraint
+
+
+def test_made_responses_ask_what_made_chats_ask(tmp_path: Path) -> None:
+    path = write(tmp_path, "in.csv", "text\nhi\n")
+    asked = [
+        parse_line(line, endpoint=endpoint).to_request(1)
+        for endpoint in (CHAT, RESPONSES)
+        for line in prepare(
+            path, prompt="{text}", model="m", endpoint=endpoint, system="s", max_tokens=5
+        ).splitlines()
+        if line
+    ]
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
 
 
 # --- records ---

@@ -24,6 +24,7 @@ from jobs.domain.request import (
     custom_id_of,
     parse_line,
 )
+from jobs.domain.responses import RESPONSES
 from jobs.domain.tools import ToolCall
 from tests.builders import make_line
 
@@ -570,6 +571,14 @@ asked_for = st.one_of(
         ]
     ),
 )
+
+
+def _asking(url: str, talk: list[Any], prompt: object) -> dict[str, Any]:
+    names: dict[str, tuple[str, object]] = {CHAT: ("messages", talk), RESPONSES: ("input", talk)}
+    name, asked = names.get(url, ("prompt", prompt))
+    return {name: asked}
+
+
 written_lines = st.builds(
     lambda custom_id, url, model, talk, prompt, asked, style, damage: _damaged(
         json.dumps(
@@ -577,14 +586,14 @@ written_lines = st.builds(
                 "custom_id": custom_id,
                 "method": "POST",
                 "url": url,
-                "body": model | ({"messages": talk} if url == CHAT else {"prompt": prompt}) | asked,
+                "body": model | _asking(url, talk, prompt) | asked,
             },
             **style,
         ).encode(),
         damage,
     ),
     st.sampled_from(["a", "b", "é", "", "x" * 513, 5]),
-    st.sampled_from([CHAT, CHAT, CHAT, COMPLETIONS]),
+    st.sampled_from([CHAT, CHAT, CHAT, COMPLETIONS, RESPONSES]),
     st.sampled_from([{"model": "m"}, {"model": "other"}, {}]),
     conversations,
     prompts,
@@ -604,7 +613,7 @@ def _damaged(line: bytes, damage: tuple[int, bytes] | None) -> bytes:
 @settings(max_examples=400, deadline=None)
 @given(
     st.lists(st.tuples(written_lines, st.integers(1, 2)), min_size=1, max_size=8),
-    st.sampled_from([CHAT, CHAT, COMPLETIONS]),
+    st.sampled_from([CHAT, CHAT, COMPLETIONS, RESPONSES]),
 )
 def test_planning_and_running_agree_on_every_line(
     lines: list[tuple[bytes, int]], endpoint: str
