@@ -20,8 +20,10 @@ from jobs.domain.batch import (
 )
 from jobs.domain.errors import LeaseLost
 from jobs.domain.ids import BatchId, TenantId, mint, mint_unit_id
+from jobs.domain.mixed import MIXED
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
+    MIXED_FORMAT,
     PLAIN_FORMAT,
     TERMINAL_UNIT_STATES,
     Lease,
@@ -145,7 +147,10 @@ def advance_if_ended(tx: Transaction, batch: Batch, *, now: datetime) -> Batch:
 
 def insert_unit(tx: Transaction, batch: Batch, kind: UnitKind, *, now: datetime) -> None:
     """Insert the only unit of this kind that the batch has."""
-    tx.execute(sa.insert(units).values(new_unit(batch, kind, now=now)))
+    # An older program would refuse what it does not know.
+    format_version = MIXED_FORMAT if batch.endpoint == MIXED else PLAIN_FORMAT
+    unit = new_unit(batch, kind, now=now, format_version=format_version)
+    tx.execute(sa.insert(units).values(unit))
 
 
 def new_unit(

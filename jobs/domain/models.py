@@ -63,7 +63,8 @@ class ModelColumn:
     def of_lines(self, num_lines: int) -> "NDArray[np.uint8]":
         """Return for each line the number of its model."""
         models = np.frombuffer(bytes(self._models), dtype=np.uint8)
-        return np.repeat(models, np.diff([*self._starts, num_lines]))
+        starts = np.frombuffer(self._starts.tobytes(), dtype=self._starts.typecode)
+        return np.repeat(models, np.diff(starts, append=np.uint32(num_lines)))
 
 
 def group_by_model(

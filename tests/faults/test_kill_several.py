@@ -4,6 +4,8 @@ import json
 import random
 import time
 
+import pytest
+
 from jobs.domain.mixed import MIXED
 from jobs.domain.request import COMPLETIONS
 from tests.faults.conftest import Bench, await_gone, await_true, request_line, tree_of
@@ -24,6 +26,8 @@ def make_several(number: int) -> str:
     return request_line(number, model=model)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_kills_of_a_run_of_three_models_lose_and_double_nothing(
     bench: Bench, rng: random.Random
 ) -> None:

@@ -157,6 +157,7 @@ def test_a_file_of_several_kinds_says_how_it_runs(folder: Folder) -> None:
     assert 'use the endpoint "mixed"' in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_run_loads_each_model_once_however_long_it_takes(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

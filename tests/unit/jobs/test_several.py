@@ -214,11 +214,12 @@ def test_a_worker_of_an_older_program_leaves_such_a_batch_alone(bench: Bench) ->
     mixed = plan(bench, [completion("a")], endpoint=MIXED)
     one = plan(bench, chats(1))
     with bench.db.read() as tx:
-        shard_units = units_table.c.kind == UnitKind.SHARD
-        rows = tx.execute(select(units_table).where(shard_units)).all()
-    formats = {row.batch_id: row.format_version for row in rows}
-    assert formats[several.id] == formats[mixed.id] == MIXED_FORMAT
-    assert formats[one.id] < MIXED_FORMAT
+        rows = tx.execute(select(units_table)).all()
+    formats = {(row.batch_id, row.kind): row.format_version for row in rows}
+    assert formats[several.id, UnitKind.SHARD] == MIXED_FORMAT
+    assert formats[mixed.id, UnitKind.SHARD] == formats[mixed.id, UnitKind.PLAN] == MIXED_FORMAT
+    assert formats[one.id, UnitKind.SHARD] < MIXED_FORMAT
+    assert formats[one.id, UnitKind.PLAN] < MIXED_FORMAT
 
 
 # --- several kinds ---
