@@ -6,6 +6,7 @@ device. From then on it follows the work itself:
     slots         would half of them be as quick for each token?   no: twice as many are tried
     batch_tokens  do steps leave slots empty for want of it?       yes: twice as many
     evictions     did sequences lose their cache?                  yes: no more than what fitted
+    memory        did a step run out of it?                        yes: half as many, for a while
 
 Nothing here reads a clock or knows an engine: it is told of steps, and asked for the next one.
 """
@@ -16,12 +17,13 @@ from typing import Literal
 
 import msgspec
 
+from engine.ceiling import Ceiling
 from engine.memory import OVERHEAD_BYTES, ModelSize
 
 DeviceKind = Literal["cuda", "mps", "cpu"]
-Reason = Literal["asked", "device", "memory", "engine", "steps", "evictions"]
+Reason = Literal["asked", "device", "memory", "engine", "steps", "evictions", "shortage"]
 """What decided: a setting, the kind of device, its memory, the library's own choice, measured
-steps, or sequences that lost their cache."""
+steps, sequences that lost their cache, or a step for which there was no memory."""
 Part = Literal["all", "decoding", "even", "odd"]
 """Who takes part in a step: everybody, or those that decode, or every second one of them."""
 
@@ -59,6 +61,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
         cache_tokens: what the cache holds; 0: unknown.
         num_comparisons: how often a whole step was compared with two halves.
         num_evictions: sequences that lost their cache, and were begun again.
+        num_shrinks: steps that ran out of memory, and were done again in smaller ones.
     """
 
     slots: int
@@ -70,6 +73,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     cache_tokens_by: Reason = "memory"
     num_comparisons: int = 0
     num_evictions: int = 0
+    num_shrinks: int = 0
 
     @property
     def choice(self) -> tuple[object, ...]:
@@ -303,6 +307,7 @@ class Tuner:
         self._tunes_tokens = is_live and start.batch_tokens_by != "asked"
         self._climb = Climb(first=start.slots, most=start.max_slots)
         self._fitting = Fitting(start.max_slots)
+        self._ceiling = Ceiling()
         self._batch_tokens = start.batch_tokens
         self._tokens_by = start.batch_tokens_by
         self._queue: list[Part] = []
@@ -318,6 +323,11 @@ class Tuner:
     @property
     def limit(self) -> int:
         """How many sequences there may be at once."""
+        return min(self._wanted, self._ceiling.slots or self._wanted)
+
+    @property
+    def _wanted(self) -> int:
+        """How many there would be if no step had run out of memory."""
         if not self._tunes_slots:
             return self._start.slots
         return min(self._climb.level, self._fitting.bound)
@@ -325,7 +335,7 @@ class Tuner:
     @property
     def batch_tokens(self) -> int:
         """How many tokens a step may have."""
-        return self._batch_tokens
+        return min(self._batch_tokens, self._ceiling.batch_tokens or self._batch_tokens)
 
     def next_part(self) -> Part:
         """Return who is to take part in the next step."""
@@ -340,6 +350,14 @@ class Tuner:
         """Note that there was nobody for the step."""
         self._queue.clear()
         self._calm = 0
+
+    def shrink(self, *, num_rows: int, num_tokens: int) -> bool:
+        """Take in a step that ran out of memory; return whether a smaller one may do.
+
+        What was asked for is lowered too. See `Ceiling.shrink`.
+        """
+        self.skip()
+        return self._ceiling.shrink(num_rows=num_rows, num_tokens=num_tokens)
 
     def note(
         self,
@@ -360,6 +378,7 @@ class Tuner:
             num_waiting: sequences that are queued behind them.
             num_evicted: sequences that lost their cache.
         """
+        self._ceiling.note_step(most_slots=self._wanted, most_tokens=self._batch_tokens)
         if self._queue:
             self._fitting.note(num_running=self._num_running, num_evicted=num_evicted)
             self._note_part(num_rows=num_rows, seconds=seconds)
@@ -388,16 +407,20 @@ class Tuner:
                 slots_by = "evictions"
             elif self._num_judged:
                 slots_by = "steps"
+        if self.limit < self._wanted:
+            slots_by = "shortage"
+        is_short = self.batch_tokens < self._batch_tokens
         return Tuning(
             slots=self.limit,
             max_slots=self._start.max_slots,
             slots_by=slots_by,
-            batch_tokens=self._batch_tokens,
-            batch_tokens_by=self._tokens_by,
+            batch_tokens=self.batch_tokens,
+            batch_tokens_by="shortage" if is_short else self._tokens_by,
             cache_tokens=cache_tokens,
             cache_tokens_by=self._start.cache_tokens_by,
             num_comparisons=self._num_comparisons,
             num_evictions=self._fitting.num_evictions,
+            num_shrinks=self._ceiling.num_shrinks,
         )
 
     def _may_compare(self) -> bool:
@@ -407,6 +430,7 @@ class Tuner:
             and self._calm >= _CALM_STEPS
             and self._climb.level > 1
             and self._fitting.bound >= self._climb.level
+            and self._ceiling.slots is None
         )
 
     def _note_part(self, *, num_rows: int, seconds: float) -> None:
@@ -466,6 +490,7 @@ _REASONS: dict[Reason, str] = {
     "engine": "by the engine",
     "steps": "by measured steps",
     "evictions": "by what the cache held",
+    "shortage": "since a step ran out of memory",
 }
 
 

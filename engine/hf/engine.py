@@ -31,6 +31,7 @@ from engine.constraints import (
     TokenizerConstraints,
 )
 from engine.hf import rows, steps, tokens, weights
+from engine.hf.exhaustion import is_out_of_memory
 from engine.hf.pictures import Seer, Shown
 from engine.registry import describe_model
 from engine.sampling import read_model_defaults, resolve_sampling
@@ -227,12 +228,11 @@ class HfEngine:
                         stepper.cancel(sequence.key)
                         del live[sequence.key]
                         ahead.forget(sequence.id)
-                keys = stepper.prepare() if live else None
-                if keys is not None:
-                    for result in self._step(keys, stepper, live):
-                        ahead.forget(result.id)
-                        yield result
-                elif live:
+                results = self._step(stepper, live) if live else None
+                for result in results or ():
+                    ahead.forget(result.id)
+                    yield result
+                if results is None and live:
                     time.sleep(_IDLE_SECONDS)
 
     def _start(
@@ -258,12 +258,24 @@ class HfEngine:
             stepper.add(sequence.key, prompt, sequence.shown)
         return None
 
-    def _step(
-        self, keys: list[str], stepper: steps.Stepper, live: dict[str, _Sequence]
-    ) -> list[Result]:
-        """Move every running sequence on; return the results of those that ended."""
-        choosers = [live[key] for key in keys]
-        chosen = stepper.forward([sequence.row for sequence in choosers], self._masks)
+    def _step(self, stepper: steps.Stepper, live: dict[str, _Sequence]) -> list[Result] | None:
+        """Move every running sequence on; return the results of those that ended.
+
+        None if there is nothing that can be computed.
+        """
+        choosers: list[_Sequence] = []
+        chosen: list[int] | None = None
+        try:
+            keys = stepper.prepare()
+            if keys is None:
+                return None
+            choosers = [live[key] for key in keys]
+            chosen = stepper.forward([sequence.row for sequence in choosers], self._masks)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if chosen is None:  # here, where the error holds no memory any more
+            return self._shrink(stepper, live)
         chosen = [
             _in_time(sequence, token) for sequence, token in zip(choosers, chosen, strict=True)
         ]
@@ -279,6 +291,34 @@ class HfEngine:
                 del live[sequence.key]
                 results.append(result)
         return results
+
+    def _shrink(self, stepper: steps.Stepper, live: dict[str, _Sequence]) -> list[Result]:
+        """Go on with smaller steps; return the result of a request that is too large by itself."""
+        for sequence in live.values():
+            del sequence.row.told[len(sequence.said) :]
+        self._num_done += 1
+        key = stepper.shrink()
+        if key is None:
+            return []
+        sequence = live.pop(key)
+        stepper.cancel(key)
+        return [
+            Result(
+                id=sequence.id,
+                finish_reason="stop",
+                usage=Usage(
+                    prompt_tokens=sequence.num_prompt, completion_tokens=len(sequence.said)
+                ),
+                error=LineError(
+                    code="out_of_memory",
+                    message="The device has too little memory for this request alone: its prompt "
+                    f"has {sequence.num_prompt} tokens, and its answer has {len(sequence.said)} "
+                    "so far.",
+                    status_code=500,
+                ),
+                constraint=sequence.constraint,
+            )
+        ]
 
     def _prepare(self, request: Request) -> _Prepared:
         """Return a sequence that can be queued; in the thread beside the engine's."""

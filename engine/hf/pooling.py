@@ -17,12 +17,13 @@ from engine.base import Source
 from engine.config import HfConfig
 from engine.encoders import PoolingMode, read_pooling_settings
 from engine.hf import weights
+from engine.hf.exhaustion import is_out_of_memory, release
 from engine.pooled import Part, Parting
 from engine.registry import describe_model, find_folder
 from engine.sampling import OPENAI_DEFAULTS
-from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory
+from jobs.domain.errors import EngineDied, EngineMisconfigured
 from jobs.domain.request import Capabilities, Request, SamplingParams
-from jobs.domain.result import Result
+from jobs.domain.result import LineError, Result
 
 _IDLE_SECONDS = 0.002
 _AHEAD_BATCHES = 4
@@ -137,27 +138,44 @@ class HfPoolingEngine:
     def _step(self, waiting: list[Part]) -> Iterator[Result]:
         """Run one batch, taken out of `waiting`; yield the requests that it completed."""
         batch = self._choose(waiting)
+        vectors: torch.Tensor | None = None
         try:
             vectors = self._forward(batch)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise EngineOutOfMemory(
-                    "The device ran out of memory with one sequence; lower context_tokens."
-                ) from error
-            torch.cuda.empty_cache()
-            self._batch_tokens //= 2  # the sequences that run at once, whatever their length
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise self._died(error, batch) from error
+        if vectors is None:  # here, where the error holds no memory any more
+            release(self._device)
+            if len(batch) > 1:
+                # As many sequences of this length as half of the batch had.
+                width = _padded(max(len(part.ids) for part in batch))
+                self._batch_tokens = width * (len(batch) // 2)
+                return
+            held = batch[0].held
+            waiting[:] = [part for part in waiting if part.held is not held]
+            self._num_done += 1
+            yield Result(
+                id=held.request_id,
+                error=LineError(
+                    code="out_of_memory",
+                    message=f"The device has too little memory for a text of {len(batch[0].ids)} "
+                    "tokens.",
+                    status_code=500,
+                ),
+            )
             return
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise EngineDied(
-                f"A step failed ({type(error).__name__}) with {len(batch)} sequences in flight.",
-                suspects=frozenset(part.held.request_id for part in batch),
-            ) from error
         chosen = {id(part) for part in batch}
         waiting[:] = [part for part in waiting if id(part) not in chosen]
         self._num_done += 1
         for part, vector in zip(batch, vectors, strict=True):
             if part.held.receive(part.number, vector.numpy()):
                 yield self._parting.conclude(part.held)
+
+    def _died(self, error: Exception, batch: Sequence[Part]) -> EngineDied:
+        return EngineDied(
+            f"A step failed ({type(error).__name__}) with {len(batch)} sequences in flight.",
+            suspects=frozenset(part.held.request_id for part in batch),
+        )
 
     def _choose(self, waiting: list[Part]) -> list[Part]:
         """Return the oldest sequence and those of about its length, as many as fit in a batch."""

@@ -40,6 +40,8 @@ class Row(msgspec.Struct):
         num_logprobs: how many of the likeliest tokens are told at each place; None: none, and not
             the chosen one either.
         told: what was told of each token that was chosen.
+        drawn: its random number for the next token; kept until there is one, so that a step that
+            ran out of memory is done again with the same.
     """
 
     temperature: float = 0.0
@@ -51,6 +53,7 @@ class Row(msgspec.Struct):
     adjustment: Adjustment | None = None
     num_logprobs: int | None = None
     told: list[Told] = msgspec.field(default_factory=list)
+    drawn: float | None = None
 
 
 def begin_masks(rows: Sequence[Row], masks: Masks) -> None:
@@ -138,6 +141,12 @@ def _constrain(
     return logits.index_copy_(0, at, logits[at].masked_fill_(forbidden, -torch.inf))
 
 
+def _draw(row: Row) -> float:
+    if row.drawn is None:
+        row.drawn = random.random() if row.rng is None else row.rng.random()  # noqa: S311
+    return row.drawn
+
+
 def _exact(device: torch.device) -> torch.dtype:
     """Return what to add probabilities up in: 150,000 of them lose digits in float32."""
     return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
@@ -147,7 +156,7 @@ def _sample(logits: torch.Tensor, best: torch.Tensor, rows: list[Row]) -> torch.
     device = logits.device
     temperatures = torch.tensor([row.temperature for row in rows], device=device)
     drawn = torch.tensor(
-        [random.random() if row.rng is None else row.rng.random() for row in rows],  # noqa: S311
+        [_draw(row) for row in rows],
         device=device,
         dtype=_exact(device),
     )

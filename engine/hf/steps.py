@@ -5,6 +5,7 @@ Stands on private parts of transformers, which is why its version is pinned exac
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import psutil
@@ -28,11 +29,14 @@ from typing_extensions import override
 from engine.config import HfConfig
 from engine.constraints import Masks
 from engine.hf import paged, pictures, rows
+from engine.hf.exhaustion import is_out_of_memory, release
 from engine.hf.weights import Loaded
 from engine.tuning import DeviceKind, Part, Room, Start, Tuner, choose_hf
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CACHE_SHARE_OF_CPU_MEMORY = 0.25
+_LEAST_CACHE_TOKENS = 128
+"""A smaller cache is none: few requests would find room in it."""
 
 
 class _Scheduler(FIFOScheduler):
@@ -102,6 +106,13 @@ class _Scheduler(FIFOScheduler):
     def add_waiting_request(self, state: RequestState) -> None:
         super().add_waiting_request(state)
         self.num_queued += 1
+
+    def requeue(self, state: RequestState) -> None:
+        """Queue a sequence that was on its way, before all others."""
+        key = state.request_id
+        self._hashes.pop(key, None)  # its answer is a part of its prompt now
+        self.waiting_requests[key] = state.create_equivalent_initial_request()
+        self.waiting_requests_order.appendleft(key)
 
     @override
     def _process_candidates(
@@ -193,29 +204,18 @@ class Stepper:
         self._model: Any = loaded.model
         self._batch: list[Any] = []
         self._shown: dict[str, pictures.Shown] = {}
+        self._device = loaded.device
         kinds = group_layers_by_attn_type(self._model.config.get_text_config())
         self._uses_own_attention = not config.flash_attention and paged.suits(
             loaded.model, list(kinds)
         )
-        start, num_blocks = choose_start(
-            loaded, config, masks_cache=not (self._uses_own_attention or config.flash_attention)
-        )
+        self._plain_attention: str = self._model.config._attn_implementation  # noqa: SLF001
+        start = self._open(loaded, config)
         self.max_slots = start.max_slots
         self.tuner = Tuner(start, is_live=config.tune)
         self._clock = _clock_of(loaded)
         self._began_at = 0.0
         self._num_evicted = 0
-        try:
-            try:
-                self._processor = self._open(config, start, num_blocks)
-            except MemoryError:
-                # transformers reckons with copies that this attention does not make; where it
-                # says no, let it choose.
-                self._processor = self._open(config, start, None)
-        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
-            raise EngineOutOfMemory(
-                "There is no memory left for the cache; lower slots, batch_tokens or num_blocks."
-            ) from error
         cache = self._processor.cache
         self._paged: paged.PagedInputs | None = None
         if self._uses_own_attention:
@@ -223,7 +223,47 @@ class Stepper:
             self._processor.inputs_and_outputs = self._paged
         self.max_sequence_tokens = infer_max_single_request_tokens(cache)
 
-    def _open(self, config: HfConfig, start: Start, num_blocks: int | None) -> Any:  # noqa: ANN401
+    def _open(self, loaded: Loaded, config: HfConfig) -> Start:
+        """Make the largest cache that there is memory for, and return what to begin with.
+
+        Half of it is tried where the device says no, and so on.
+
+        Raises:
+            EngineOutOfMemory: there is no room for one.
+        """
+        masks_cache = not (self._uses_own_attention or config.flash_attention)
+        most: int | None = None
+        while True:
+            start, num_blocks = choose_start(
+                loaded, config, masks_cache=masks_cache, most_blocks=most
+            )
+            why: BaseException | None = None
+            try:
+                try:
+                    self._processor = self._make(config, start, num_blocks)
+                except MemoryError:
+                    # transformers reckons with copies that this attention does not make; where
+                    # it says no, let it choose.
+                    self._processor = self._make(config, start, None)
+            except (MemoryError, ValueError, RuntimeError) as error:
+                if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                    raise
+                why = error.with_traceback(None)
+            if why is None:
+                return start
+            release(loaded.device)
+            most = num_blocks // 2
+            least = min(loaded.context_tokens, _LEAST_CACHE_TOKENS) // config.page_tokens + 1
+            if isinstance(why, ValueError) or most < max(2, least):
+                raise EngineOutOfMemory(
+                    "There is no memory left for the cache; lower slots, batch_tokens or "
+                    "num_blocks."
+                ) from why
+
+    def _make(self, config: HfConfig, start: Start, num_blocks: int | None) -> Any:  # noqa: ANN401
+        if self._uses_own_attention:
+            # What an attempt that failed left behind is none that transformers begins with.
+            self._model.set_attn_implementation(self._plain_attention)
         manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -311,7 +351,7 @@ class Stepper:
         scheduler, tuner = self._scheduler, self.tuner
         scheduler.part, scheduler.limit = tuner.next_part(), tuner.limit
         scheduler.batch_tokens, scheduler.num_queued = tuner.batch_tokens, 0
-        self._began_at = self._clock()
+        self._began_at, self._batch = self._clock(), []
         if not self._processor.prepare_next_batch():
             tuner.skip()
             return None
@@ -348,7 +388,39 @@ class Stepper:
             if not choosers:
                 return []
             chosen: list[int] = rows.choose(logits.float(), choosers, masks).tolist()
-            return chosen
+        for row in choosers:
+            row.drawn = None
+        return chosen
+
+    def shrink(self) -> str | None:
+        """Make the steps smaller, after one for which there was no memory.
+
+        Every sequence is queued again, the oldest first. What the cache holds of them is found
+        there again, so those that are let in before others need their blocks lose a page at most.
+
+        Returns:
+            the sequence of that step, if there was only one and a smaller step cannot be made.
+        """
+        scheduler = self._scheduler
+        # Where the inputs of the step were too much, these are those that they were made of.
+        batch = self._batch or self._processor.inputs_and_outputs.requests_in_batch
+        batch = [one for one in batch if one.state.request_id in scheduler.active_requests]
+        self._batch = []
+        keys: list[str] = [one.state.request_id for one in batch]
+        keys = keys or list(scheduler.active_requests)
+        num_tokens = sum(future.query_length for future in batch) or self.tuner.batch_tokens
+        self._processor.inputs_and_outputs.reset()
+        for key, state in reversed(scheduler.active_requests.items()):
+            self._processor.cache.free_blocks(key)
+            scheduler.requeue(state)
+        scheduler.active_requests.clear()
+        scheduler.block_new_requests = False
+        release(self._device)
+        if self.tuner.shrink(num_rows=len(keys), num_tokens=num_tokens):
+            return None
+        if not keys:
+            raise EngineOutOfMemory("The device has no memory left for a step of anything.")
+        return keys[0]
 
     def _show(self, data: dict[str, Any]) -> None:
         """Give the model the images of a step, if it holds any, in the tokens' places."""
@@ -403,7 +475,9 @@ def _clock_of(loaded: Loaded) -> Callable[[], float]:
     return time.thread_time if is_alone else time.perf_counter
 
 
-def choose_start(loaded: Loaded, config: HfConfig, *, masks_cache: bool) -> tuple[Start, int]:
+def choose_start(
+    loaded: Loaded, config: HfConfig, *, masks_cache: bool, most_blocks: int | None = None
+) -> tuple[Start, int]:
     """Return what to begin with, and how many blocks of the cache to make.
 
     One block is a tensor of the model's dtype, [2 (key, value), num_layers, page_tokens,
@@ -411,6 +485,7 @@ def choose_start(loaded: Loaded, config: HfConfig, *, masks_cache: bool) -> tupl
 
     Args:
         masks_cache: as in Room.
+        most_blocks: what the device has memory for, as far as was found out by trying.
 
     Raises:
         EngineOutOfMemory: not even one sequence fits.
@@ -435,6 +510,9 @@ def choose_start(loaded: Loaded, config: HfConfig, *, masks_cache: bool) -> tupl
         cache_bytes = int(free_bytes * _CACHE_SHARE_OF_CPU_MEMORY)
     page = config.page_tokens
     fitting = config.num_blocks or cache_bytes // block_bytes
+    is_lowered = most_blocks is not None and most_blocks < fitting
+    if most_blocks is not None:
+        fitting = min(fitting, most_blocks)
     if fitting < 2 and config.num_blocks is None:  # noqa: PLR2004 -- one to write, one to spare
         raise EngineOutOfMemory(
             f"The cache has room for {fitting} blocks of {page} tokens; use quantization nf4, a "
@@ -455,6 +533,8 @@ def choose_start(loaded: Loaded, config: HfConfig, *, masks_cache: bool) -> tupl
         batch_tokens=config.batch_tokens,
         is_cache_set=config.num_blocks is not None,
     )
+    if is_lowered:
+        start = replace(start, cache_tokens_by="memory")
     return start, start.cache_tokens // page
 
 

@@ -114,7 +114,7 @@ def test_blank_lines_between_shards_belong_to_none(bench: Bench) -> None:
         (GOOD.replace(b'"POST"', b'"GET"'), "invalid_method", "method"),
         (make_line("x", model="nobody"), "model_not_found", "body.model"),
         (make_line("x", stream=True), "streaming_unsupported", "body.stream"),
-        (make_line("x", n=3), "unsupported_parameter", "body.n"),
+        (make_line("x", best_of=3), "unsupported_parameter", "body.best_of"),
         (make_line("x", temperature="hot"), "invalid_type", "body.temperature"),
         (make_line("x", temperature=9), "invalid_value", "body.temperature"),
         (make_line("first"), "duplicate_custom_id", "custom_id"),
