@@ -208,7 +208,7 @@ def _load_model(
         "dtype": _DTYPES[config.compute_dtype],
         "use_safetensors": True,
         "output_loading_info": True,
-        "quantization_config": _quantization(config),
+        "quantization_config": _quantization(config, sees=kind is AutoModelForImageTextToText),
         "device_map": None if device.type == "cpu" else {"": device},
     }
     attention = _attention(config, device)
@@ -364,14 +364,17 @@ def _attention(config: HfConfig, device: torch.device) -> str:
     return "flash_attention_2"
 
 
-def _quantization(config: HfConfig) -> BitsAndBytesConfig | None:
+def _quantization(config: HfConfig, *, sees: bool) -> BitsAndBytesConfig | None:
     if config.quantization == "none":
         return None
+    # What sees is small, and worth its bits; naming it drops the library's own exception.
+    kept = ["lm_head", "vision_tower", "multi_modal_projector"] if sees else None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_DTYPES[config.compute_dtype],
+        llm_int8_skip_modules=kept,
     )
 
 
