@@ -368,7 +368,7 @@ def _quantization(config: HfConfig, *, sees: bool) -> BitsAndBytesConfig | None:
     if config.quantization == "none":
         return None
     # What sees is small, and worth its bits; naming it drops the library's own exception.
-    kept = ["lm_head", "vision_tower", "multi_modal_projector"] if sees else None
+    kept = ["lm_head", "model.vision_tower", "model.multi_modal_projector"] if sees else None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
