@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image as Pillow
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -52,7 +53,7 @@ def make_llava(folder: Path, *, template: str = TEMPLATE) -> Path:
     config = LlavaConfig(
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
+            hidden_size=128,
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -85,6 +86,7 @@ def make_llava(folder: Path, *, template: str = TEMPLATE) -> Path:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = None
     model.save_pretrained(folder)
+    _name_as_published(folder / "model.safetensors")
     seen = {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size=seen, crop_size=seen),
@@ -96,6 +98,15 @@ def make_llava(folder: Path, *, template: str = TEMPLATE) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+def _name_as_published(file: Path) -> None:
+    """Give the vision tower's tensors the names they have on the hub, which vLLM looks for."""
+    tensors = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def make_image(shade: int = 0, *, kind: str = "png", size: tuple[int, int] = (40, 30)) -> bytes:

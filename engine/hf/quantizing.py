@@ -37,17 +37,24 @@ class Quantized(msgspec.Struct, frozen=True, kw_only=True):
     stored_bytes: int
 
 
-def settings_for(config: HfConfig) -> BitsAndBytesConfig | None:
-    """Return what quantizes weights while they are loaded; None where nothing does."""
+def settings_for(config: HfConfig, *, sees: bool = False) -> BitsAndBytesConfig | None:
+    """Return what quantizes weights while they are loaded; None where nothing does.
+
+    Args:
+        sees: whether the model takes images.
+    """
     if config.quantization == "none":
         return None
+    # What sees is small, and worth its bits; naming it drops the library's own exception.
+    kept = ["lm_head", "model.vision_tower", "model.multi_modal_projector"] if sees else None
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[config.compute_dtype],
+        llm_int8_skip_modules=kept,
     )
 
 
@@ -92,6 +99,10 @@ def check_source(folder: Path) -> None:
     if is_encoder(folder, described):
         raise EngineMisconfigured(
             f"{folder} embeds or scores; only models that write text are quantized."
+        )
+    if "vision_config" in described:
+        raise EngineMisconfigured(
+            f"{folder} takes images; such a model is quantized while it is loaded, by `quantization`."
         )
 
 

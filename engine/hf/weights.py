@@ -208,7 +208,9 @@ def _load_model(
         "dtype": DTYPES[config.compute_dtype],
         "use_safetensors": True,
         "output_loading_info": True,
-        "quantization_config": quantizing.settings_for(config),
+        "quantization_config": quantizing.settings_for(
+            config, sees=kind is AutoModelForImageTextToText
+        ),
         "device_map": None if device.type == "cpu" else {"": device},
     }
     stored = quantizing.read_stored(config, source, common, read_config(find_folder(config)))

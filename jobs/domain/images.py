@@ -21,6 +21,8 @@ _Url = Annotated[str, msgspec.Meta(min_length=1)]
 
 MAX_READABLE_PIXELS = 89_478_485
 """What Pillow takes for an attack beyond; no setting allows more."""
+_MAX_STRETCH = 200
+"""Models scale the shorter side to a size of theirs, and the other with it."""
 _DATA = re.compile(r"data:([a-z0-9.+/-]{1,64});base64,", re.IGNORECASE)
 _REMOTE = re.compile(r"\s*(?:(?:https?|ftps?|wss?):|//)", re.IGNORECASE)
 _FILE_ID = re.compile(r"file-[A-Za-z0-9_-]{1,123}")
@@ -136,6 +138,13 @@ class ImageLimits:
                 raise InvalidLine(
                     f"An image has {image.width} x {image.height} pixels; at most "
                     f"{self.max_pixels} in all are allowed (limits.max_image_pixels).",
+                    param="body.messages",
+                    error_code="image_too_large",
+                )
+            if max(image.width, image.height) > _MAX_STRETCH * min(image.width, image.height):
+                raise InvalidLine(
+                    f"An image has {image.width} x {image.height} pixels; no side may be more "
+                    f"than {_MAX_STRETCH} times as long as the other.",
                     param="body.messages",
                     error_code="image_too_large",
                 )

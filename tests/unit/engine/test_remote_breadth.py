@@ -17,10 +17,12 @@ from engine.openai_api import (
     may_be_long,
     read_answer,
 )
+from jobs.domain.images import Image
 from jobs.domain.pooling import Pooling
 from jobs.domain.request import Message, Request, SamplingParams
 from jobs.domain.result import TokenLogprob
 from jobs.domain.tools import ToolCall, Tools
+from tests.seeing import data_url, make_image
 
 USER = (Message("user", "x"),)
 NOW = '[{"type":"function","function":{"name":"now"}}]'
@@ -202,3 +204,22 @@ def test_numbers_come_back_in_the_order_of_the_texts() -> None:
 def test_numbers_that_make_no_sense_are_a_fault(data: list[dict[str, Any]]) -> None:
     answer = read_answer(json.dumps({"data": data}).encode(), content_type="application/json")
     assert isinstance(answer, Trouble)
+
+
+def test_a_server_is_sent_images_in_their_order_among_texts() -> None:
+    content = make_image(1, kind="webp")
+    shown = Image(content, "webp", 40, 30, "low")
+    message = Message("user", "a\nb", parts=("a", shown, "b", Image(content, "webp", 40, 30)))
+    url = data_url(content, "webp")
+    assert body_of(Request(id=1, messages=(message, *USER)))["messages"] == [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "a"},
+                {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+                {"type": "text", "text": "b"},
+                {"type": "image_url", "image_url": {"url": url}},
+            ],
+        },
+        {"role": "user", "content": "x"},
+    ]

@@ -223,6 +223,19 @@ def test_a_sequence_that_lost_its_cache_comes_back_with_its_images(llava: Path, 
         engine.close()
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_model_sees_with_fewer_bits(llava: Path, ask: Ask, quantization: str) -> None:
+    """The tower keeps its bits: its layers are narrower than a block of NF4 here."""
+    config = config_of(llava, quantization=quantization, compute_dtype="bfloat16")
+    engine = HfEngine(config)
+    try:
+        results = ask(engine, [request_of(n, "What is this? ", n) for n in range(3)])
+        assert all(result.error is None for result in results.values())
+        assert len({result.text for result in results.values()}) == 3
+    finally:
+        engine.close()
+
+
 def test_a_text_model_takes_no_images(tiny_model: Path, ask: Ask) -> None:
     assert not describe_model(config_of(tiny_model), "blind").takes_images
     engine = HfEngine(config_of(tiny_model))

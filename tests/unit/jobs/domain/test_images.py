@@ -167,6 +167,13 @@ def test_a_bomb_is_known_by_its_header() -> None:
         ImageLimits().check([image])
 
 
+def test_an_image_that_would_grow_when_it_is_scaled_is_refused() -> None:
+    ImageLimits().check([Image(b"", "png", 10, 2000)])
+    for size in ((10, 2001), (2001, 10)):
+        with pytest.raises(InvalidLine, match="200 times"):
+            ImageLimits().check([Image(b"", "png", *size)])
+
+
 def test_a_model_without_eyes_refuses_images() -> None:
     blind = Capabilities(model="m", engine="hf", parameters=())
     with pytest.raises(InvalidLine, match="takes no images") as raised:
