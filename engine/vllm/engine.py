@@ -90,6 +90,7 @@ class VllmEngine:
         Raises:
             EngineMisconfigured: the model cannot be loaded as configured.
             EngineOutOfMemory: it does not fit.
+            EngineDied: vLLM's processes did not find each other; a new start may do better.
         """
         self._config = config
         self._capabilities = describe_model(config, model or config.model)

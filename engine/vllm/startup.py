@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from engine.vllm.arguments import first_line
-from jobs.domain.errors import EngineError, EngineMisconfigured, EngineOutOfMemory
+from jobs.domain.errors import EngineDied, EngineError, EngineMisconfigured, EngineOutOfMemory
 
 _KEPT_BYTES = 256 * 1024
 _REASON = re.compile(
@@ -15,6 +15,7 @@ _REASON = re.compile(
 )
 _NO_REASON = re.compile(r"initialization failed|See (?:stack trace|root cause)|died unexpectedly")
 _EXIT = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
+_NO_MEETING = re.compile(r"Did not receive response from front-end")
 _NO_MEMORY = re.compile(
     r"OutOfMemoryError|out of memory|DefaultCPUAllocator|No available memory for the cache|"
     r"larger than the available KV cache|Free memory on device|Available memory on node|"
@@ -88,6 +89,9 @@ def explain(error: Exception, said: str, *, model: str) -> EngineError:
             f"{model} does not fit: {reason} Lower context_tokens or slots, use a quantized "
             "model, or more GPUs."
         )
+    if _NO_MEETING.search(reason):
+        # No setting has a part in it: nothing of the model has been read by then.
+        return EngineDied(f"vLLM's processes did not find each other to load {model}: {reason}")
     return EngineMisconfigured(f"vLLM cannot load {model}: {reason}")
 
 

@@ -15,6 +15,7 @@ from engine.tuning import Tuning
 from jobs import metrics, runner
 from jobs.domain.errors import (
     BatchctlError,
+    EngineDied,
     EngineError,
     EngineMisconfigured,
     EngineQuarantined,
@@ -284,17 +285,22 @@ class WorkLoop:
             leases = self._app.settings.leases
 
             def start() -> ProcessEngine:
-                with metrics.engine_start(model):
-                    return ProcessEngine(
-                        config,
-                        model=model,
-                        log_path=self._engine_log,
-                        start_seconds=leases.load_seconds,
-                        stall_seconds=leases.stall_seconds,
-                        request_seconds=leases.request_seconds,
-                        on_tuned=lambda tuning: self._note_tuning(model, tuning),
-                        stop=self._crew.stopping.is_set,
-                    )
+                try:
+                    with metrics.engine_start(model):
+                        return ProcessEngine(
+                            config,
+                            model=model,
+                            log_path=self._engine_log,
+                            start_seconds=leases.load_seconds,
+                            stall_seconds=leases.stall_seconds,
+                            request_seconds=leases.request_seconds,
+                            on_tuned=lambda tuning: self._note_tuning(model, tuning),
+                            stop=self._crew.stopping.is_set,
+                        )
+                except EngineDied as death:
+                    # Another start follows, and if that is well nobody would know of this one.
+                    log.warning("engine_died_loading", model=model, error=death.message)
+                    raise
 
             self._model, self._tuning = model, None
             self._supervisor = EngineSupervisor(

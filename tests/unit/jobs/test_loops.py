@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sqlalchemy as sa
 import structlog
 
@@ -405,3 +406,26 @@ def test_load_that_takes_too_long_is_ended_and_left_for_later(bench: Bench, tmp_
     assert "model simulated" in failed["error"]
     assert "leases.load_seconds" in failed["error"]
     assert bench.states(batch) == [UnitState.PENDING]
+
+
+def test_engine_that_dies_while_it_loads_is_started_anew_and_the_log_says_why(
+    bench: Bench, tmp_path: Path
+) -> None:
+    slow = {"engine": "simulated", "options": {"load_seconds": 3}}
+    batch = submit_planned(bench, 1, model="simulated")
+    app = make_app(bench, tmp_path, models={"simulated": slow})
+    with crew_of(app) as crew, structlog.testing.capture_logs() as logs:
+        loop = WorkLoop(crew)
+        with turning(loop, crew):
+            await_true(lambda: bool(engine_hosts()), seconds=90)
+            engine_hosts()[0].kill()
+            await_true(lambda: bench.states(batch) == [UnitState.DONE], seconds=90)
+        assert loop.num_engine_starts == 2
+    (died,) = [one for one in logs if one["event"] == "engine_died_loading"]
+    assert died["model"] == "simulated"
+    assert "SIGKILL" in died["error"]
+
+
+def engine_hosts() -> list[psutil.Process]:
+    """Return the engine processes of this one."""
+    return [one for one in psutil.Process().children() if "engine.host" in one.cmdline()]
