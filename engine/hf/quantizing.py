@@ -102,7 +102,7 @@ def check_source(folder: Path) -> None:
         )
     if "vision_config" in described:
         raise EngineMisconfigured(
-            f"{folder} takes images; such a model is quantized while it is loaded, by `quantization`."
+            f"{folder} takes images; such a model is only quantized while it is loaded."
         )
 
 

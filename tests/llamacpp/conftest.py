@@ -18,7 +18,7 @@ from engine.registry import open_engine
 from jobs.domain.request import Request
 from jobs.domain.result import Result
 from tests.sources import ListSource
-from tests.unit.engine.conftest import make_tiny_model
+from tests.unit.engine.conftest import TOOLS_TEMPLATE, make_tiny_model
 
 HAS_LLAMACPP = importlib.util.find_spec("llama_cpp") is not None
 Ask = Callable[[Engine, Iterable[Request]], dict[int, Result]]
@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     for kind in ("f32", "f16", "q8_0", "q4_0"):
         write_gguf(model_path(), folder / f"demo-{kind}.gguf", kind)
-    make_tiny_model(folder / "tiny", hidden_size=64)
+    make_tiny_model(folder / "tiny", hidden_size=64, template=TOOLS_TEMPLATE)
     write_gguf(folder / "tiny", folder / "tiny.gguf")
     return folder
 

@@ -21,3 +21,8 @@ def open_conformant(request: pytest.FixtureRequest, tiny_file: Path) -> Callable
         batch_tokens=8 if small else 512,
         cache_tokens=512 if small else None,
     )
+
+
+@pytest.fixture(scope="module")
+def model_folder(files: Path) -> Path:
+    return files / "tiny"

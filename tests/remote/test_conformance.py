@@ -1,12 +1,14 @@
 """What every engine does, done by a real `vllm serve`: the same suite as for all others."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.base import Engine
 from engine.config import AskingConfig, RemoteConfig
+from engine.demo import model_path
 from engine.registry import open_engine
 from tests.conformance.engine.test_engine import *  # noqa: F403
 from tests.remote.conftest import VllmServer
@@ -30,3 +32,8 @@ def open_conformant(
         **WAYS[request.param],
     )
     return lambda: open_engine(config, model="demo")
+
+
+@pytest.fixture(scope="module")
+def model_folder() -> Path:
+    return model_path()

@@ -20,7 +20,7 @@ from engine.demo import model_path
 from jobs.domain.request import Request
 from jobs.domain.result import Result
 from tests.sources import ListSource
-from tests.unit.engine.conftest import make_tiny_model
+from tests.unit.engine.conftest import TOOLS_TEMPLATE, make_tiny_model
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 if HAS_VLLM:
@@ -102,7 +102,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Its heads are 32 wide: vLLM's attention for CPUs has nothing narrower.
     """
     folder = tmp_path_factory.mktemp("tiny-model")
-    make_tiny_model(folder, hidden_size=128)
+    make_tiny_model(folder, hidden_size=128, template=TOOLS_TEMPLATE)
     return folder
 
 

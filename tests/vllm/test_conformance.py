@@ -1,6 +1,7 @@
 """What every engine does, done by vLLM: the same suite as for all others."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -13,3 +14,8 @@ from tests.vllm.conftest import Kept
 @pytest.fixture(scope="module")
 def open_conformant(tiny: Engine) -> Callable[[], Engine]:
     return lambda: cast("Engine", Kept(tiny))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model: Path) -> Path:
+    return tiny_model

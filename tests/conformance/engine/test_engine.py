@@ -6,13 +6,25 @@ An engine joins by a fixture in `conftest.py` that opens it; see `ENGINES` there
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from engine.base import Engine
 from engine.constraints import validate
-from jobs.domain.request import TEXT_ENDPOINTS, Constraint, Message, Request, SamplingParams
+from jobs.domain.errors import InvalidLine
+from jobs.domain.request import (
+    COMPLETIONS,
+    PARAMETERS,
+    TEXT_ENDPOINTS,
+    Constraint,
+    Message,
+    Request,
+    SamplingParams,
+)
 from jobs.domain.result import Result
+from tests.conformance.engine.parameters import CHECKS, CHOICE_OF_TOKENS, Talk
 
 SCHEMA = json.dumps(
     {
@@ -68,6 +80,19 @@ def engine(open_conformant: Callable[[], Engine]) -> Iterator[Engine]:
     opened.close()
 
 
+@pytest.fixture(scope="module")
+def talk(engine: Engine, model_folder: Path | None) -> Talk:
+    if model_folder is None:
+        return Talk(engine=engine)
+    described = json.loads((model_folder / "generation_config.json").read_text("utf-8"))
+    ends = described["eos_token_id"]
+    return Talk(
+        engine=engine,
+        tokenizer=Tokenizer.from_file(str(model_folder / "tokenizer.json")),
+        end=ends if isinstance(ends, int) else ends[0],
+    )
+
+
 def collect(engine: Engine, source: ScriptedSource) -> dict[int, Result]:
     found: dict[int, Result] = {}
     for result in engine.generate(source):
@@ -111,13 +136,32 @@ def test_chats_and_completions_are_answered(engine: Engine) -> None:
         assert 0 < result.usage.completion_tokens <= (request.sampling.max_tokens or 0)
 
 
-def test_answer_stops_at_max_tokens(engine: Engine) -> None:
-    request = Request(
-        id=1,
-        prompt="Once",
-        sampling=SamplingParams(max_tokens=7, temperature=0, ignore_eos=True),
-    )
-    assert collect(engine, ScriptedSource([request]))[1].usage.completion_tokens == 7
+def test_every_parameter_has_a_check() -> None:
+    assert CHECKS.keys() == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_claimed_parameter_does_what_it_says(talk: Talk, parameter: str) -> None:
+    if parameter not in talk.engine.capabilities.parameters:
+        refused = {"tools": [{"type": "function", "function": {"name": "clock"}}]}[parameter]
+        with pytest.raises(InvalidLine, match=parameter):
+            talk.chat(**{parameter: refused})
+    elif talk.tokenizer is None and parameter in CHOICE_OF_TOKENS:
+        assert talk.say(seed=1, temperature=1).usage.completion_tokens > 0
+    else:
+        CHECKS[parameter](talk)
+
+
+def test_no_answer_is_longer_than_the_context(engine: Engine, talk: Talk) -> None:
+    body = {"prompt": "Once", "max_tokens": 10_000_000}
+    short = {"prompt": "Once", "max_tokens": 2}
+    results = talk.ask([talk.request(1, COMPLETIONS, body), talk.request(2, COMPLETIONS, short)])
+    assert results[2].error is None
+    usage, error = results[1].usage, results[1].error
+    if error is None:
+        assert usage.prompt_tokens + usage.completion_tokens <= engine.capabilities.context_tokens
+    else:
+        assert error.status_code == 400
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: c.kind)
@@ -197,6 +241,20 @@ def test_aborted_requests_end_the_run_without_them(engine: Engine) -> None:
     results = collect(engine, source)
     assert results[9].error is None
     assert set(results) <= {0, 1, 2, 3, 9}
+
+
+def test_requests_aborted_while_they_run_give_no_result(engine: Engine) -> None:
+    long = SamplingParams(max_tokens=engine.capabilities.context_tokens // 2, ignore_eos=True)
+    source = ScriptedSource(
+        [*(Request(id=i, prompt="Once", sampling=long) for i in range(2)), chat(9, "Hello")],
+        bite=8,
+    )
+    found: set[int] = set()
+    for result in engine.generate(source):
+        found.add(result.id)
+        source.aborted.update({0, 1} - found)
+    assert 9 in found
+    assert set(collect(engine, ScriptedSource([chat(1, "Hello")]))) == {1}
 
 
 def test_closed_run_leaves_the_engine_ready_for_another(engine: Engine) -> None:

@@ -21,6 +21,9 @@ TEMPLATE = (
     "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
 )
 
+TOOLS_TEMPLATE = "{%- if tools %}{{ tools | tojson }}{%- endif %}" + TEMPLATE
+"""The same, for models that are shown tools."""
+
 
 def make_tokenizer(vocab_size: int = 640) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
@@ -53,9 +56,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def make_tiny_model(folder: Path, *, hidden_size: int) -> None:
+def make_tiny_model(folder: Path, *, hidden_size: int, template: str = TEMPLATE) -> None:
     """Save a random two-layer Llama with four heads and a context of 512 tokens."""
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
