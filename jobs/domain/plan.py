@@ -9,8 +9,9 @@ is gained the order is that of the file, and nobody has to write it down.
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,9 +41,12 @@ _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
 _WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("doublings", "u1")])
-_WIDE_BYTES = 1024 * _WIDE.itemsize
+_WIDE_LINES = 1024
+_WIDE_BYTES = _WIDE_LINES * _WIDE.itemsize
 _NO_KEY = bytes(16)
 _NOTHING = bytes(8)
+_FIRST_BYTES = PREFIX_BYTES[0]
+_NOTHING_DEEPER = bytes(8 * (len(PREFIX_BYTES) - 1))
 _ROLE = b'"role"'
 _BYTES = [bytes((number,)) for number in range(256)]
 _digest = xxhash.xxh3_64_digest
@@ -61,17 +65,33 @@ class Spill(Protocol):
     def read(self, num_bytes: int) -> Iterator[bytes]:
         """Yield all that was written, from the start, in pieces of so many bytes."""
 
+    def replace(self, at: int, data: bytes | bytearray) -> None:
+        """Write over what is there, also while it is read."""
+
 
 class Columns:
-    """What planning remembers of each line: 37 bytes, whatever the line's size."""
+    """What planning remembers of each line: 37 bytes, whatever the line's size.
 
-    def __init__(self, endpoint: str = CHAT, spill: Spill | None = None) -> None:
+    What lines say behind their first bytes matters only where these are shared. So it is hashed
+    from where many lines in a row share them, and for those before that once it is needed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = CHAT,
+        spill: Spill | None = None,
+        read_again: Callable[[], Iterator[bytes]] | None = None,
+    ) -> None:
         """Begin without a line.
 
         Args:
             endpoint: of the lines to come.
             spill: takes what would be in memory beyond some thousand lines; None: nothing does.
+            read_again: yields all lines that were added; None: each is hashed when it is.
         """
+        self._read_again = read_again
+        self._is_deep = read_again is None
+        self._num_shallow = 0
         self._prompt_key = b'"messages"' if endpoint == CHAT else b'"prompt"'
         self._rows = bytearray()
         self._new = bytearray()
@@ -85,7 +105,11 @@ class Columns:
         return self._num_spilled + num_rows
 
     def add(
-        self, content: bytes, *, num_first_chars: int = 0, key: bytes | None, max_tokens: int
+        self,
+        content: bytes,
+        num_first_chars: int = 0,
+        key: bytes | None = None,
+        max_tokens: int = 0,
     ) -> None:
         """Note the next line.
 
@@ -102,25 +126,60 @@ class Columns:
         size = len(content) - start
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.
-        second, third, fourth, end = PREFIX_BYTES
-        one = two = three = four = rest = _NOTHING
-        if size > second:
-            one = _digest(content[start : start + second])
-            if size > third:
-                two = _digest(content[start + second : start + third])
-                if size > fourth:
-                    three = _digest(content[start + third : start + fourth])
-                    if size > end:
-                        four = _digest(content[start + fourth : start + end])
+        one = rest = _NOTHING
+        deeper = _NOTHING_DEEPER
+        if size > _FIRST_BYTES:
+            one = _digest(content[start : start + _FIRST_BYTES])
+            if self._is_deep:
+                deeper = _hash_deeper(content, start, size)
         if num_first_chars:
             # To the last message: what stands before it is no shorter than it reads.
             stem = content.find(_ROLE, start + num_first_chars)
             if stem - start >= _MIN_STEM_BYTES:
                 rest = _digest(content[start:stem])
         doublings = _BYTES[max_tokens.bit_length()]
-        self._new += b"".join((key or _NO_KEY, one, two, three, four, rest, doublings))
+        self._new += b"".join((key or _NO_KEY, one, deeper, rest, doublings))
         if len(self._new) >= _WIDE_BYTES:
+            if not self._is_deep:
+                self._num_shallow += _WIDE_LINES
+                self._is_deep = self._share_beginnings()
             self._narrow()
+
+    def complete(self) -> None:
+        """Hash what the first bytes of lines are followed by, where that was put off."""
+        if not self._is_deep:
+            self._num_shallow = len(self)
+            self._is_deep = True
+        if not self._num_shallow or self._read_again is None:
+            return
+        left, self._num_shallow = self._num_shallow, 0
+        contents = self._read_again()
+        for at, rows in self.pieces():
+            filled = rows.copy()
+            num = min(left, len(rows))
+            deeper = bytearray()
+            for content in islice(contents, num):
+                start = max(0, content.find(self._prompt_key))
+                deeper += _hash_deeper(content, start, len(content) - start)
+            filled["prefixes"][:num, 1:-1] = np.frombuffer(deeper, dtype="<u8").reshape(num, -1)
+            self._replace(at, filled.tobytes())
+            left -= num
+            if not left:
+                return
+
+    def _share_beginnings(self) -> bool:
+        """Return whether many of the newest lines begin alike."""
+        first = np.frombuffer(self._new, dtype=_WIDE)["prefixes"][:, 0]
+        first = first[first != 0]
+        return len(first) - len(np.unique(first)) > MIN_SHARED * _WIDE_LINES
+
+    def _replace(self, at: int, rows: bytes) -> None:
+        """Write over the rows from a line on."""
+        if at < self._num_spilled and self._spill is not None:
+            self._spill.replace(at * _COLUMNS.itemsize, rows)
+        else:
+            start = (at - self._num_spilled) * _COLUMNS.itemsize
+            self._rows[start : start + len(rows)] = rows
 
     def _narrow(self) -> None:
         """Keep half of each hash; taking it line by line costs more than hashing."""
@@ -193,6 +252,19 @@ class Columns:
             low[begin:end], high[begin:end] = rows["low"][inside], rows["high"][inside]
             begin = end
         return low, high
+
+
+def _hash_deeper(content: bytes, start: int, size: int) -> bytes:
+    """Return the hashes of the pieces behind the first, each of 8 bytes; 0: it is too short."""
+    second, third, fourth, end = PREFIX_BYTES
+    if size <= third:
+        return _NOTHING_DEEPER
+    two, three, four = _digest(content[start + second : start + third]), _NOTHING, _NOTHING
+    if size > fourth:
+        three = _digest(content[start + third : start + fourth])
+        if size > end:
+            four = _digest(content[start + fourth : start + end])
+    return two + three + four
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -429,6 +501,7 @@ class _Groups:
                 if num_shared * PREFIX_BYTES[-1] < MIN_SHARED * columns.num_bytes:
                     return
                 self.top = self.leaf.copy()
+                columns.complete()
             before = size
             del step, alike
 

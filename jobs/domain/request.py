@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.pooling import (
@@ -244,6 +244,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         max_tokens: the longest answer; None: as long as the model likes.
         encoded: equal where what is asked for is, the model aside.
         body: without its prompt, for this module only.
+        digest_seed: a hash of `encoded`.
     """
 
     model: str | None
@@ -254,6 +255,11 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
     tools: Tools | None
     encoded: bytes
     body: Any
+    digest_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Hash what is asked for, once for all lines that ask it."""
+        msgspec.structs.force_setattr(self, "digest_seed", xxh3_64_intdigest(self.encoded))
 
     def list_schemas(self) -> list[tuple[Constraint, str]]:
         """Return every constraint to be tried before the line may run, and where it stands."""
@@ -279,7 +285,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
             _check_capabilities(self.body, self.constraint, capabilities)
 
 
-class Sketch(msgspec.Struct, frozen=True, eq=False):
+class Sketch(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What planning needs of one good line.
 
     Attributes:
@@ -297,7 +303,8 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
 
         The model is not among what they depend on: a batch runs on one.
         """
-        return xxh3_128_digest(self.request())
+        # As a seed: what the lines in a row ask for is the same, and need not be copied for each.
+        return xxh3_128_digest(_encode(self.asked), self.terms.digest_seed)
 
     def request(self) -> bytes:
         """Return all that is asked: equal bytes where requests are equal, the model aside."""
@@ -318,7 +325,7 @@ class Sketcher:
         self._is_pooling = endpoint in POOLING_ENDPOINTS
         self._decode = _LINE_DECODERS[endpoint].decode
         self._body: Body | None = None
-        self._terms: Terms | None = None
+        self._terms: Terms  # of that body
 
     def sketch(self, line: bytes) -> Sketch:
         """Return what planning needs of `line`.
@@ -326,7 +333,6 @@ class Sketcher:
         Raises:
             InvalidLine: as `parse_line` would, without capabilities.
         """
-        is_chat = self._is_chat
         try:
             wire = self._decode(line)
             body, custom_id = wire.body, wire.custom_id
@@ -340,38 +346,48 @@ class Sketcher:
             # There is nothing to choose by chance, so equal lines have equal answers.
             asks = Terms(body.model, None, 0.0, None, None, None, self._endpoint.encode(), body)
             return Sketch(custom_id, asks, read_pooling(body), 0)
-        if is_chat:
-            asked, body.messages = body.messages, None
-        else:
+        if not self._is_chat:
             asked, body.prompt = body.prompt, None
-        body.user = None
-        terms = self._terms
-        if terms is None or body != self._body:
-            constraint, tools = _check(body, None)
-            sampling = _sampling(body)
-            terms = Terms(
-                body.model,
-                sampling.max_tokens,
-                body.temperature,
-                body.seed,
-                constraint,
-                tools,
-                _encode((sampling, constraint, tools)),
-                body,
-            )
-            self._terms, self._body = terms, body
-        if not is_chat:
+            body.user = None
+            terms = self._terms if body == self._body else self._look(body)
             return Sketch(custom_id, terms, _prompt(asked), 0)
+        asked, body.messages = body.messages, None
+        body.user = None
+        terms = self._terms if body == self._body else self._look(body)
         num_chars = num_last = 0
+        has_tools = False
         for message in asked:
             content = message.content
+            if message.tool_calls or message.tool_call_id or message.role == "tool":
+                has_tools = True
             if type(content) is not str:
                 message.content = content = _content_of(message, asked)
             num_last = len(content)
             num_chars += num_last
-        if _TOOL in line:
+        if has_tools:
             _check_turns(asked)
         return Sketch(custom_id, terms, asked, num_chars - num_last)
+
+    def _look(self, body: ChatBody | CompletionBody) -> Terms:
+        """Return what a body without its prompt asks for, and expect the next line to ask it too.
+
+        Raises:
+            InvalidLine: it asks for what is not supported.
+        """
+        constraint, tools = _check(body, None)
+        sampling = _sampling(body)
+        terms = Terms(
+            body.model,
+            sampling.max_tokens,
+            body.temperature,
+            body.seed,
+            constraint,
+            tools,
+            _encode((sampling, constraint, tools)),
+            body,
+        )
+        self._terms, self._body = terms, body
+        return terms
 
 
 def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
@@ -393,7 +409,7 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
     if endpoint in POOLING_ENDPOINTS:
         return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
     constraint, tools = _check(body, capabilities)
-    if _TOOL in line and endpoint == CHAT:
+    if endpoint == CHAT:
         _check_turns(body.messages)
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
@@ -424,8 +440,6 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_TOOL = b'"tool'
-"""In a line that says nothing of tools, no turn has anything to do with them."""
 
 
 def _check_custom_id(custom_id: str) -> None:
