@@ -40,15 +40,17 @@ _LOW = 0xFFFFFFFF
 _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
-_WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("doublings", "u1")])
+_WIDE_NUMBERS = 8
+_WIDE_ROW_BYTES = 8 * _WIDE_NUMBERS
+"""The same with whole hashes and eight bytes for the last, so that all numbers are aligned."""
 _WIDE_LINES = 1024
-_WIDE_BYTES = _WIDE_LINES * _WIDE.itemsize
+_WIDE_BYTES = _WIDE_LINES * _WIDE_ROW_BYTES
 _NO_KEY = bytes(16)
 _NOTHING = bytes(8)
 _FIRST_BYTES = PREFIX_BYTES[0]
 _NOTHING_DEEPER = bytes(8 * (len(PREFIX_BYTES) - 1))
 _ROLE = b'"role"'
-_BYTES = [bytes((number,)) for number in range(256)]
+_NUMBERS = [number.to_bytes(8, "little") for number in range(256)]
 _digest = xxhash.xxh3_64_digest
 _PIECE_BYTES = _PIECE * _COLUMNS.itemsize
 
@@ -101,7 +103,7 @@ class Columns:
 
     def __len__(self) -> int:
         """Return the number of lines."""
-        num_rows = len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
+        num_rows = len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE_ROW_BYTES
         return self._num_spilled + num_rows
 
     def add(
@@ -137,7 +139,7 @@ class Columns:
             stem = content.find(_ROLE, start + num_first_chars)
             if stem - start >= _MIN_STEM_BYTES:
                 rest = _digest(content[start:stem])
-        doublings = _BYTES[max_tokens.bit_length()]
+        doublings = _NUMBERS[max_tokens.bit_length()]
         self._new += b"".join((key or _NO_KEY, one, deeper, rest, doublings))
         if len(self._new) >= _WIDE_BYTES:
             if not self._is_deep:
@@ -169,9 +171,9 @@ class Columns:
 
     def _share_beginnings(self) -> bool:
         """Return whether many of the newest lines begin alike."""
-        first = np.frombuffer(self._new, dtype=_WIDE)["prefixes"][:, 0]
-        first = first[first != 0]
-        return len(first) - len(np.unique(first)) > MIN_SHARED * _WIDE_LINES
+        first = np.frombuffer(self._new, dtype="<u8").reshape(-1, _WIDE_NUMBERS)[:, 2]
+        first = np.sort(first[first != 0].astype("<u4"))
+        return int(np.count_nonzero(first[1:] == first[:-1])) > MIN_SHARED * _WIDE_LINES
 
     def _replace(self, at: int, rows: bytes) -> None:
         """Write over the rows from a line on."""
@@ -183,12 +185,15 @@ class Columns:
 
     def _narrow(self) -> None:
         """Keep half of each hash; taking it line by line costs more than hashing."""
-        wide = np.frombuffer(self._new, dtype=_WIDE)
-        rows = np.empty(len(wide), dtype=_COLUMNS)
-        for name in ("low", "high", "prefixes", "doublings"):
-            rows[name] = wide[name]  # a cast keeps the lower half
+        wide = np.frombuffer(self._new, dtype="<u8").reshape(-1, _WIDE_NUMBERS)
+        narrow = wide[:, 2:-1].astype("<u4")  # a cast keeps the lower half
+        rows = np.empty((len(wide), _COLUMNS.itemsize), dtype=np.uint8)
+        # As bytes: numpy copies numbers that are not aligned one by one.
+        rows[:, :16] = wide.view(np.uint8)[:, :16]
+        rows[:, 16:-1] = narrow.view(np.uint8)
+        rows[:, -1] = wide[:, -1]
         del wide
-        self._rows += rows.tobytes()
+        self._rows += rows.data
         self._new = bytearray()
         if len(self._rows) >= _PIECE_BYTES and self._spill is not None:
             self._spill.append(self._rows)
