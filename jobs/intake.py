@@ -124,7 +124,7 @@ def plan(
                 file.blob_key,
                 limits=limits,
                 problems=problems,
-                columns=Columns(batch.endpoint, spill),
+                spill=spill,
                 keys=keys,
                 pictures=Pictures(db, blobs, batch.tenant_id),
             )
@@ -335,7 +335,7 @@ class _Reading:
         *,
         limits: PlanLimits,
         problems: Problems,
-        columns: Columns,
+        spill: Spill,
         keys: Keys | None,
         pictures: Pictures,
     ) -> None:
@@ -348,7 +348,7 @@ class _Reading:
         self.total = 0
         self.found: list[Capabilities] = []
         self._models = ModelColumn()
-        self._columns = columns
+        self._columns = Columns(batch.endpoint, spill, self._contents)
         self._keys = keys
         self._pictures = pictures
 
@@ -365,7 +365,8 @@ class _Reading:
         """
         limits = self._limits
         models = self._open_models(describe)
-        sketcher, note, keys = open_sketcher(self._batch.endpoint), self._columns.add, self._keys
+        sketcher = open_sketcher(self._batch.endpoint)
+        sketch, note, keys = sketcher.sketch, self._columns.add, self._keys
         judge = _Judge(
             self._batch,
             models,
@@ -379,65 +380,63 @@ class _Reading:
         total = 0
         terms: Terms | None = None
         with closing(CustomIds(spill_bytes=limits.spill_bytes)) as ids:
+            # Once for each of millions of lines, so calls that can be spared are.
             for number, start, num_bytes, content in self.scan():
-                line = self._sketch(sketcher, number, num_bytes, content)
-                if line is None or content is None:
+                if content is None:
+                    self._report_long(number, num_bytes)
+                    continue
+                try:
+                    line = sketch(content)
+                except InvalidLine as error:
+                    self._problems.add_error(error, number)
                     continue
                 if line.terms is not terms or judge.wants_each or line.images:
                     terms = line.terms
-                    judge.look(terms, number, images=line.images)
-                    if self._models.note(total, judge.model):
-                        self._cut(cutter)
+                    self._begin_terms(judge, line, number, total, cutter)
                 ids.add(line.custom_id)
-                cut = cutter.add(index=total, line=number, byte_start=start, num_bytes=num_bytes)
+                cut = cutter.add(total, number, start, num_bytes)
                 if cut is not None:
                     self.cuts.append(cut)
                 if keys is not None:
                     keys.add(line.request() if judge.is_determined else None, judge.identity)
-                note(
-                    content,
-                    num_first_chars=line.num_first_chars,
-                    key=line.digest(judge.salt) if judge.is_shared else None,
-                    max_tokens=judge.longest,
-                )
+                key = line.digest(judge.salt) if judge.is_shared else None
+                note(content, line.num_first_chars, key, judge.longest)
                 total += 1
                 if on_progress is not None and total % _PROGRESS_LINES == 0:
                     on_progress(total)
-            self.total = total
             judge.finish()
             repeated = ids.repeated()
+        self.total = total
+        self._finish(repeated, cutter.finish(), models.found)
+
+    def _finish(self, repeated: set[bytes], last: Cut | None, found: list[Capabilities]) -> None:
+        """Report what the file as a whole has wrong, and keep what ended with its last line."""
         if repeated:
             self._report_repeated(repeated)
-        self._cut(cutter)
+        if last is not None:
+            self.cuts.append(last)
         self._check_size()
-        self.found = models.found
+        self.found = found
 
     def open_cutter(self) -> Cutter:
         """Return what cuts lines into shards."""
         return Cutter(max_lines=self._limits.shard_lines, max_bytes=self._limits.shard_bytes)
 
-    def _cut(self, cutter: Cutter) -> None:
-        """End the shard at hand, if there is one."""
-        cut = cutter.finish()
-        if cut is not None:
-            self.cuts.append(cut)
+    def _begin_terms(
+        self, judge: "_Judge", line: Sketch, number: int, index: int, cutter: Cutter
+    ) -> None:
+        """Look at a line that asks for other things than the one before it, or has to be."""
+        judge.look(line.terms, number, images=line.images)
+        if self._models.note(index, judge.model):
+            cut = cutter.finish()
+            if cut is not None:
+                self.cuts.append(cut)
 
-    def _sketch(
-        self, sketcher: Sketcher | MixedSketcher, number: int, num_bytes: int, content: bytes | None
-    ) -> Sketch | None:
-        """Return what planning needs of a line, or None once it is reported what is wrong."""
-        if content is None:
-            message = (
-                f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are "
-                "allowed."
-            )
-            self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
-            return None
-        try:
-            return sketcher.sketch(content)
-        except InvalidLine as error:
-            self._problems.add_error(error, number)
-            return None
+    def _report_long(self, number: int, num_bytes: int) -> None:
+        message = (
+            f"This line has {num_bytes} bytes; at most {self._limits.max_line_bytes} are allowed."
+        )
+        self._problems.add(LineProblem(code="line_too_long", message=message, line=number))
 
     def choose_order(
         self, *, learned: Mapping[int, int], reused: "NDArray[np.bool_] | None"
@@ -464,6 +463,9 @@ class _Reading:
     def scan(self) -> Iterator[ScannedLine]:
         """Yield the lines of the file."""
         return scan(self._blobs, self._key, max_line_bytes=self._limits.max_line_bytes)
+
+    def _contents(self) -> Iterator[bytes]:
+        return (content for *_, content in self.scan() if content is not None)
 
     def _open_models(self, describe: Callable[[str], Capabilities]) -> Models:
         if self._batch.endpoint not in BATCH_ENDPOINTS:

@@ -9,8 +9,9 @@ is gained the order is that of the file, and nobody has to write it down.
 Source: the measurements of the performance notes, sections 2.1 and 2.2.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -41,12 +42,17 @@ _LOW = 0xFFFFFFFF
 _COLUMNS = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("prefixes", "<u4", (5,)), ("doublings", "u1")]
 )
-_WIDE = np.dtype([("low", "<u8"), ("high", "<u8"), ("prefixes", "<u8", (5,)), ("doublings", "u1")])
-_WIDE_BYTES = 1024 * _WIDE.itemsize
+_WIDE_NUMBERS = 8
+_WIDE_ROW_BYTES = 8 * _WIDE_NUMBERS
+"""The same with whole hashes and eight bytes for the last, so that all numbers are aligned."""
+_WIDE_LINES = 1024
+_WIDE_BYTES = _WIDE_LINES * _WIDE_ROW_BYTES
 _NO_KEY = bytes(16)
 _NOTHING = bytes(8)
+_FIRST_BYTES = PREFIX_BYTES[0]
+_NOTHING_DEEPER = bytes(8 * (len(PREFIX_BYTES) - 1))
 _ROLE = b'"role"'
-_BYTES = [bytes((number,)) for number in range(256)]
+_NUMBERS = [number.to_bytes(8, "little") for number in range(256)]
 _digest = xxhash.xxh3_64_digest
 _PIECE_BYTES = _PIECE * _COLUMNS.itemsize
 
@@ -67,17 +73,33 @@ class Spill(Protocol):
     def read(self, num_bytes: int) -> Iterator[bytes]:
         """Yield all that was written, from the start, in pieces of so many bytes."""
 
+    def replace(self, at: int, data: bytes | bytearray) -> None:
+        """Write over what is there, also while it is read."""
+
 
 class Columns:
-    """What planning remembers of each line: 37 bytes, whatever the line's size."""
+    """What planning remembers of each line: 37 bytes, whatever the line's size.
 
-    def __init__(self, endpoint: str = CHAT, spill: Spill | None = None) -> None:
+    What lines say behind their first bytes matters only where these are shared. So it is hashed
+    from where many lines in a row share them, and for those before that once it is needed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = CHAT,
+        spill: Spill | None = None,
+        read_again: Callable[[], Iterator[bytes]] | None = None,
+    ) -> None:
         """Begin without a line.
 
         Args:
             endpoint: of the lines to come.
             spill: takes what would be in memory beyond some thousand lines; None: nothing does.
+            read_again: yields all lines that were added; None: each is hashed when it is.
         """
+        self._read_again = read_again
+        self._is_deep = read_again is None
+        self._num_shallow = 0
         self._prompt_key = _PROMPT_KEYS.get(endpoint, b'"prompt"')
         self._rows = bytearray()
         self._new = bytearray()
@@ -87,11 +109,15 @@ class Columns:
 
     def __len__(self) -> int:
         """Return the number of lines."""
-        num_rows = len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE.itemsize
+        num_rows = len(self._rows) // _COLUMNS.itemsize + len(self._new) // _WIDE_ROW_BYTES
         return self._num_spilled + num_rows
 
     def add(
-        self, content: bytes, *, num_first_chars: int = 0, key: bytes | None, max_tokens: int
+        self,
+        content: bytes,
+        num_first_chars: int = 0,
+        key: bytes | None = None,
+        max_tokens: int = 0,
     ) -> None:
         """Note the next line.
 
@@ -108,34 +134,72 @@ class Columns:
         size = len(content) - start
         self.num_bytes += size
         # One hash for each piece: those of a prefix are looked at together, from the first on.
-        second, third, fourth, end = PREFIX_BYTES
-        one = two = three = four = rest = _NOTHING
-        if size > second:
-            one = _digest(content[start : start + second])
-            if size > third:
-                two = _digest(content[start + second : start + third])
-                if size > fourth:
-                    three = _digest(content[start + third : start + fourth])
-                    if size > end:
-                        four = _digest(content[start + fourth : start + end])
+        one = rest = _NOTHING
+        deeper = _NOTHING_DEEPER
+        if size > _FIRST_BYTES:
+            one = _digest(content[start : start + _FIRST_BYTES])
+            if self._is_deep:
+                deeper = _hash_deeper(content, start, size)
         if num_first_chars:
             # To the last message: what stands before it is no shorter than it reads.
             stem = content.find(_ROLE, start + num_first_chars)
             if stem - start >= _MIN_STEM_BYTES:
                 rest = _digest(content[start:stem])
-        doublings = _BYTES[max_tokens.bit_length()]
-        self._new += b"".join((key or _NO_KEY, one, two, three, four, rest, doublings))
+        doublings = _NUMBERS[max_tokens.bit_length()]
+        self._new += b"".join((key or _NO_KEY, one, deeper, rest, doublings))
         if len(self._new) >= _WIDE_BYTES:
+            if not self._is_deep:
+                self._num_shallow += _WIDE_LINES
+                self._is_deep = self._share_beginnings()
             self._narrow()
+
+    def complete(self) -> None:
+        """Hash what the first bytes of lines are followed by, where that was put off."""
+        if not self._is_deep:
+            self._num_shallow = len(self)
+            self._is_deep = True
+        if not self._num_shallow or self._read_again is None:
+            return
+        left, self._num_shallow = self._num_shallow, 0
+        contents = self._read_again()
+        for at, rows in self.pieces():
+            filled = rows.copy()
+            num = min(left, len(rows))
+            deeper = bytearray()
+            for content in islice(contents, num):
+                start = max(0, content.find(self._prompt_key))
+                deeper += _hash_deeper(content, start, len(content) - start)
+            filled["prefixes"][:num, 1:-1] = np.frombuffer(deeper, dtype="<u8").reshape(num, -1)
+            self._replace(at, filled.tobytes())
+            left -= num
+            if not left:
+                return
+
+    def _share_beginnings(self) -> bool:
+        """Return whether many of the newest lines begin alike."""
+        first = np.frombuffer(self._new, dtype="<u8").reshape(-1, _WIDE_NUMBERS)[:, 2]
+        first = np.sort(first[first != 0].astype("<u4"))
+        return int(np.count_nonzero(first[1:] == first[:-1])) > MIN_SHARED * _WIDE_LINES
+
+    def _replace(self, at: int, rows: bytes) -> None:
+        """Write over the rows from a line on."""
+        if at < self._num_spilled and self._spill is not None:
+            self._spill.replace(at * _COLUMNS.itemsize, rows)
+        else:
+            start = (at - self._num_spilled) * _COLUMNS.itemsize
+            self._rows[start : start + len(rows)] = rows
 
     def _narrow(self) -> None:
         """Keep half of each hash; taking it line by line costs more than hashing."""
-        wide = np.frombuffer(self._new, dtype=_WIDE)
-        rows = np.empty(len(wide), dtype=_COLUMNS)
-        for name in ("low", "high", "prefixes", "doublings"):
-            rows[name] = wide[name]  # a cast keeps the lower half
+        wide = np.frombuffer(self._new, dtype="<u8").reshape(-1, _WIDE_NUMBERS)
+        narrow = wide[:, 2:-1].astype("<u4")  # a cast keeps the lower half
+        rows = np.empty((len(wide), _COLUMNS.itemsize), dtype=np.uint8)
+        # As bytes: numpy copies numbers that are not aligned one by one.
+        rows[:, :16] = wide.view(np.uint8)[:, :16]
+        rows[:, 16:-1] = narrow.view(np.uint8)
+        rows[:, -1] = wide[:, -1]
         del wide
-        self._rows += rows.tobytes()
+        self._rows += rows.data
         self._new = bytearray()
         if len(self._rows) >= _PIECE_BYTES and self._spill is not None:
             self._spill.append(self._rows)
@@ -199,6 +263,19 @@ class Columns:
             low[begin:end], high[begin:end] = rows["low"][inside], rows["high"][inside]
             begin = end
         return low, high
+
+
+def _hash_deeper(content: bytes, start: int, size: int) -> bytes:
+    """Return the hashes of the pieces behind the first, each of 8 bytes; 0: it is too short."""
+    second, third, fourth, end = PREFIX_BYTES
+    if size <= third:
+        return _NOTHING_DEEPER
+    two, three, four = _digest(content[start + second : start + third]), _NOTHING, _NOTHING
+    if size > fourth:
+        three = _digest(content[start + third : start + fourth])
+        if size > end:
+            four = _digest(content[start + fourth : start + end])
+    return two + three + four
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -435,6 +512,7 @@ class _Groups:
                 if num_shared * PREFIX_BYTES[-1] < MIN_SHARED * columns.num_bytes:
                     return
                 self.top = self.leaf.copy()
+                columns.complete()
             before = size
             del step, alike
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.images import Image, read_image
@@ -275,6 +275,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
         max_tokens: the longest answer; None: as long as the model likes.
         encoded: equal where what is asked for is, the model aside.
         body: without its prompt, for this module only.
+        digest_seed: a hash of `encoded`.
     """
 
     model: str | None
@@ -285,6 +286,11 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
     tools: Tools | None
     encoded: bytes
     body: Any
+    digest_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Hash what is asked for, once for all lines that ask it."""
+        msgspec.structs.force_setattr(self, "digest_seed", xxh3_64_intdigest(self.encoded))
 
     def list_schemas(self) -> list[tuple[Constraint, str]]:
         """Return every constraint to be tried before the line may run, and where it stands."""
@@ -316,7 +322,7 @@ class Terms(msgspec.Struct, frozen=True, eq=False):
             raise (in_its_words(error) if isinstance(self.body, Translated) else error) from None
 
 
-class Sketch(msgspec.Struct, frozen=True, eq=False):
+class Sketch(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What planning needs of one good line.
 
     Attributes:
@@ -337,7 +343,8 @@ class Sketch(msgspec.Struct, frozen=True, eq=False):
         Args:
             model: what tells apart the models of a batch that has several.
         """
-        return xxh3_128_digest(self.request() + model)
+        # As a seed: what the lines in a row ask for is the same, and need not be copied for each.
+        return xxh3_128_digest(_encode(self.asked) + model, self.terms.digest_seed)
 
     def request(self) -> bytes:
         """Return all that is asked: equal bytes where requests are equal, the model aside."""
@@ -358,7 +365,7 @@ class Sketcher:
         self._is_pooling = endpoint in POOLING_ENDPOINTS
         self._decode = _DECODERS[endpoint]
         self._body: Body | None = None
-        self._terms: Terms | None = None
+        self._terms: Terms  # of that body
 
     def sketch(self, line: bytes) -> Sketch:
         """Return what planning needs of `line`.
@@ -366,7 +373,6 @@ class Sketcher:
         Raises:
             InvalidLine: as `parse_line` would, without capabilities.
         """
-        is_chat = self._is_chat
         try:
             wire = self._decode(line)
             body, custom_id = wire.body, wire.custom_id
@@ -378,39 +384,49 @@ class Sketcher:
             # There is nothing to choose by chance, so equal lines have equal answers.
             asks = Terms(body.model, None, 0.0, None, None, None, self.endpoint.encode(), body)
             return Sketch(custom_id, asks, read_pooling(body), 0)
-        if is_chat:
-            asked, body.messages = body.messages, None
-        else:
+        if not self._is_chat:
             asked, body.prompt = body.prompt, None
-        body.user = None
-        terms = self._terms
-        if terms is None or body != self._body:
-            constraint, tools = _check(body, None)
-            sampling = _sampling(body)
-            terms = Terms(
-                body.model,
-                sampling.max_tokens,
-                body.temperature,
-                body.seed,
-                constraint,
-                tools,
-                _encode((sampling, constraint, tools)),
-                body,
-            )
-            self._terms, self._body = terms, body
-        if not is_chat:
+            body.user = None
+            terms = self._terms if body == self._body else self._look(body)
             return Sketch(custom_id, terms, _prompt(asked), 0)
+        asked, body.messages = body.messages, None
+        body.user = None
+        terms = self._terms if body == self._body else self._look(body)
         num_chars = num_last = 0
         images: list[Image] = []
+        has_tools = False
         for message in asked:
             content = message.content
+            if message.tool_calls or message.tool_call_id or message.role == "tool":
+                has_tools = True
             if type(content) is not str:
                 content = _flatten(message, asked, images)
             num_last = len(content)
             num_chars += num_last
-        if _TOOL in line:
+        if has_tools:
             _check_turns(asked)
         return Sketch(custom_id, terms, asked, num_chars - num_last, tuple(images))
+
+    def _look(self, body: ChatBody | CompletionBody) -> Terms:
+        """Return what a body without its prompt asks for, and expect the next line to ask it too.
+
+        Raises:
+            InvalidLine: it asks for what is not supported.
+        """
+        constraint, tools = _check(body, None)
+        sampling = _sampling(body)
+        terms = Terms(
+            body.model,
+            sampling.max_tokens,
+            body.temperature,
+            body.seed,
+            constraint,
+            tools,
+            _encode((sampling, constraint, tools)),
+            body,
+        )
+        self._terms, self._body = terms, body
+        return terms
 
 
 def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
@@ -432,7 +448,7 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
     if endpoint in POOLING_ENDPOINTS:
         return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
     constraint, tools = _check(body, capabilities)
-    if _TOOL in line and endpoint in CHAT_ENDPOINTS:
+    if endpoint in CHAT_ENDPOINTS:
         _check_turns(body.messages)
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
@@ -466,8 +482,6 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_TOOL = b'"tool'
-"""In a line that says nothing of tools, no turn has anything to do with them."""
 
 
 def _read_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:

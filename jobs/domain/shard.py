@@ -187,7 +187,7 @@ class Cutter:
         self._num_lines = 0
         self._last_byte = 0
 
-    def add(self, *, index: int, line: int, byte_start: int, num_bytes: int) -> Cut | None:
+    def add(self, index: int, line: int, byte_start: int, num_bytes: int) -> Cut | None:
         """Add a line; return the shard before it when this line begins another."""
         end = byte_start + num_bytes
         if 0 < self._num_lines < self._max_lines and end <= self._last_byte:

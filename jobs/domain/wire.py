@@ -1,6 +1,8 @@
 """How a line is written: types with only the fields that are obeyed, or ignored by definition.
 
-They leave no room for deep nesting, and one typed decode is all that most lines take.
+They leave no room for deep nesting, and one typed decode is all that most lines take. Those that
+are made by the million are not tracked by the garbage collector: what was read from JSON has no
+cycles.
 """
 
 from typing import Annotated, Any, Literal
@@ -34,7 +36,7 @@ SchemaName = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"
 _Stops = Annotated[list[_Stop], msgspec.Meta(max_length=MAX_STOP_STRINGS)]
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fields=True, gc=False):
     """Text among the parts of a message."""
 
     text: str
@@ -43,7 +45,7 @@ class TextPart(msgspec.Struct, tag_field="type", tag="text", forbid_unknown_fiel
 Part = TextPart | ImageUrlPart | ImageFilePart | InputImagePart
 
 
-class WireMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+class WireMessage(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """One turn of a conversation."""
 
     role: Role
@@ -90,7 +92,7 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
-class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, gc=False):
     """What chat and completions have in common."""
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_MODEL_CHARS)] | None = None
@@ -121,7 +123,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     user: str | None = None
 
 
-class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
+class ChatBody(Body, kw_only=True, forbid_unknown_fields=True, gc=False):
     """The body of a chat."""
 
     messages: Annotated[list[WireMessage], msgspec.Meta(min_length=1)]
@@ -134,7 +136,7 @@ class ChatBody(Body, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
 
 
-class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True):
+class CompletionBody(Body, kw_only=True, forbid_unknown_fields=True, gc=False):
     """The body of a completion."""
 
     prompt: str | list[Any]
@@ -197,7 +199,7 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     truncation: Any = None
 
 
-class ChatLine(msgspec.Struct):
+class ChatLine(msgspec.Struct, gc=False):
     """A line of a batch of chats."""
 
     custom_id: str
@@ -206,7 +208,7 @@ class ChatLine(msgspec.Struct):
     body: ChatBody
 
 
-class CompletionLine(msgspec.Struct):
+class CompletionLine(msgspec.Struct, gc=False):
     """A line of a batch of completions."""
 
     custom_id: str

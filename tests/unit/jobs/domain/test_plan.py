@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -209,6 +210,47 @@ def test_columns_on_disk_are_those_in_memory() -> None:
         assert wanted.is_follower is not None
         assert np.array_equal(found.rank, wanted.rank)
         assert np.array_equal(found.is_follower, wanted.is_follower)
+
+
+@pytest.mark.parametrize(
+    ("num_alone", "num_shared"),
+    [
+        (0, 3_000),  # seen in the first block
+        (70_000, 10_000),  # seen behind what is on disk already
+        (500, 500),  # seen by nobody: fewer than a block
+    ],
+)
+def test_what_is_hashed_late_is_what_would_have_been_hashed_at_once(
+    num_alone: int, num_shared: int
+) -> None:
+    lines = [b"%d %s" % (n, b"x" * 900) for n in range(num_alone)]
+    lines += [b"%s %d %s" % (b"y" * 500, n % 3, b"z" * (n % 7) * 400) for n in range(num_shared)]
+    times_read = []
+
+    def read_again() -> Iterator[bytes]:
+        times_read.append(1)
+        return iter(lines)
+
+    with Spill() as spill:
+        late, at_once = Columns(spill=spill, read_again=read_again), Columns()
+        for line in lines:
+            for columns in (late, at_once):
+                columns.add(line)
+        found, wanted = order(late), order(at_once)
+        assert times_read == [1]
+        assert found.rank is not None
+        assert wanted.rank is not None
+        assert np.array_equal(found.rank, wanted.rank)
+        assert (found.num_groups, found.shared) == (wanted.num_groups, wanted.shared)
+        for level in range(5):
+            assert np.array_equal(late.prefixes(level), at_once.prefixes(level))
+
+
+def test_lines_that_begin_each_in_its_own_way_are_read_once() -> None:
+    columns = Columns(read_again=lambda: pytest.fail("They were read again."))
+    for number in range(5_000):
+        columns.add(b"%d %s" % (number, b"x" * 3000))
+    assert order(columns).is_arrival
 
 
 @pytest.mark.parametrize("num_lines", [20_000])

@@ -730,6 +730,21 @@ def test_tools_that_make_no_sense_are_refused(fields: str, code: str, param: str
 
 
 @pytest.mark.parametrize(
+    "turn",
+    [
+        r'{"role":"\u0074ool","content":"Sunny."}',
+        r'{"role":"user","content":"Hi","\u0074ool_call_id":"call_1"}',
+    ],
+)
+def test_a_turn_of_a_tool_is_seen_however_it_is_spelled(turn: str) -> None:
+    line = with_body(f'"messages":[{turn}]')
+    with pytest.raises(InvalidLine, match="tool_call_id"):
+        parse_line(line, endpoint=CHAT)
+    with pytest.raises(InvalidLine, match="tool_call_id"):
+        Sketcher(CHAT).sketch(line)
+
+
+@pytest.mark.parametrize(
     "fields", [f'"tools":[{TOOL}]', f'"tools":[{TOOL}],"tool_choice":"required"', CALLED % "call_1"]
 )
 def test_planning_tells_lines_with_tools_from_others(fields: str) -> None:
