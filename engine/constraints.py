@@ -94,6 +94,8 @@ _OUTLINES_IGNORES = frozenset(
 """Keywords that outlines_core leaves out, or reads otherwise, without a word."""
 
 Mask = npt.NDArray[np.int32]
+_BITS = (1 << np.arange(32, dtype=np.uint32)).astype(np.uint32).view(np.int32)
+"""Of a word of a mask, each alone."""
 _T = TypeVar("_T")
 
 
@@ -571,16 +573,30 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
 
 
 class _LlguidanceMatcher:
+    """Asks the library seldom: beside a small model each call is a good part of a step.
+
+    Tokens that have to come are asked for once, need no mask, and are told to the library together
+    once the last of them was taken.
+    """
+
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
         self._gave_up = False
+        self._run: list[int] | None = None  # what has to come where the library stands, if asked
+        self._num_taken = 0  # of the run
 
     @property
-    def native(self) -> llguidance.LLMatcher:
-        """The library's own matcher, for calls that take many."""
-        return self._matcher
+    def native(self) -> llguidance.LLMatcher | None:
+        """The library's own matcher, for calls that take many; None where no mask is needed."""
+        return None if self._run else self._matcher
 
     def fill(self, row: Mask, address: int) -> None:
+        following = self.forced()
+        if following:
+            token = following[0]
+            row.fill(0)
+            row[token >> 5] = _BITS[token & 31]
+            return
         self._matcher.unsafe_compute_mask_ptr(address, 4 * len(row))
         self.check(row)
 
@@ -593,16 +609,30 @@ class _LlguidanceMatcher:
             row.fill(-1)
 
     def forced(self) -> Sequence[int]:
-        return () if self._gave_up else self._matcher.compute_ff_tokens()
+        if self._gave_up:
+            return ()
+        if self._run is None:
+            self._run = self._matcher.compute_ff_tokens()
+        return self._run[self._num_taken :] if self._num_taken else self._run
 
     def advance(self, token: int) -> bool:
-        return not self._gave_up and self._matcher.consume_token(token)
+        if self._gave_up:
+            return False
+        run, num_taken = self._run, self._num_taken
+        if not run:
+            self._run = None
+            return self._matcher.consume_token(token)
+        if token == run[num_taken] and num_taken + 1 < len(run):
+            self._num_taken += 1
+            return True
+        self._run, self._num_taken = None, 0
+        return self._matcher.consume_tokens([*run[:num_taken], token])
 
     def is_accepting(self) -> bool:
-        return not self._gave_up and self._matcher.is_accepting()
+        return not (self._gave_up or self._num_taken) and self._matcher.is_accepting()
 
     def is_finished(self) -> bool:
-        return not self._gave_up and self._matcher.is_stopped()
+        return not (self._gave_up or self._num_taken) and self._matcher.is_stopped()
 
 
 class _OutlinesMatcher:
@@ -687,20 +717,20 @@ class Masks:
             running.result()
 
     def _fill_together(self, cores: llguidance.LLExecutor, matchers: list[Matcher]) -> None:
-        together: list[tuple[_LlguidanceMatcher, int]] = []
+        together: list[tuple[llguidance.LLMatcher, int]] = []
+        checked: list[tuple[_LlguidanceMatcher, int]] = []
         for place, matcher in enumerate(matchers):
-            if isinstance(matcher, _LlguidanceMatcher):
-                together.append((matcher, place))
+            native = matcher.native if isinstance(matcher, _LlguidanceMatcher) else None
+            if isinstance(matcher, _LlguidanceMatcher) and native is not None:
+                together.append((native, place))
+                checked.append((matcher, place))
             else:
                 matcher.fill(*self._rows[place])
         if together:
             cores.unsafe_compute_mask_ptr(
-                [(matcher.native, place) for matcher, place in together],
-                self._rows[0][1],
-                4 * self._words.shape[1],
-                len(self._rows),
+                together, self._rows[0][1], 4 * self._words.shape[1], len(self._rows)
             )
-        for matcher, place in together:
+        for matcher, place in checked:
             matcher.check(self._rows[place][0])
 
 

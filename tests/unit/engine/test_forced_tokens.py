@@ -5,13 +5,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llguidance
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import override
 
 from engine.config import AskingConfig, HfConfig
-from engine.constraints import Masks, TokenizerConstraints, validate
+from engine.constraints import (
+    Masks,
+    TokenizerConstraints,
+    _LlguidanceMatcher,
+    grammar_of,
+    validate,
+)
 from engine.hf import tokens
 from engine.hf.engine import HfEngine
 from jobs.domain.request import Constraint, Request, SamplingParams
@@ -127,6 +135,46 @@ def test_runs_of_forced_tokens_are_those_that_masks_allow_alone(tiny_model: Path
         allowed = [i for i in range(loaded.vocab_size) if row[i >> 5] >> (i & 31) & 1]
         assert allowed == [token]
         assert by_masks.advance(token)
+
+
+class Watched:
+    """Hands on what is asked of llguidance's matcher, and notes it."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+        self.asked: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- whatever it is
+        self.asked.append(name)
+        return getattr(self._matcher, name)
+
+
+def test_a_run_of_forced_tokens_is_told_to_the_library_in_one_call_and_needs_no_mask() -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = grammar_of(Constraint("regex", "(ab|cd)EFGHIJ[0-9]"))
+    watched = Watched(llguidance.LLMatcher(tokenizer, grammar, log_level=0))
+    matcher = _LlguidanceMatcher(watched)  # type: ignore[arg-type]  # it is one in all but name
+    plain = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+    row = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+    for place, token in enumerate(b"cdEFGHIJ7"):
+        matcher.fill(row, row.ctypes.data)
+        assert row.tobytes() == plain.compute_bitmask()[: row.nbytes], "as the library's own mask"
+        assert matcher.advance(token)
+        assert plain.consume_token(token)
+        assert matcher.is_finished() == matcher.is_accepting() == (place == len("cdEFGHIJ"))
+    # A choice at the first place and at the last; what lies between them follows.
+    assert watched.asked.count("unsafe_compute_mask_ptr") == 2
+    assert watched.asked.count("consume_token") + watched.asked.count("consume_tokens") == 3
+
+
+def test_a_token_that_does_not_fit_into_a_forced_run_is_refused_at_once() -> None:
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = grammar_of(Constraint("regex", "ABCDEF"))
+    matcher = _LlguidanceMatcher(llguidance.LLMatcher(tokenizer, grammar, log_level=0))
+    assert bytes(matcher.forced()) == b"ABCDEF"
+    assert matcher.advance(b"A"[0])
+    assert bytes(matcher.forced()) == b"BCDEF"
+    assert not matcher.advance(b"X"[0])
 
 
 def test_forced_tokens_take_no_step_each_and_change_no_answer(

@@ -69,15 +69,15 @@ def test_more_sequences_run_where_a_step_costs_the_same_and_no_answer_changes(
     asked = requests(240)
     tuned = Watched(tiny_model, steady())
     begun = tuned.engine.tuning
-    assert (begun.slots, begun.max_slots, begun.slots_by) == (32, 128, "device")
+    assert (begun.slots, begun.max_slots, begun.slots_by) == (64, 128, "device")
     assert tuned.engine.num_slots == tuned.engine.capabilities.num_slots == 128
     answers = ask(tuned.engine, asked)
     ended = tuned.engine.tuning
     assert (ended.slots, ended.slots_by) == (128, "steps")
-    assert ended.num_comparisons >= 24
+    assert ended.num_comparisons >= 12
     assert max(tuned.widths) == 128
     # Comparisons came between: a whole step, then each half of it.
-    assert [32, 16, 16] in [tuned.widths[i : i + 3] for i in range(len(tuned.widths))]
+    assert [64, 32, 32] in [tuned.widths[i : i + 3] for i in range(len(tuned.widths))]
     few = Watched(tiny_model, None, slots=12, batch_tokens=64)
     assert texts(answers) == texts(ask(few.engine, asked))
 
@@ -93,13 +93,13 @@ def test_fewer_sequences_run_where_each_costs_the_same(tiny_model: Path, ask: As
 
     # By this clock a step takes as long as it has sequences.
     watched = Watched(tiny_model, clock)
-    ask(watched.engine, requests(160))
+    ask(watched.engine, requests(240))
     ended = watched.engine.tuning
-    assert (ended.slots, ended.slots_by) == (8, "steps")
+    assert (ended.slots, ended.slots_by) == (16, "steps")
     # It fell as sequences ended: none was put back for it.
     assert ended.num_evictions == 0
-    assert max(watched.widths[:200]) == 32
-    assert max(watched.widths[-40:]) <= 8
+    assert max(watched.widths[:200]) == 64
+    assert max(watched.widths[-40:]) <= 16
 
 
 def test_slots_and_budget_that_are_set_hold(tiny_model: Path, ask: Ask) -> None:
@@ -115,7 +115,7 @@ def test_slots_and_budget_that_are_set_hold(tiny_model: Path, ask: Ask) -> None:
 def test_without_tuning_steps_change_nothing(tiny_model: Path, ask: Ask) -> None:
     watched = Watched(tiny_model, steady(), tune=False)
     ask(watched.engine, requests(100))
-    assert watched.engine.tuning.slots == max(watched.widths) == 32
+    assert watched.engine.tuning.slots == max(watched.widths) == 64
     assert watched.engine.tuning.num_comparisons == 0
 
 
