@@ -1,4 +1,4 @@
-"""One file of chats, tools, texts, vectors and rankings, on four models, on one machine."""
+"""One file of chats, tools, images, texts, vectors and rankings, on five models, on one machine."""
 
 import json
 import signal
@@ -17,8 +17,10 @@ from jobs.domain.batch import TERMINAL_STATUSES
 from jobs.domain.mixed import MIXED
 from jobs.domain.pooling import EMBEDDINGS, RERANK, SCORE
 from jobs.domain.request import CHAT, COMPLETIONS
+from jobs.domain.responses import RESPONSES
 from tests.integration.runs import Folder
 from tests.integration.test_endpoints import CALLING_TEMPLATE, TOOL
+from tests.seeing import IMAGE_TOKENS, image_part, make_image, make_llava, text_part
 from tests.unit.engine.conftest import make_tiny_model
 from tests.unit.engine.test_pooling import make_encoder
 
@@ -28,7 +30,7 @@ NUM_ROUNDS = 6
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The catalogue: two models that make words up, one that is made to call, and an encoder."""
+    """The catalogue: two models that make words up, one to call, one that sees, and an encoder."""
     encoder, caller = (tmp_path_factory.mktemp(name) for name in ("encoder", "caller"))
     make_encoder(encoder)
     make_tiny_model(caller, hidden_size=64)
@@ -39,6 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "second": {"engine": "simulated", "options": options},
         "caller": {"engine": "hf", "source": str(caller)},
         "encoder": {"engine": "hf", "source": str(encoder)},
+        "sees": {"engine": "hf", "source": str(make_llava(tmp_path_factory.mktemp("llava")))},
     }
 
 
@@ -59,6 +62,8 @@ def make_all() -> bytes:
     made = []
     for n in range(NUM_ROUNDS):
         said = {"messages": [{"role": "user", "content": f"[[reply=answer {n}]]"}]}
+        parts = [text_part("What is this? "), image_part(make_image(n))]
+        shown = {"messages": [{"role": "user", "content": parts}]}
         made += [
             line(f"chat-{n}", CHAT, "simulated", **said),
             line(f"vector-{n}", EMBEDDINGS, "encoder", input=TEXTS),
@@ -66,6 +71,8 @@ def make_all() -> bytes:
             line(f"text-{n}", COMPLETIONS, "second", prompt=f"[[reply=text {n}]]"),
             line(f"rank-{n}", RERANK, "encoder", query="gamma", documents=TEXTS),
             line(f"second-{n}", CHAT, "second", **said),
+            line(f"image-{n}", CHAT, "sees", **shown, temperature=0, max_tokens=4),
+            line(f"response-{n}", RESPONSES, "second", input=f"[[reply=answer {n}]]"),
             line(f"score-{n}", SCORE, "encoder", text_1="gamma", text_2=TEXTS),
         ]
     return b"".join(made)
@@ -81,6 +88,11 @@ def check_all(lines: list[dict[str, Any]]) -> None:
         assert body["model"] == source["body"]["model"]
         if kind in {"chat", "second"}:
             assert body["choices"][0]["message"]["content"] == f"answer {number}"
+        elif kind == "response":
+            assert body["output"][0]["content"][0]["text"] == f"answer {number}"
+        elif kind == "image":
+            assert body["usage"]["prompt_tokens"] > IMAGE_TOKENS
+            assert body["choices"][0]["finish_reason"] in {"stop", "length"}
         elif kind == "text":
             assert body["choices"][0]["text"] == f"text {number}"
         elif kind == "tool":
@@ -96,7 +108,7 @@ def check_all(lines: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_file_of_all_kinds_on_four_models_finishes_in_one_run(folder: Folder) -> None:
+def test_a_file_of_all_kinds_on_five_models_finishes_in_one_run(folder: Folder) -> None:
     ended = folder.run(
         folder.write("in.jsonl", make_all()),
         *("--endpoint", MIXED, "--output", "out.jsonl", "--json"),
@@ -105,13 +117,13 @@ def test_a_file_of_all_kinds_on_four_models_finishes_in_one_run(folder: Folder) 
     assert ended.code == 0, ended.stderr
     check_all(folder.lines("out.jsonl"))
     summed = json.loads(ended.stdout)
-    assert (summed["completed"], summed["failed"]) == (7 * NUM_ROUNDS, 0)
-    assert summed["models"] == ["simulated", "encoder", "caller", "second"]
+    assert (summed["completed"], summed["failed"]) == (9 * NUM_ROUNDS, 0)
+    assert summed["models"] == ["simulated", "encoder", "caller", "second", "sees"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_server_finishes_a_file_of_all_kinds_on_four_models(folder: Folder) -> None:
+def test_a_server_finishes_a_file_of_all_kinds_on_five_models(folder: Folder) -> None:
     path = folder.path / folder.write("in.jsonl", make_all())
     command = [*folder.command()[:-1], "serve", "--port", "0", "--json"]
     with (
@@ -136,7 +148,7 @@ def test_a_server_finishes_a_file_of_all_kinds_on_four_models(folder: Folder) ->
                     batch = client.get_batch(batch.id)
                 assert batch.status == "completed", batch.errors
                 assert batch.model is None
-                assert batch.models == ("simulated", "encoder", "caller", "second")
+                assert batch.models == ("simulated", "encoder", "caller", "second", "sees")
                 assert batch.output_file_id is not None
                 content = b"".join(client.download(batch.output_file_id))
         finally:
@@ -148,7 +160,7 @@ def test_a_server_finishes_a_file_of_all_kinds_on_four_models(folder: Folder) ->
 def test_what_a_mixed_file_may_not_hold_is_said_at_its_line(folder: Folder) -> None:
     content = make_all() + line("wrong", EMBEDDINGS, "simulated", input="x")
     ended = folder.run(folder.write("in.jsonl", content), "--endpoint", MIXED)
-    ended.assert_problem(7 * NUM_ROUNDS + 1, "unsupported_endpoint")
+    ended.assert_problem(9 * NUM_ROUNDS + 1, "unsupported_endpoint")
 
 
 def test_a_file_of_several_kinds_says_how_it_runs(folder: Folder) -> None:
