@@ -37,7 +37,7 @@ from engine.choice import gigabytes
 from engine.config import HfConfig
 from engine.devices import read_memory
 from engine.encoders import is_scoring
-from engine.hf import quantizing
+from engine.hf import heap, quantizing
 from engine.hf.pictures import Vision, take_apart
 from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
@@ -155,6 +155,8 @@ def _open(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    if device.type == "cpu":
+        heap.keep_freed()
     is_local = looks_local(config.model)
     if is_local and not Path(config.model).expanduser().is_dir():
         raise EngineMisconfigured(
