@@ -165,15 +165,7 @@ def _open(
         )
     source = str(Path(config.model).expanduser()) if is_local else config.model
     folder = Path(source) if is_local else find_folder(config)
-    common: dict[str, Any] = {
-        "trust_remote_code": trusts_code(config, folder, read_config(folder)),
-        "local_files_only": is_local,
-        "revision": config.revision or "main",
-        "token": config.token,
-        "cache_dir": config.cache_folder,
-    }
-    if config.trusted_code is not None and not is_local:
-        common["code_revision"] = config.revision
+    common = _common_options(config, folder, is_local=is_local)
     if is_local:
         writes = kind in {AutoModelForCausalLM, AutoModelForImageTextToText}
         _check_folder(folder, config, device, generates=writes)
@@ -196,6 +188,20 @@ def _open(
     if device.type == "cpu":
         _leave_file(model)
     return model, tokenizer, device
+
+
+def _common_options(config: HfConfig, folder: Path, *, is_local: bool) -> dict[str, Any]:
+    """Return what both the tokenizer and the weights are found by."""
+    common: dict[str, Any] = {
+        "trust_remote_code": trusts_code(config, folder, read_config(folder)),
+        "local_files_only": is_local,
+        "revision": config.revision or "main",
+        "token": config.token,
+        "cache_dir": config.cache_folder,
+    }
+    if config.trusted_code is not None and not is_local:
+        common["code_revision"] = config.revision
+    return common
 
 
 def _load_model(
