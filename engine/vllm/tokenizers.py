@@ -16,11 +16,14 @@ def load_tokenizer(config: VllmConfig, folder: Path) -> PreTrainedTokenizerFast:
     Raises:
         EngineMisconfigured: it cannot be loaded, is no fast one, or needs code that nobody trusts.
     """
-    is_trusted = trusts_code(config, folder, read_object(folder / "config.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=is_trusted, local_files_only=True
+            folder,
+            trust_remote_code=trusts_code(config, folder, read_object(folder / "config.json")),
+            local_files_only=True,
         )
+    except EngineMisconfigured:
+        raise
     except Exception as error:
         raise EngineMisconfigured(
             f"The tokenizer in {folder} cannot be loaded: {first_line(error)}"

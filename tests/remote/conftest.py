@@ -51,10 +51,15 @@ class VllmServer:
             for name, value in os.environ.items()
             if not name.startswith(("BATCHCTL_", "VLLM_", "PYTHON"))
         }
+        template = self._log.with_name("template.jinja")
+        own = (model_path() / "chat_template.jinja").read_text()
+        template.write_text("{%- if tools %}{{ tools | tojson }}{%- endif %}" + own)
         command = [
             *(str(ENVIRONMENT / "bin" / "vllm"), "serve", str(model_path())),
             *("--served-model-name", "demo", "--dtype", "float32", "--enforce-eager"),
             *("--max-num-seqs", "16", "--host", "127.0.0.1", "--port", str(self._port)),
+            *("--chat-template", str(template)),
+            *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
         ]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -34,7 +34,7 @@ GOOD = [
 ]
 BAD = [
     make_line("a", PROMPT)[:-20],
-    make_line("b", PROMPT, n=2),
+    make_line("b", PROMPT, best_of=2),
     make_line("c", PROMPT, temperature=9),
     make_line("d", PROMPT, guided_json={"type": PROMPT}),
     make_line("e", PROMPT, guided_json={"$ref": f"#/{PROMPT}"}),

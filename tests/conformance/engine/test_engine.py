@@ -16,6 +16,7 @@ from engine.constraints import validate
 from jobs.domain.errors import InvalidLine
 from jobs.domain.request import (
     COMPLETIONS,
+    ENDPOINTS,
     PARAMETERS,
     TEXT_ENDPOINTS,
     Constraint,
@@ -112,7 +113,7 @@ def chat(request_id: int, text: str, *, constraint: Constraint | None = None) ->
 
 def test_capabilities_are_said(engine: Engine) -> None:
     capabilities = engine.capabilities
-    assert set(capabilities.endpoints) <= set(TEXT_ENDPOINTS)
+    assert set(TEXT_ENDPOINTS) <= set(capabilities.endpoints) <= set(ENDPOINTS)
     assert capabilities.context_tokens > 0
     assert capabilities.fingerprint
     assert engine.num_slots > 0

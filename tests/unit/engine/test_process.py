@@ -338,12 +338,19 @@ def test_engine_out_of_memory_while_it_works_suspects_what_it_held(tmp_path: Pat
 
 
 def test_engine_that_hangs_is_ended_even_when_nobody_waits_any_more(tmp_path: Path) -> None:
-    with opened(tmp_path, stall_seconds=0.5) as engine:
+    with opened(tmp_path, stall_seconds=2.0) as engine:
         source = Requests(make_request(1, "[[fault=hang]]"), held_open=True)
-        source.aborted.add(1)
-        source.held_open = False
+
+        def leave() -> None:
+            source.aborted.add(1)
+            source.held_open = False
+
+        # Later than it is taken: what nobody waited for from the start never reaches the model.
+        timer = threading.Timer(0.5, leave)
+        timer.start()
         with pytest.raises(EngineTimedOut):
             list(engine.generate(source))
+        timer.join()
         assert not psutil.pid_exists(engine.pid)
 
 
