@@ -27,7 +27,14 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+ZONE = {
+    "type": "object",
+    "properties": {"zone": {"enum": ["utc", "cet"]}},
+    "required": ["zone"],
+    "additionalProperties": False,
+}
+# With an end, as not every engine ends what rambles.
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": ZONE}}
 
 
 @dataclass(frozen=True, kw_only=True)
