@@ -40,6 +40,8 @@ _EXTRA_LEVELS = (0, 1, 2, 4, 8, 32)
 
 _QUOTE, _BACKSLASH, _SPACE = b'"'[0], b"\\"[0], b" "[0]
 _OPEN, _CLOSED, _CLOSERS = b"[{", b"]}", (b'"', b"]", b"}")
+_BEGINNERS = b"[{,"
+"""After one of them outside of strings more may have to come than before."""
 _IN_VALUE = b'}],:n0123456789tf"[{-.eE+'
 _STRUCTURAL = sum(1 << byte for byte in b'}],n"[{tf')
 _IN_WORD = b"@.:-/_TZP+0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -86,6 +88,17 @@ class _Place:
             elif byte in _CLOSED:
                 self.level -= 1
         return deepest
+
+    def begins_something(self, text: bytes) -> bool:
+        """Return whether `text` begins a value or a field outside of strings."""
+        if not self.is_json or not any(byte in _BEGINNERS for byte in text):
+            return False
+        walked = self.copy()
+        for byte in text:
+            if not walked.in_string and byte in _BEGINNERS:
+                return True
+            walked.advance(bytes((byte,)))
+        return False
 
 
 class _Walk:
@@ -260,6 +273,7 @@ class Closing:
         self._ending: bytes | None = None
         self._num_failures = 0
         self._look_at: int | None = None
+        self._first_look = 0
         self.has_cut = False
         """Whether a token was taken that the model had not chosen."""
 
@@ -273,19 +287,20 @@ class Closing:
         if self._look_at is None:
             max_tokens = num_left + len(said)
             self._look_at = max_tokens if max_tokens <= _FEW else int(_FIRST_LOOK * max_tokens)
-        if num_left > self._look_at or token in self._eos:
+            self._first_look = self._look_at
+        if num_left > self._first_look or token in self._eos:
             return token
+        if num_left > self._look_at:
+            return self._watch_beginning(said, token, num_left)
         ending = self._look(said, num_left)
-        if ending is None:
-            return token
-        tokens = self._spell(ending)
-        if tokens is None:
+        tokens = None if ending is None else self._spell(ending)
+        if ending is None or tokens is None:
             return token
         above = num_left - 2 * len(tokens)
         if above > _NEAR:
             # What the model opens before the next look makes the ending longer.
             self._look_at = num_left - above // 4
-            return token
+            return self._watch_beginning(said, token, num_left)
         text = self._tokenizer.decode_bytes([token])
         closes = self._place.is_json and ending[:1] in _CLOSERS
         if (above > 0 or not closes or text[:1] == ending[:1]) and self._fits(text, num_left - 1):
@@ -293,23 +308,54 @@ class Closing:
         self.has_cut = True
         return tokens[0] if tokens else self._tokenizer.eos_token
 
-    def _look(self, said: Sequence[int], num_left: int) -> bytes | None:
-        """Return a short ending of what was said so far, or None."""
+    def _watch_beginning(self, said: Sequence[int], token: int, num_left: int) -> int:
+        """Return the token to take between two looks.
+
+        One item more of a list may have to hold more than there is time for, however short the
+        ending is before it.
+        """
+        text = self._tokenizer.decode_bytes([token])
+        if not any(byte in _BEGINNERS for byte in text) or not self._follow(said):
+            return token
+        if not self._place.begins_something(text):
+            return token
+        matcher = self._matcher
+        after = self._tokens_after(text, num_left - 1)
+        if after is None or matcher is None:
+            return token  # nobody knows
+        if len(after) < num_left:
+            self._look_at = max(self._look_at or 0, min(num_left - 1, 2 * len(after) + _NEAR))
+            return token
+        ending = _ending(matcher, self._place, known=None, num_left=num_left)
+        tokens = None if ending is None else self._spell(ending)
+        if tokens is None or len(tokens) > num_left:
+            return token
+        self.has_cut = True
+        return tokens[0] if tokens else self._tokenizer.eos_token
+
+    def _follow(self, said: Sequence[int]) -> bool:
+        """Move to the end of what was said; return whether that is known to be a place."""
         if self._num_failures >= _MAX_FAILURES:
-            return None
+            return False
         if self._matcher is None:
             self._matcher = self._compile()
-        matcher = self._matcher
         fresh = self._tokenizer.decode_bytes(list(said[self._num_seen :]))
         self._num_seen = len(said)
-        if matcher is None or not matcher.consume_tokens(list(fresh)):
+        if self._matcher is None or not self._matcher.consume_tokens(list(fresh)):
             self._num_failures = _MAX_FAILURES
-            return None
+            return False
         self._place.advance(fresh)
-        if self._ending is not None and self._ending.startswith(fresh):
-            self._ending = self._ending[len(fresh) :]
-        else:
-            self._ending = _ending(matcher, self._place, known=self._ending, num_left=num_left)
+        if self._ending is not None:
+            self._ending = self._ending[len(fresh) :] if self._ending.startswith(fresh) else None
+        return True
+
+    def _look(self, said: Sequence[int], num_left: int) -> bytes | None:
+        """Return a short ending of what was said so far, or None."""
+        known = self._ending
+        if not self._follow(said) or self._matcher is None:
+            return None
+        if self._ending is None:
+            self._ending = _ending(self._matcher, self._place, known=known, num_left=num_left)
         if self._ending is None:
             self._num_failures += 1
             self._look_at = num_left * 3 // 4
@@ -319,15 +365,20 @@ class Closing:
         """Return whether the answer still ends within `num_left` tokens after `text`."""
         if self._ending is not None and self._ending.startswith(text):
             return True
+        tokens = self._tokens_after(text, num_left)
+        return tokens is not None and len(tokens) <= num_left
+
+    def _tokens_after(self, text: bytes, num_left: int) -> list[int] | None:
+        """Return what ends the answer after `text`, or None where nothing is found."""
         place = self._place.copy()
         place.advance(text)
-        ending: bytes | None = None
-        if self._matcher is not None:
-            matcher = self._matcher.deep_copy()
-            if matcher.consume_tokens(list(text)):
-                ending = _ending(matcher, place, known=self._ending, num_left=num_left)
-        tokens = None if ending is None else self._spell(ending)
-        return tokens is not None and len(tokens) <= num_left
+        if self._matcher is None:
+            return None
+        matcher = self._matcher.deep_copy()
+        if not matcher.consume_tokens(list(text)):
+            return None
+        ending = _ending(matcher, place, known=self._ending, num_left=num_left)
+        return None if ending is None else self._spell(ending)
 
     def _spell(self, text: bytes) -> list[int] | None:
         """Return the tokens of `text`, or None where the tokenizer makes something else of it."""

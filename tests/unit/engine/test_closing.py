@@ -81,7 +81,22 @@ def ramble(
     return tokenizer.decode_bytes(said).decode("utf-8", "replace"), len(said), closing.has_cut
 
 
+CALLS = schema(
+    {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "anyOf": [
+                an_object({"name": {"const": name}, "in": an_object({"place": {"enum": [name]}})})
+                for name in ("weather", "clock")
+            ]
+        },
+    }
+)
+"""Of each item more has to come than its list takes to end."""
+
 RAMBLING = [
+    *(pytest.param(CALLS, n, id=f"items of {n}") for n in (60, 120, 300)),
     pytest.param(schema(TEXT), 30, id="string"),
     pytest.param(schema({}), 30, id="anything"),
     pytest.param(schema(an_object({"a": TEXT, "b": TEXT, "c": TEXT})), 60, id="fields to come"),
