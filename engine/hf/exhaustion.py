@@ -4,6 +4,8 @@ import gc
 
 import torch
 
+from engine.hf import heap
+
 _TOLD = (
     "out of memory",  # CUDA's driver and MPS
     "DefaultCPUAllocator",
@@ -31,3 +33,5 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    else:
+        heap.give_back()

@@ -25,3 +25,11 @@ def keep_freed() -> bool:
     except (AttributeError, OSError, TypeError):
         return False  # another C library
     return bool(adjust(_MMAP_THRESHOLD, _PIECE_BYTES) and adjust(_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def give_back() -> None:
+    """Give the kernel what the heap holds free, where it can be told to."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
