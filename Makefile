@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST = .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests \
   --ignore=tests/vllm --ignore=tests/llamacpp --ignore=tests/remote --ignore=tests/airflow
 
-.PHONY: help install demo fleet chaos test test-all check bench bench-control bench-memory bench-peers clean
+.PHONY: help install demo fleet chaos test test-all check bench bench-control bench-memory bench-peers bench-quantized clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -58,5 +58,9 @@ bench-peers: ## the same files through vllm run-batch and through us, on the CPU
 	@sh scripts/vllm_env.sh
 	@PYTHONPATH=. .venv/bin/python -m tests.benchmarks.suite P
 
+bench-quantized: ## nf4, fp4 and int8 against bf16, at 1, 8 and 32 sequences
+	@sh scripts/bootstrap.sh test
+	@PYTHONPATH=. .venv/bin/python -m tests.benchmarks.quantized
+
 clean: ## remove what was built here, the environment included
-	rm -rf .venv .venv-vllm .venv-airflow .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-llamacpp .venv-airflow .bootstrap.lock build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

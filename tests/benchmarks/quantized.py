@@ -1,4 +1,4 @@
-"""C11: what a token costs with quantized weights, against bf16, by how many are decoded at once.
+"""Q: what a token costs with quantized weights, against bf16, by how many are decoded at once.
 
 The Hugging Face engine on a random model of about 100 million parameters; greedy answers of exact
 length behind short prompts. One torch thread; processor time of the process, in interleaved pairs.
@@ -67,7 +67,7 @@ def compare(kind: str, plain: HfEngine, small: HfEngine, size: float) -> Iterato
         )
         costs = [statistics.median(arm) for arm in zip(*pairs, strict=True)]
         yield Row(
-            id=f"C11 {kind} {num}",
+            id=f"Q {kind} {num}",
             what=f"tokens of {kind} ÷ tokens of bf16 in the same time, {num} at once",
             values=[before / after for before, after in pairs],
             must=None,
@@ -90,7 +90,7 @@ def measure(size: float) -> list[Row]:
                 made = quantize_model(config, Path(name) / kind, told=lambda _: None)
                 rows.append(
                     Row(
-                        id=f"C11 {kind} stored",
+                        id=f"Q {kind} stored",
                         what=f"bytes of {kind} weights ÷ bytes of bf16 weights on disk",
                         values=[made.stored_bytes / made.source_bytes],
                         must=None,
