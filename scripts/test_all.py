@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +112,24 @@ SCRIPTS = (
 )
 
 
+# The engines of the conformance suite: the suite whose report has them, the class of their tests
+# there, and how the names of these begin behind the bracket.
+_CORE = ("core, hf bf16 and nf4, fleet", "tests.conformance.engine.test_engine")
+CONFORMANCE = {
+    "simulated": (*_CORE, "simulated"),
+    "hf float32": (*_CORE, "hf-float32"),
+    "hf bfloat16": (*_CORE, "hf-bfloat16"),
+    "hf nf4": (*_CORE, "hf-nf4"),
+    "hf with outlines_core": (*_CORE, "hf-outlines"),
+    "vllm (CPU)": ("vllm (CPU)", "tests.vllm.test_conformance", ""),
+    "llamacpp (CPU)": ("llamacpp (CPU)", "tests.llamacpp.test_conformance", ""),
+    "remote (vllm serve)": ("remote (vllm serve)", "tests.remote.test_conformance", ""),
+}
+_NOTES = {"simulated": "; what changes the choice of tokens is taken and ignored"}
+_NO_TESTS = ("hf on CUDA", "hf on MPS", "vllm on CUDA", "llamacpp on CUDA and Metal")
+"""Engines that no test opens, whatever the machine has."""
+
+
 def run_script(script: Script) -> Outcome:
     """Run the script, and say what its last line says."""
     last = "nothing was said"
@@ -133,6 +151,8 @@ def run_script(script: Script) -> Outcome:
 
 def run(suite: Suite) -> Outcome:
     """Build what the suite needs, run it, and say how it went."""
+    report = report_of(suite.name)
+    report.unlink(missing_ok=True)  # first: that of an earlier run says nothing of this one
     if suite.environment is not None:
         built = subprocess.run(  # noqa: S603  our own script
             ["/bin/sh", str(suite.environment)], cwd=ROOT, check=False
@@ -149,8 +169,6 @@ def run(suite: Suite) -> Outcome:
                 words=f"failed: {suite.environment.name} ended with {built.returncode}",
                 is_failure=True,
             )
-    report = REPORTS / f"{re.sub('[^a-z0-9]+', '-', suite.name.lower()).strip('-')}.xml"
-    report.unlink(missing_ok=True)
     began = time.monotonic()
     # The programs under test take every BATCHCTL_ name for a setting, and refuse this one.
     environment = {name: value for name, value in os.environ.items() if name != _ALLOW_NOT_RUN}
@@ -209,6 +227,47 @@ def _read(suite: Suite, report: Path, ended: int, seconds: float) -> Outcome:
     return Outcome(name=suite.name, words=words)
 
 
+def report_of(suite: str, folder: Path = REPORTS) -> Path:
+    """Return where pytest writes what it found in a suite."""
+    return folder / f"{re.sub('[^a-z0-9]+', '-', suite.lower()).strip('-')}.xml"
+
+
+def conformance(ran: Iterable[str], folder: Path = REPORTS) -> list[Outcome]:
+    """Say how each engine did in the conformance suite; one without a test that passed did not run.
+
+    Args:
+        ran: the suites whose reports are of this run.
+    """
+    ran, found = frozenset(ran), []
+    for engine, (suite, of_class, begin) in CONFORMANCE.items():
+        if suite not in ran:
+            continue
+        passed = bad = 0
+        for case in _cases(report_of(suite, folder)):
+            _, _, parameters = case.get("name", "").partition("[")
+            if case.get("classname") == of_class and parameters.startswith(begin):
+                kinds = {child.tag for child in case}
+                bad += not kinds.isdisjoint({"failure", "error"})
+                passed += kinds.isdisjoint({"failure", "error", "skipped"})
+        words = f"{passed} passed{_NOTES.get(engine, '')}"
+        if bad:
+            words = f"FAILED: {passed} passed, {bad} failed"
+        elif not passed:
+            words = "not run"
+        found.append(Outcome(name=f"conformance: {engine}", words=words))
+    return found + [
+        Outcome(name=f"conformance: {name}", words="not run: no test opens it")
+        for name in _NO_TESTS
+    ]
+
+
+def _cases(report: Path) -> Iterator[ET.Element]:
+    try:
+        yield from ET.parse(report).getroot().iter("testcase")  # noqa: S314  ours
+    except (OSError, ET.ParseError):
+        return
+
+
 def _never_here() -> list[Outcome]:
     """What this machine cannot run, whatever was built."""
     found = []
@@ -234,8 +293,9 @@ def main(wanted: list[str]) -> int:
         print(f"\n== {script.name}", flush=True)
         outcomes.append(run_script(script))
     print("\n== all suites")
-    width = max(len(one.name) for one in (*outcomes, *_never_here()))
-    for one in (*outcomes, *_never_here()):
+    last = [*outcomes, *conformance(one.name for one in outcomes), *_never_here()]
+    width = max(len(one.name) for one in last)
+    for one in last:
         print(f"{one.name:<{width}}  {one.words}")
     if any(one.is_failure for one in outcomes):
         return 1
