@@ -244,7 +244,7 @@ def test_aborted_requests_end_the_run_without_them(engine: Engine) -> None:
     assert set(results) <= {0, 1, 2, 3, 9}
 
 
-def test_requests_aborted_while_they_run_give_no_result(engine: Engine) -> None:
+def test_aborting_requests_while_they_run_harms_no_other(engine: Engine) -> None:
     long = SamplingParams(max_tokens=engine.capabilities.context_tokens // 2, ignore_eos=True)
     source = ScriptedSource(
         [*(Request(id=i, prompt="Once", sampling=long) for i in range(2)), chat(9, "Hello")],
