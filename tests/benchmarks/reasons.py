@@ -24,6 +24,10 @@ REASONS: Mapping[str, str] = {
     "C9 demo": "Steps of so small a model are short beside its matchers' calls, a fourteenth of "
     "the time in a profile; the larger model reaches it, and so does this one once forced tokens "
     "are skipped, as they are by default. Next: fill a mask right behind its token.",
+    "C11": "Pairs of short runs, whose spread goes to both sides of 1; the folded half is never "
+    "computed. Next: more pairs.",
+    "T1 100M": "It starts with 64 slots and ends before steps have said that more pay. Next: "
+    "start from the size of the model.",
     "C10": "While the order is decided some arrays have a few bytes for each line. Next: sort "
     "these in parts on disk, as the lines themselves are.",
     "C10 ordered": "Lines and results are sorted in buckets of 8 MiB, which a batch of ten "
