@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.answers import refuse
+from engine.sampling import OPENAI_DEFAULTS
 from jobs.domain.pooling import Pooling, Text
-from jobs.domain.request import Request
-from jobs.domain.result import LineError, Result, Usage
+from jobs.domain.request import Request, SamplingParams
+from jobs.domain.result import Result, Usage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,11 +76,11 @@ class Parting:
         """Return the sequences of a request, or its result where it cannot run."""
         pooling = request.pooling
         if pooling is None:
-            return _refuse(
+            return _refused(
                 request, "unsupported_endpoint", "This model embeds and scores; it writes no text."
             )
         if pooling.task == "embed" and self._scores:
-            return _refuse(
+            return _refused(
                 request, "unsupported_endpoint", "This model scores pairs; it embeds nothing."
             )
         held = Held(request.id, pooling)
@@ -97,13 +99,13 @@ class Parting:
             ]
         longest = max(len(part.ids) for part in parts)
         if longest > self._context_tokens:
-            return _refuse(
+            return _refused(
                 request,
                 "context_length_exceeded",
                 f"A text has {longest} tokens; this model takes {self._context_tokens}.",
             )
         if any(part.ids and max(part.ids) >= self._vocab_size for part in parts):
-            return _refuse(request, "invalid_value", "A token id is not in the vocabulary.")
+            return _refused(request, "invalid_value", "A token id is not in the vocabulary.")
         held.num_left = len(parts)
         held.num_tokens = sum(len(part.ids) for part in parts)
         return parts
@@ -142,6 +144,27 @@ class Parting:
         return Part(held, number, encoded.ids, encoded.type_ids)
 
 
+class PoolingEngine:
+    """What engines that embed and score have in common."""
+
+    _parting: Parting
+
+    @property
+    def tuning(self) -> None:
+        """Nothing: how much it works on depends on the lengths of the texts alone."""
+        return
+
+    def count_tokens(self, request: Request) -> int:
+        """Return the number of tokens of a request's texts; 0 where it cannot run."""
+        parts = self._parting.encode(request)
+        return 0 if isinstance(parts, Result) else sum(len(part.ids) for part in parts)
+
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        """Return the defaults: nothing is sampled."""
+        del request
+        return OPENAI_DEFAULTS
+
+
 _TINY = 1e-12
 """Least length that is divided by, as in torch."""
 
@@ -156,7 +179,5 @@ def _cosine(one: "NDArray[np.float32]", other: "NDArray[np.float32]") -> float:
     return float(np.dot(one, other)) / max(lengths, _TINY)
 
 
-def _refuse(request: Request, code: str, message: str) -> Result:
-    return Result(
-        id=request.id, error=LineError(code=code, message=message, status_code=400, param="input")
-    )
+def _refused(request: Request, code: str, message: str) -> Result:
+    return refuse(request, code, message, param="input")

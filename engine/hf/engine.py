@@ -19,6 +19,7 @@ import torch
 
 from engine.adjusting import Adjustment
 from engine.ahead import Ahead, Failure, drain
+from engine.answers import refuse, render_logprobs
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.closing import Closing, Closings
@@ -38,7 +39,7 @@ from engine.sampling import read_model_defaults, resolve_sampling
 from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
+from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
@@ -326,10 +327,10 @@ class HfEngine:
         try:
             prompt, told, shown = self._encode(request)
         except InvalidLine as error:
-            return _refuse(request, error.error_code, error.message, param=where)
+            return refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
         if room < 1:
-            return _refuse(
+            return refuse(
                 request,
                 "context_length_exceeded",
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer: this "
@@ -357,7 +358,7 @@ class HfEngine:
             if self._closings is not None and row.matcher is not None and not is_told:
                 closing = self._closings.open(request.constraint, kept)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                return _refuse(request, "schema_unsupported", complaint, param="response_format")
+                return refuse(request, "schema_unsupported", complaint, param="response_format")
         sequence = _Sequence(
             request=request,
             num_prompt=len(prompt),
@@ -504,18 +505,7 @@ class HfEngine:
             ),
             error=error,
             constraint=sequence.constraint,
-            logprobs=self._spell(sequence.row.told[: len(kept)]),
-        )
-
-    def _spell(self, told: list[rows.Told]) -> tuple[TokenLogprob, ...]:
-        spelled = self._vocabulary.decode_bytes
-        return tuple(
-            TokenLogprob(
-                spelled([one.token]),
-                one.logprob,
-                tuple((spelled([token]), logprob) for token, logprob in one.likeliest),
-            )
-            for one in told
+            logprobs=render_logprobs(sequence.row.told[: len(kept)], self._vocabulary.decode_bytes),
         )
 
 
@@ -525,9 +515,3 @@ def _in_time(sequence: _Sequence, token: int) -> int:
         return token
     said = sequence.said
     return sequence.closing.choose(said, token, num_left=sequence.max_tokens - len(said))
-
-
-def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
-    return Result(
-        id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
-    )

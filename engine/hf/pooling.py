@@ -18,11 +18,10 @@ from engine.config import HfConfig
 from engine.encoders import PoolingMode, read_pooling_settings
 from engine.hf import weights
 from engine.hf.exhaustion import is_out_of_memory, release
-from engine.pooled import Part, Parting
+from engine.pooled import Part, Parting, PoolingEngine
 from engine.registry import describe_model, find_folder
-from engine.sampling import OPENAI_DEFAULTS
 from jobs.domain.errors import EngineDied, EngineMisconfigured
-from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.request import Capabilities
 from jobs.domain.result import LineError, Result
 
 _IDLE_SECONDS = 0.002
@@ -34,7 +33,7 @@ _PADDING = 8
 """Sequences are padded to a multiple of so many tokens."""
 
 
-class HfPoolingEngine:
+class HfPoolingEngine(PoolingEngine):
     """A transformers encoder that embeds texts and scores pairs."""
 
     def __init__(self, config: HfConfig, *, model: str | None = None) -> None:
@@ -84,28 +83,9 @@ class HfPoolingEngine:
         """How many requests are worked on at once."""
         return self._num_slots
 
-    @property
-    def tuning(self) -> None:
-        """Nothing: how much it works on depends on the lengths of the texts alone."""
-        return
-
     def progress(self) -> int:
         """Return the number of batches so far; any thread may ask."""
         return self._num_done
-
-    def count_tokens(self, request: Request) -> int:
-        """Return the number of tokens of a request's texts.
-
-        Raises:
-            InvalidLine: the request holds no texts.
-        """
-        held = self._parting.encode(request)
-        return 0 if isinstance(held, Result) else sum(len(part.ids) for part in held)
-
-    def resolve_sampling(self, request: Request) -> SamplingParams:
-        """Return the defaults: nothing is sampled."""
-        del request
-        return OPENAI_DEFAULTS
 
     def close(self) -> None:
         """Free the model."""

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from engine.adjusting import Adjustment
+from engine.answers import refuse, render_logprobs
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.closing import Closing, Closings
@@ -29,7 +30,7 @@ from engine.llamacpp.tokenizer import Vocabulary
 from engine.sampling import resolve_sampling
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
 from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, TokenLogprob, Usage
+from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
@@ -258,10 +259,10 @@ class LlamacppEngine:
         try:
             prompt = self._encoder.encode(request)
         except InvalidLine as error:
-            return _refuse(request, error.error_code, error.message, param=where)
+            return refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
         if room < 1:
-            return _refuse(
+            return refuse(
                 request,
                 "context_length_exceeded",
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer: this "
@@ -284,7 +285,7 @@ class LlamacppEngine:
         if request.constraint is not None:
             row.matcher, kept, complaint = self._match(request.constraint)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                return _refuse(request, "schema_unsupported", complaint, param="response_format")
+                return refuse(request, "schema_unsupported", complaint, param="response_format")
             # Of a token that was put in the model's place nobody knows how likely it was.
             is_told = sampling.logprobs is not None
             if self._closings is not None and row.matcher is not None and not is_told:
@@ -391,18 +392,9 @@ class LlamacppEngine:
             ),
             error=error,
             constraint=answer.constraint,
-            logprobs=self._spell(answer.row.told[: len(kept)]),
-        )
-
-    def _spell(self, told: list[rows.Told]) -> tuple[TokenLogprob, ...]:
-        spelled = self._constraint_tokenizer.decode_bytes
-        return tuple(
-            TokenLogprob(
-                spelled([one.token]),
-                one.logprob,
-                tuple((spelled([token]), logprob) for token, logprob in one.likeliest),
-            )
-            for one in told
+            logprobs=render_logprobs(
+                answer.row.told[: len(kept)], self._constraint_tokenizer.decode_bytes
+            ),
         )
 
 
@@ -412,9 +404,3 @@ def _in_time(answer: _Answer, token: int) -> int:
         return token
     said = answer.said
     return answer.closing.choose(said, token, num_left=answer.max_tokens - len(said))
-
-
-def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
-    return Result(
-        id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
-    )

@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from engine.ahead import Ahead, Failure, drain
+from engine.answers import refuse
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.config import VllmConfig
@@ -291,10 +292,10 @@ class VllmEngine:
         try:
             prompt, given = self._encode(request)
         except InvalidLine as error:
-            return _refuse(request, error.error_code, error.message, param=where)
+            return refuse(request, error.error_code, error.message, param=where)
         room = self._context_tokens - len(prompt)
         if room < 1:
-            return _refuse(
+            return refuse(
                 request,
                 "context_length_exceeded",
                 f"The prompt has {len(prompt)} tokens, which leaves no room for an answer: this "
@@ -302,7 +303,7 @@ class VllmEngine:
                 param=where,
             )
         if len(prompt) >= self._cache_tokens:
-            return _refuse(
+            return refuse(
                 request,
                 "context_length_exceeded",
                 f"The prompt has {len(prompt)} tokens, and the engine's cache holds "
@@ -315,7 +316,7 @@ class VllmEngine:
         if request.constraint is not None:
             structured, kept, complaint = self._constraints.prepare(request.constraint)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                return _refuse(request, "schema_unsupported", complaint, param="response_format")
+                return refuse(request, "schema_unsupported", complaint, param="response_format")
         params = VllmSampling(
             max_tokens=min(room, sampling.max_tokens or room),
             temperature=sampling.temperature or 0.0,
@@ -462,9 +463,3 @@ def _receive(
         elif isinstance(one, _Running):
             ahead.receive(one.request.id)
             ready.append(one)
-
-
-def _refuse(request: Request, code: str, message: str, *, param: str) -> Result:
-    return Result(
-        id=request.id, error=LineError(code=code, message=message, status_code=400, param=param)
-    )

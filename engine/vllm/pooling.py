@@ -21,13 +21,12 @@ from engine.ahead import drain
 from engine.base import Source
 from engine.config import VllmConfig
 from engine.encoders import is_scoring
-from engine.pooled import Held, Part, Parting
+from engine.pooled import Held, Part, Parting, PoolingEngine
 from engine.registry import describe_model, find_folder
-from engine.sampling import OPENAI_DEFAULTS
 from engine.vllm import arguments
 from engine.vllm.hosting import Host
 from engine.vllm.tokenizers import load_tokenizer
-from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.request import Capabilities, Request
 from jobs.domain.result import LineError, Result
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class _Live:
         self.tasks: list[asyncio.Task[NDArray[np.float32]]] = []
 
 
-class VllmPoolingEngine:
+class VllmPoolingEngine(PoolingEngine):
     """An encoder in vLLM that works on `num_slots` sequences at once."""
 
     def __init__(self, config: VllmConfig, *, model: str | None = None) -> None:
@@ -97,24 +96,9 @@ class VllmPoolingEngine:
         """How many sequences are worked on at once, at most."""
         return self._num_slots
 
-    @property
-    def tuning(self) -> None:
-        """Nothing: vLLM chooses by the lengths of the texts."""
-        return
-
     def progress(self) -> int:
         """Return the number of vLLM's steps and of sequences so far; any thread may ask."""
         return self._num_done + self._host.num_steps
-
-    def count_tokens(self, request: Request) -> int:
-        """Return the number of tokens of a request's texts."""
-        parts = self._parting.encode(request)
-        return 0 if isinstance(parts, Result) else sum(len(part.ids) for part in parts)
-
-    def resolve_sampling(self, request: Request) -> SamplingParams:
-        """Return the defaults: nothing is sampled."""
-        del request
-        return OPENAI_DEFAULTS
 
     def close(self) -> None:
         """End vLLM's processes; may be called twice."""

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from engine.config import HfConfig
 from engine.hf.engine import HfEngine
 from engine.pictures import decode
 from engine.registry import describe_model
@@ -17,24 +16,11 @@ from jobs.domain.images import Image, read_bytes
 from jobs.domain.request import Constraint, Message, Request, SamplingParams
 from jobs.domain.result import Result
 from tests.seeing import IMAGE_TOKENS, PARTS_ONLY, make_bomb, make_image, make_llava
+from tests.unit.engine.test_hf_engine import config_of
 
 Ask = Callable[..., dict[int, Result]]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 MIXED = ("Which colours? ", 1, " Name them, then those of ", 2, " too.")
-
-
-def config_of(folder: Path, **changes: object) -> HfConfig:
-    settings = {
-        "model": str(folder),
-        "device": "cpu",
-        "compute_dtype": "float32",
-        "slots": 4,
-        "batch_tokens": 64,
-        "page_tokens": 16,
-        "num_blocks": 96,
-        **changes,
-    }
-    return HfConfig.model_validate(settings)
 
 
 @pytest.fixture(scope="module")
