@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.config import PoolerConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
@@ -22,6 +23,11 @@ from engine.tuning import choose_vllm
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
 _CPU_CACHE_BYTES = 4 << 30
+_IN_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Runs the model in vLLM's core process, by its full name: as "uni" a CPU does not get it, since
+threads are bound to cores as a worker process starts. Where they are not bound, all that is left of
+a worker is a second process, for which the core spins through every step.
+"""
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can make room for. Source: `MaxLoRARanks` of vllm/config/lora.py, 0.32."""
 
@@ -102,6 +108,9 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes()
         if config.dtype == "auto":
             arguments["dtype"] = "float32"
+        num_workers = config.tensor_parallel_size * config.pipeline_parallel_size
+        if num_workers == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+            arguments["distributed_executor_backend"] = _IN_CORE
     if arguments["trust_remote_code"]:
         for name in _UNTRUSTED:
             if name in config.engine_args:

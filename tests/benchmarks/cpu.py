@@ -9,7 +9,7 @@ from tests.benchmarks.measuring import Row
 def measure(size: float) -> list[Row]:
     """Run batches of two sizes, here and on a fleet; what a request costs is the slope."""
     num_lines = measuring.scaled(60_000, size, least=6000)
-    found: dict[str, Any] = control_plane.measure_cpu(num_lines, measuring.num_pairs_at(3, size))
+    found: dict[str, Any] = control_plane.measure_cpu(num_lines, measuring.num_pairs_at(5, size))
     return [
         Row(
             id=f"C3 {place}",

@@ -40,10 +40,17 @@ class Endless:
         return False
 
 
-@pytest.mark.parametrize("victim", ["host", "child"])
+@pytest.mark.parametrize(
+    ("victim", "binding"), [("host", "auto"), ("child", "auto"), ("child", "nobind")]
+)
 def test_killed_engine_is_reported_and_leaves_no_process(
-    tiny_model: Path, tmp_path: Path, victim: str
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    victim: str,
+    binding: str,
 ) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
     long = SamplingParams(ignore_eos=True, temperature=0)
     asked = [
         Request(id=1, prompt="Once", sampling=SamplingParams(max_tokens=1)),
@@ -57,6 +64,9 @@ def test_killed_engine_is_reported_and_leaves_no_process(
         family = [host, *host.children(recursive=True)]
         assert len(family) > 2, "vLLM has processes of its own"
         assert {os.getpgid(one.pid) for one in family} == {engine.pid}
+        # Without threads to bind to cores the model runs in the core process.
+        has_worker = any("VLLM::Worker" in one.name() for one in family)
+        assert has_worker is (binding == "auto")
         results = engine.generate(Endless(asked))
         assert next(results).id == 1
         core = next(one for one in family if "EngineCore" in one.name())

@@ -65,9 +65,9 @@ def test_a_small_gpu_begins_with_what_its_cache_has_room_for() -> None:
     assert 2 * (6 * 4096 + 3 * 14336) * found.max_batch_tokens <= 0.05 * 10 * GB
 
 
-def test_a_cpu_begins_in_the_middle_and_leaves_memory_to_others() -> None:
+def test_a_cpu_begins_with_all_slots_and_leaves_memory_to_others() -> None:
     found = begin(room("cpu", 8 * GB, 1024, context_tokens=2048))
-    assert (found.slots, found.max_slots, found.slots_by) == (64, 128, "device")
+    assert (found.slots, found.max_slots, found.slots_by) == (128, 128, "device")
     assert (found.batch_tokens, found.max_batch_tokens) == (512, 2048)
     assert found.cache_tokens == 32 * 2048
 
@@ -75,7 +75,7 @@ def test_a_cpu_begins_in_the_middle_and_leaves_memory_to_others() -> None:
 def test_short_contexts_all_find_room_on_a_cpu() -> None:
     for context in (128, 512):
         found = begin(room("cpu", 8 * GB, 1024, context_tokens=context))
-        assert found.cache_tokens == 64 * context
+        assert found.cache_tokens == 128 * context
     # What was asked for has room for all of the context of each.
     asked = begin(room("cpu", 64 * GB, 1024, context_tokens=2048), slots=48)
     assert asked.cache_tokens == 48 * 2048
