@@ -38,9 +38,9 @@ VLLM_BATCH_TOKENS = 8192
 # moves it up, so twice that is tried. Source: 989 TF/s over 4.8 TB/s, two operations a parameter.
 _GPU_SLOTS, _MAX_GPU_SLOTS = 128, 512
 _GPU_BATCH_TOKENS, _MAX_GPU_BATCH_TOKENS = 2048, 8192
-# On one core, 48 GFLOP/s were measured with 16 rows, 74 with 32 and 125 with 128. With 128 a model of
-# 100 million parameters was 6 % quicker than with 64 and 24 % than with 32, one of 4 million 11 and
-# 30 %, where what steps free is kept. A short batch ends before a climb to so many has paid.
+# On one core, 48 GFLOP/s were measured with 16 rows, 74 with 32 and 125 with 128. With 128 a model
+# of 100 million parameters was 6 % quicker than with 64 and 24 % than with 32, one of 4 million 11
+# and 30 %, where what steps free is kept. A short batch ends before a climb to so many has paid.
 _CPU_SLOTS, _MAX_CPU_SLOTS, _MAX_CPU_BATCH_TOKENS = 128, 128, 2048
 # A sequence is taken to need so much cache at first, and at least so much when more are tried. Too
 # little is no harm: who finds none waits, and evictions are counted.

@@ -104,13 +104,7 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
         "disable_log_stats": True,
     }
     if current_platform.is_cpu():
-        arguments["enforce_eager"] = True
-        arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes()
-        if config.dtype == "auto":
-            arguments["dtype"] = "float32"
-        num_workers = config.tensor_parallel_size * config.pipeline_parallel_size
-        if num_workers == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
-            arguments["distributed_executor_backend"] = _IN_CORE
+        arguments |= _cpu_arguments(config)
     if arguments["trust_remote_code"]:
         for name in _UNTRUSTED:
             if name in config.engine_args:
@@ -317,10 +311,20 @@ def _check_room(folder: Path, needed: float, arguments: AsyncEngineArgs) -> None
         )
 
 
-def _cpu_cache_bytes() -> int:
+def _cpu_arguments(config: VllmConfig) -> dict[str, Any]:
+    """Return what is different on a CPU."""
     import psutil  # noqa: PLC0415 -- comes with vLLM
 
-    return int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available // 4))
+    found: dict[str, Any] = {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(min(_CPU_CACHE_BYTES, psutil.virtual_memory().available // 4)),
+    }
+    if config.dtype == "auto":
+        found["dtype"] = "float32"
+    num_workers = config.tensor_parallel_size * config.pipeline_parallel_size
+    if num_workers == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+        found["distributed_executor_backend"] = _IN_CORE
+    return found
 
 
 def read_object(path: Path) -> dict[str, Any]:
