@@ -1,29 +1,18 @@
 """What results are made of in every engine that we run ourselves."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from jobs.domain.request import Request
 from jobs.domain.result import LineError, Result, TokenLogprob
 
 
-class Told(Protocol):
-    """A token that was chosen, and what was told of it."""
+class Told(NamedTuple):
+    """A token that was chosen, its logarithm of probability, and the likeliest ones with theirs."""
 
-    @property
-    def token(self) -> int:
-        """Its id."""
-        ...
-
-    @property
-    def logprob(self) -> float:
-        """The logarithm of its probability."""
-        ...
-
-    @property
-    def likeliest(self) -> Sequence[tuple[int, float]]:
-        """The likeliest tokens in its place, and theirs."""
-        ...
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
 
 
 def refuse(request: Request, code: str, message: str, *, param: str) -> Result:

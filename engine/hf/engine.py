@@ -10,7 +10,6 @@ and their constraints compiled, in a thread beside it.
 """
 
 import queue
-import random
 import time
 from collections.abc import Generator
 
@@ -19,78 +18,36 @@ import torch
 
 from engine.adjusting import Adjustment
 from engine.ahead import Ahead, Failure, drain
-from engine.answers import refuse, render_logprobs
+from engine.answers import refuse
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.closing import Closing, Closings
 from engine.config import HfConfig
-from engine.constraints import (
-    ConstraintTooComplex,
-    Enforcement,
-    Masks,
-    Matcher,
-    TokenizerConstraints,
-)
+from engine.constraints import Enforcement, Masks, TokenizerConstraints
 from engine.hf import rows, steps, tokens, weights
 from engine.hf.exhaustion import is_out_of_memory
 from engine.hf.pictures import Seer, Shown
 from engine.registry import describe_model
+from engine.running import Answer, match, open_row
 from engine.sampling import read_model_defaults, resolve_sampling
+from engine.spelling import spell
 from engine.tuning import Tuner, Tuning
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
-from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import LineError, Result, Usage
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
 
 
-class _Sequence:
-    """One request on its way: how it chooses, what it has said, what ends it."""
+class _Sequence(Answer):
+    """One request on its way."""
 
-    __slots__ = (
-        "closing",
-        "constraint",
-        "id",
-        "ignores_eos",
-        "keeps_marks",
-        "key",
-        "max_tokens",
-        "num_prompt",
-        "row",
-        "said",
-        "shown",
-        "stop_tokens",
-        "stops",
-    )
+    __slots__ = ("key", "num_prompt", "shown")
 
-    def __init__(
-        self,
-        *,
-        request: Request,
-        num_prompt: int,
-        max_tokens: int,
-        row: rows.Row,
-        constraint: Enforcement | None,
-        closing: Closing | None,
-        stops: tokens.StopStrings | None,
-        ignores_eos: bool,
-        stop_tokens: frozenset[int],
-        shown: Shown | None,
-    ) -> None:
-        self.id = request.id
-        self.key = str(request.id)
-        self.num_prompt = num_prompt
-        self.max_tokens = max_tokens
-        self.row = row
-        self.constraint = constraint
-        self.closing = closing
-        self.stops = stops
-        self.ignores_eos = ignores_eos
-        self.stop_tokens = stop_tokens
-        self.keeps_marks = request.tools is not None
-        self.shown = shown
-        self.said: list[int] = []
+    key: str
+    num_prompt: int
+    shown: Shown | None
 
 
 _Prepared = tuple[_Sequence, list[int]] | Result
@@ -277,9 +234,7 @@ class HfEngine:
                 raise
         if chosen is None:  # here, where the error holds no memory any more
             return self._shrink(stepper, live)
-        chosen = [
-            _in_time(sequence, token) for sequence, token in zip(choosers, chosen, strict=True)
-        ]
+        chosen = [sequence.in_time(token) for sequence, token in zip(choosers, chosen, strict=True)]
         stepper.finish(chosen)
         self._num_done += max(1, len(choosers))
         results: list[Result] = []
@@ -339,20 +294,11 @@ class HfEngine:
             )
         sampling = self.resolve_sampling(request)
         ends = self._eos.union(sampling.stop_token_ids)
-        row = rows.Row(
-            temperature=sampling.temperature or 0.0,
-            top_p=1.0 if sampling.top_p is None else sampling.top_p,
-            top_k=sampling.top_k or 0,
-            min_p=sampling.min_p or 0.0,
-            adjustment=self._adjust(sampling, prompt, ends),
-            num_logprobs=sampling.logprobs,
-        )
-        if row.temperature > 0 and row.top_k != 1:
-            row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
+        row = open_row(sampling, self._adjust(sampling, prompt, ends))
         kept: Enforcement | None = None
         closing: Closing | None = None
         if request.constraint is not None:
-            row.matcher, kept, complaint = self._match(request.constraint)
+            row.matcher, kept, complaint = match(self._constraints, request.constraint)
             # Of a token that was put in the model's place nobody knows how likely it was.
             is_told = sampling.logprobs is not None
             if self._closings is not None and row.matcher is not None and not is_told:
@@ -360,20 +306,17 @@ class HfEngine:
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return refuse(request, "schema_unsupported", complaint, param="response_format")
         sequence = _Sequence(
-            request=request,
-            num_prompt=len(prompt),
-            max_tokens=min(room, sampling.max_tokens or room),
+            request,
+            sampling,
+            max_tokens=room,
             row=row,
+            tokenizer=self._loaded.tokenizer,
             constraint=kept,
             closing=closing,
-            stops=tokens.StopStrings(self._loaded.tokenizer, sampling.stop)
-            if sampling.stop
-            else None,
-            # A constraint says where the answer ends; its end is an end-of-sequence token.
-            ignores_eos=sampling.ignore_eos and request.constraint is None,
-            stop_tokens=frozenset(sampling.stop_token_ids),
-            shown=shown,
         )
+        sequence.key = str(request.id)
+        sequence.num_prompt = len(prompt)
+        sequence.shown = shown
         return sequence, told
 
     def _encode(self, request: Request) -> tuple[list[int], list[int], Shown | None]:
@@ -403,43 +346,22 @@ class HfEngine:
             sampling,
             prompt=prompt,
             ends=ends,
-            bad_words=tokens.spell(self._loaded.tokenizer, sampling.bad_words),
+            bad_words=spell(self._loaded.tokenizer, sampling.bad_words),
             vocab_size=self._loaded.vocab_size,
         )
 
-    def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
-        """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
-        try:
-            matcher, kept = self._constraints.matcher(constraint)
-        except ConstraintTooComplex as error:
-            return None, "validated", f"The constraint cannot be enforced: {error}."
-        return matcher, kept, "The schema uses keywords that cannot be enforced while generating."
-
     def _advance(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result | None:
         """Take a sequence's next token; return its result if that token was the last."""
-        if token < 0:
-            return self._fail(sequence, token, stepper)
-        sequence.said.append(token)
-        if sequence.row.adjustment is not None:
-            sequence.row.adjustment.note(token)
-        if token in self._eos and not sequence.ignores_eos:
-            return self._end(sequence, stepper, "stop", said=sequence.said[:-1])
-        matcher = sequence.row.matcher
-        if matcher is not None:
-            if not matcher.advance(token):
-                # The library gave up on this state; the answer is validated in the end anyway.
-                sequence.row.matcher = None
-                sequence.constraint = "validated"
-            elif matcher.is_finished() and matcher.is_accepting():
-                # Nothing but the end can follow: no step is spent on it.
-                return self._end(sequence, stepper, "stop")
-        stops = sequence.stops
-        if stops is not None and stops.found(sequence.said):
-            return self._end(sequence, stepper, "stop", text=stops.text)
-        is_stop = token in sequence.stop_tokens
-        if is_stop or len(sequence.said) >= sequence.max_tokens:
-            return self._end(sequence, stepper, "stop" if is_stop else "length")
-        return None
+        ending = sequence.take(token, self._eos)
+        if ending is None:
+            return None
+        return sequence.render(
+            ending,
+            self._loaded.tokenizer,
+            bytes_of=self._vocabulary.decode_bytes,
+            num_prompt=sequence.num_prompt,
+            cached_tokens=stepper.end(sequence.key, is_tainted=ending.error is not None),
+        )
 
     def _jump(self, sequence: _Sequence, stepper: steps.Stepper) -> Result | None:
         """Take the tokens that a constraint leaves no choice about, without a step for each.
@@ -460,58 +382,3 @@ class HfEngine:
             self._num_done += len(taken)
             stepper.append(sequence.key, taken)
         return None
-
-    def _fail(self, sequence: _Sequence, token: int, stepper: steps.Stepper) -> Result:
-        if token == rows.NO_CHOICE and sequence.row.matcher is not None:
-            # The constraint leads nowhere from here; its validation says what is missing.
-            return self._end(sequence, stepper, "stop")
-        return self._end(
-            sequence,
-            stepper,
-            "stop",
-            error=LineError(
-                code="numerical_error",
-                message="The model's logits are not numbers; the prompt may overflow this "
-                "precision.",
-                status_code=500,
-            ),
-        )
-
-    def _end(
-        self,
-        sequence: _Sequence,
-        stepper: steps.Stepper,
-        reason: FinishReason,
-        *,
-        said: list[int] | None = None,
-        text: str | None = None,
-        error: LineError | None = None,
-    ) -> Result:
-        """Free a sequence's cache and return its result; `said` leaves out what is no text."""
-        cached_tokens = stepper.end(sequence.key, is_tainted=error is not None)
-        if sequence.closing is not None and sequence.closing.has_cut:
-            reason = "length"
-        kept = sequence.said if said is None else said
-        if text is None:
-            text = tokens.decode(self._loaded.tokenizer, kept, keeps_marks=sequence.keeps_marks)
-        return Result(
-            id=sequence.id,
-            text=text,
-            finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=sequence.num_prompt,
-                completion_tokens=len(sequence.said),
-                cached_tokens=cached_tokens,
-            ),
-            error=error,
-            constraint=sequence.constraint,
-            logprobs=render_logprobs(sequence.row.told[: len(kept)], self._vocabulary.decode_bytes),
-        )
-
-
-def _in_time(sequence: _Sequence, token: int) -> int:
-    """Return the token to take for the chosen one, so that the answer ends within its tokens."""
-    if token < 0 or sequence.closing is None or sequence.row.matcher is None:
-        return token
-    said = sequence.said
-    return sequence.closing.choose(said, token, num_left=sequence.max_tokens - len(said))

@@ -7,53 +7,16 @@ So a seed gives the same answer whoever else is in the batch.
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 
-from engine.adjusting import Adjustment
-from engine.constraints import Mask, Masks, Matcher
+from engine.answers import Told
+from engine.constraints import Mask, Masks
+from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 _SHORTLIST = 1024
 """Rows with top-k or top-p look at so many tokens first: a full sort is 20 times dearer."""
-BAD_LOGITS = -1
-"""The choice in a row whose logits are not numbers."""
-NO_CHOICE = -2
-"""The choice in a row that rules out every token."""
-
-
-class Told(NamedTuple):
-    """A token that was chosen, its logarithm of probability, and the likeliest ones with theirs."""
-
-    token: int
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-class Row(msgspec.Struct):
-    """How one sequence chooses its tokens.
-
-    Attributes:
-        adjustment: what changes its logits first.
-        num_logprobs: how many of the likeliest tokens are told at each place; None: none, and not
-            the chosen one either.
-        told: what was told of each token that was chosen.
-        drawn: its random number for the next token; kept until there is one, so that a step that
-            ran out of memory is done again with the same.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    rng: random.Random | None = None
-    matcher: Matcher | None = None
-    min_p: float = 0.0
-    adjustment: Adjustment | None = None
-    num_logprobs: int | None = None
-    told: list[Told] = msgspec.field(default_factory=list)
-    drawn: float | None = None
 
 
 def begin_masks(rows: Sequence[Row], masks: Masks) -> None:

@@ -31,6 +31,7 @@ from engine.constraints import Masks
 from engine.hf import paged, pictures, rows
 from engine.hf.exhaustion import is_out_of_memory, release
 from engine.hf.weights import Loaded
+from engine.running import Row
 from engine.tuning import DeviceKind, Part, Room, Start, Tuner, choose_hf
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
@@ -361,7 +362,7 @@ class Stepper:
         return [f.state.request_id for f in self._batch if f.has_new_token]
 
     @torch.inference_mode()
-    def forward(self, choosers: Sequence[rows.Row], masks: Masks) -> list[int]:
+    def forward(self, choosers: Sequence[Row], masks: Masks) -> list[int]:
         """Run the model and return the token that each row chose."""
         rows.begin_masks(choosers, masks)
         inputs = self._processor.inputs_and_outputs

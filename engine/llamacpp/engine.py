@@ -7,7 +7,6 @@ llama.cpp computes, and which tokens, what is chosen and what ends an answer is 
                         one step, all running sequences
 """
 
-import random
 import time
 from collections.abc import Generator, Sequence
 
@@ -15,22 +14,23 @@ import msgspec
 import numpy as np
 
 from engine.adjusting import Adjustment
-from engine.answers import refuse, render_logprobs
+from engine.answers import refuse
 from engine.base import Source
 from engine.chat import PromptEncoder
 from engine.closing import Closing, Closings
 from engine.config import LlamacppConfig
-from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
+from engine.constraints import Enforcement, TokenizerConstraints
 from engine.gguf import Gguf, read
-from engine.hf.tokens import StopStrings, decode, spell
 from engine.llamacpp import library, rows
 from engine.llamacpp.describe import describe_gguf, read_defaults
 from engine.llamacpp.schedule import Scheduler, Track
 from engine.llamacpp.tokenizer import Vocabulary
+from engine.running import Answer, match, open_row
 from engine.sampling import resolve_sampling
+from engine.spelling import spell
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
-from jobs.domain.request import Capabilities, Constraint, Request, SamplingParams
-from jobs.domain.result import FinishReason, LineError, Result, Usage
+from jobs.domain.request import Capabilities, Request, SamplingParams
+from jobs.domain.result import Result
 
 _IDLE_SECONDS = 0.002
 _ABORT_SECONDS = 0.25
@@ -38,47 +38,12 @@ _ADMIT_AT_ONCE = 8
 _ALLOCATION_FAILED = -2
 
 
-class _Answer:
-    """One request on its way: how it chooses, what it has said, what ends it."""
+class _Answer(Answer):
+    """One request on its way, and where it stands in the cache."""
 
-    __slots__ = (
-        "closing",
-        "constraint",
-        "id",
-        "ignores_eos",
-        "keeps_marks",
-        "max_tokens",
-        "row",
-        "said",
-        "stop_tokens",
-        "stops",
-        "track",
-    )
+    __slots__ = ("track",)
 
-    def __init__(
-        self,
-        *,
-        request: Request,
-        track: Track,
-        max_tokens: int,
-        row: rows.Row,
-        constraint: Enforcement | None,
-        closing: Closing | None,
-        stops: StopStrings | None,
-        ignores_eos: bool,
-        stop_tokens: frozenset[int],
-    ) -> None:
-        self.id = request.id
-        self.track = track
-        self.max_tokens = max_tokens
-        self.row = row
-        self.constraint = constraint
-        self.closing = closing
-        self.stops = stops
-        self.ignores_eos = ignores_eos
-        self.stop_tokens = stop_tokens
-        self.keeps_marks = request.tools is not None
-        self.said: list[int] = []
+    track: Track
 
 
 class LlamacppEngine:
@@ -221,7 +186,7 @@ class LlamacppEngine:
         )
         results: list[Result] = []
         for answer, token in zip(answers, chosen, strict=True):
-            result = self._advance(answer, _in_time(answer, token))
+            result = self._advance(answer, answer.in_time(token))
             if result is not None:
                 del live[answer.track]
                 results.append(result)
@@ -270,38 +235,28 @@ class LlamacppEngine:
                 param=where,
             )
         sampling = self.resolve_sampling(request)
-        row = rows.Row(
-            temperature=sampling.temperature or 0.0,
-            top_p=1.0 if sampling.top_p is None else sampling.top_p,
-            top_k=sampling.top_k or 0,
-            min_p=sampling.min_p or 0.0,
-            adjustment=self._adjust(sampling, prompt),
-            num_logprobs=sampling.logprobs,
-        )
-        if row.temperature > 0 and row.top_k != 1:
-            row.rng = random.Random(sampling.seed)  # noqa: S311 -- not for secrets
+        row = open_row(sampling, self._adjust(sampling, prompt))
         kept: Enforcement | None = None
         closing: Closing | None = None
         if request.constraint is not None:
-            row.matcher, kept, complaint = self._match(request.constraint)
+            row.matcher, kept, complaint = match(self._constraints, request.constraint)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return refuse(request, "schema_unsupported", complaint, param="response_format")
             # Of a token that was put in the model's place nobody knows how likely it was.
             is_told = sampling.logprobs is not None
             if self._closings is not None and row.matcher is not None and not is_told:
                 closing = self._closings.open(request.constraint, kept)
-        return _Answer(
-            request=request,
-            track=Track(prompt),
-            max_tokens=min(room, sampling.max_tokens or room),
+        answer = _Answer(
+            request,
+            sampling,
+            max_tokens=room,
             row=row,
+            tokenizer=self._vocabulary,
             constraint=kept,
             closing=closing,
-            stops=StopStrings(self._vocabulary, sampling.stop) if sampling.stop else None,
-            # A constraint says where the answer ends; its end is an end-of-sequence token.
-            ignores_eos=sampling.ignore_eos and request.constraint is None,
-            stop_tokens=frozenset(sampling.stop_token_ids),
         )
+        answer.track = Track(prompt)
+        return answer
 
     def _adjust(self, sampling: SamplingParams, prompt: list[int]) -> Adjustment | None:
         """Return what changes the logits of an answer; None where nothing does."""
@@ -315,92 +270,19 @@ class LlamacppEngine:
             vocab_size=self._vocabulary.num_tokens,
         )
 
-    def _match(self, constraint: Constraint) -> tuple[Matcher | None, Enforcement, str]:
-        """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
-        try:
-            matcher, kept = self._constraints.matcher(constraint)
-        except ConstraintTooComplex as error:
-            return None, "validated", f"The constraint cannot be enforced: {error}."
-        return matcher, kept, "The schema uses keywords that cannot be enforced while generating."
-
     def _advance(self, answer: _Answer, token: int) -> Result | None:
         """Take a sequence's next token; return its result if that token was the last."""
-        if token < 0:
-            return self._fail(answer, token)
-        answer.said.append(token)
-        answer.track.tokens.append(token)
-        if answer.row.adjustment is not None:
-            answer.row.adjustment.note(token)
-        if token in self._eos and not answer.ignores_eos:
-            return self._end(answer, "stop", said=answer.said[:-1])
-        matcher = answer.row.matcher
-        if matcher is not None:
-            if not matcher.advance(token):
-                # The library gave up on this state; the answer is validated in the end anyway.
-                answer.row.matcher = None
-                answer.constraint = "validated"
-            elif matcher.is_finished() and matcher.is_accepting():
-                # Nothing but the end can follow: no step is spent on it.
-                return self._end(answer, "stop")
-        stops = answer.stops
-        if stops is not None and stops.found(answer.said):
-            return self._end(answer, "stop", text=stops.text)
-        is_stop = token in answer.stop_tokens
-        if is_stop or len(answer.said) >= answer.max_tokens:
-            return self._end(answer, "stop" if is_stop else "length")
-        return None
-
-    def _fail(self, answer: _Answer, token: int) -> Result:
-        if token == rows.NO_CHOICE and answer.row.matcher is not None:
-            # The constraint leads nowhere from here; its validation says what is missing.
-            return self._end(answer, "stop")
-        return self._end(
-            answer,
-            "stop",
-            error=LineError(
-                code="numerical_error",
-                message="The model's logits are not numbers; the prompt may overflow this "
-                "precision.",
-                status_code=500,
-            ),
+        track = answer.track
+        if token >= 0:
+            track.tokens.append(token)
+        ending = answer.take(token, self._eos)
+        if ending is None:
+            return None
+        self._scheduler.end(track, is_tainted=ending.error is not None)
+        return answer.render(
+            ending,
+            self._vocabulary,
+            bytes_of=self._constraint_tokenizer.decode_bytes,
+            num_prompt=track.num_prompt,
+            cached_tokens=track.cached_tokens or 0,
         )
-
-    def _end(
-        self,
-        answer: _Answer,
-        reason: FinishReason,
-        *,
-        said: list[int] | None = None,
-        text: str | None = None,
-        error: LineError | None = None,
-    ) -> Result:
-        """Free a sequence's slot and return its result; `said` leaves out what is no text."""
-        self._scheduler.end(answer.track, is_tainted=error is not None)
-        if answer.closing is not None and answer.closing.has_cut:
-            reason = "length"
-        kept = answer.said if said is None else said
-        if text is None:
-            text = decode(self._vocabulary, kept, keeps_marks=answer.keeps_marks)
-        return Result(
-            id=answer.id,
-            text=text,
-            finish_reason=reason,
-            usage=Usage(
-                prompt_tokens=answer.track.num_prompt,
-                completion_tokens=len(answer.said),
-                cached_tokens=answer.track.cached_tokens or 0,
-            ),
-            error=error,
-            constraint=answer.constraint,
-            logprobs=render_logprobs(
-                answer.row.told[: len(kept)], self._constraint_tokenizer.decode_bytes
-            ),
-        )
-
-
-def _in_time(answer: _Answer, token: int) -> int:
-    """Return the token to take for the chosen one, so that the answer ends within its tokens."""
-    if token < 0 or answer.closing is None or answer.row.matcher is None:
-        return token
-    said = answer.said
-    return answer.closing.choose(said, token, num_left=answer.max_tokens - len(said))

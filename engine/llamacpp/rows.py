@@ -6,45 +6,18 @@ It is drawn as the hf engine draws it, so the same logits and the same seed give
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.adjusting import Adjustment
-from engine.constraints import Mask, Matcher
+from engine.answers import Told
+from engine.constraints import Mask
+from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 Logits = npt.NDArray[np.float32]
 
 _SHORTLIST = 1024
 """Rows with top-k or top-p look at so many tokens first: a full sort is dearer."""
-BAD_LOGITS = -1
-"""The choice in a row whose logits are not numbers."""
-NO_CHOICE = -2
-"""The choice in a row that rules out every token."""
-
-
-class Told(NamedTuple):
-    """A token that was chosen, its logarithm of probability, and the likeliest ones with theirs."""
-
-    token: int
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-class Row(msgspec.Struct):
-    """How one sequence chooses its tokens; its parts are those of a row of the hf engine."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    rng: random.Random | None = None
-    matcher: Matcher | None = None
-    min_p: float = 0.0
-    adjustment: Adjustment | None = None
-    num_logprobs: int | None = None
-    told: list[Told] = msgspec.field(default_factory=list)
 
 
 def choose(logits: Logits, rows: Sequence[Row], mask: Mask) -> list[int]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from engine.constraints import Mask, Masks
 from engine.hf import rows as theirs
 from engine.llamacpp import rows
+from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 VOCABULARY = 3000
 
@@ -60,8 +61,8 @@ def test_row_is_drawn_as_on_the_hf_engine(top_k: int, top_p: float) -> None:
         logits = (rng.normal(size=(32, VOCABULARY)) * scale).astype(np.float32)
         how = {"temperature": 0.9, "top_k": top_k, "top_p": top_p}
         held = [Even() if n % 4 == 0 else None for n in range(32)]
-        ours = [rows.Row(**how, rng=random.Random(n), matcher=held[n]) for n in range(32)]  # type: ignore[arg-type]
-        other = [theirs.Row(**how, rng=random.Random(n), matcher=held[n]) for n in range(32)]  # type: ignore[arg-type]
+        ours = [Row(**how, rng=random.Random(n), matcher=held[n]) for n in range(32)]  # type: ignore[arg-type]
+        other = [Row(**how, rng=random.Random(n), matcher=held[n]) for n in range(32)]  # type: ignore[arg-type]
         masks = Masks(32, NUM_WORDS)
         theirs.begin_masks(other, masks)
         expected = theirs.choose(torch.from_numpy(logits.copy()), other, masks).tolist()
@@ -76,7 +77,7 @@ def test_row_without_a_choice_says_so_and_leaves_the_others_alone() -> None:
     logits[2, 5] = np.inf
     found = rows.choose(
         logits,
-        [rows.Row(), rows.Row(temperature=1.0), rows.Row(), rows.Row(matcher=Nothing())],
+        [Row(), Row(temperature=1.0), Row(), Row(matcher=Nothing())],
         scratch(),
     )
-    assert found == [7, rows.BAD_LOGITS, rows.BAD_LOGITS, rows.NO_CHOICE]
+    assert found == [7, BAD_LOGITS, BAD_LOGITS, NO_CHOICE]

@@ -22,6 +22,7 @@ from engine.constraints import (
 )
 from engine.hf import tokens
 from engine.hf.engine import HfEngine
+from engine.spelling import decode
 from jobs.domain.request import Constraint, Request, SamplingParams
 from jobs.domain.result import Result
 from tests.sources import ListSource
@@ -128,7 +129,7 @@ def test_runs_of_forced_tokens_are_those_that_masks_allow_alone(tiny_model: Path
         assert matcher.advance(token)
         assert by_masks.advance(token)
     forced = matcher.forced()
-    assert '"first_name_3"'.startswith(tokens.decode(loaded.tokenizer, forced)[:10])
+    assert '"first_name_3"'.startswith(decode(loaded.tokenizer, forced)[:10])
     assert len(forced) > 1
     for token in forced:
         by_masks.fill(row.numpy(), row.data_ptr())

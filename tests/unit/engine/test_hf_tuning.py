@@ -42,6 +42,10 @@ class Watched:
         return keys
 
 
+_BLOCKS = 64 * (512 // 16)
+"""A cache too small to begin with all slots, and large enough for what comes."""
+
+
 def steady() -> Callable[[], float]:
     """Return a clock by which each step takes as long as any other."""
     return itertools.count().__next__
@@ -67,9 +71,9 @@ def test_more_sequences_run_where_a_step_costs_the_same_and_no_answer_changes(
     tiny_model: Path, ask: Ask
 ) -> None:
     asked = requests(240)
-    tuned = Watched(tiny_model, steady())
+    tuned = Watched(tiny_model, steady(), num_blocks=_BLOCKS)
     begun = tuned.engine.tuning
-    assert (begun.slots, begun.max_slots, begun.slots_by) == (64, 128, "device")
+    assert (begun.slots, begun.max_slots, begun.slots_by) == (64, 128, "memory")
     assert tuned.engine.num_slots == tuned.engine.capabilities.num_slots == 128
     answers = ask(tuned.engine, asked)
     ended = tuned.engine.tuning
@@ -92,7 +96,7 @@ def test_fewer_sequences_run_where_each_costs_the_same(tiny_model: Path, ask: As
         return spent
 
     # By this clock a step takes as long as it has sequences.
-    watched = Watched(tiny_model, clock)
+    watched = Watched(tiny_model, clock, num_blocks=_BLOCKS)
     ask(watched.engine, requests(240))
     ended = watched.engine.tuning
     assert (ended.slots, ended.slots_by) == (16, "steps")
@@ -114,8 +118,8 @@ def test_slots_and_budget_that_are_set_hold(tiny_model: Path, ask: Ask) -> None:
 
 def test_without_tuning_steps_change_nothing(tiny_model: Path, ask: Ask) -> None:
     watched = Watched(tiny_model, steady(), tune=False)
-    ask(watched.engine, requests(100))
-    assert watched.engine.tuning.slots == max(watched.widths) == 64
+    ask(watched.engine, requests(140))
+    assert watched.engine.tuning.slots == max(watched.widths) == 128
     assert watched.engine.tuning.num_comparisons == 0
 
 

@@ -112,11 +112,11 @@ def test_engine_that_chooses_its_slots_tells_which_and_what_came_of_them(tmp_pat
         )
     ) as engine:
         (first,) = told
-        assert (first.slots, first.max_slots, first.slots_by) == (64, 128, "device")
+        assert (first.slots, first.max_slots, first.slots_by) == (128, 128, "device")
         assert engine.num_slots == 128
         assert first.cache_tokens == engine.capabilities.cache_tokens > 0
-        asked = [make_request(n, ignore_eos=True, max_tokens=40) for n in range(64)]
-        assert len(collect(engine, *asked)) == 64
+        asked = [make_request(n, ignore_eos=True, max_tokens=40) for n in range(128)]
+        assert len(collect(engine, *asked)) == 128
         # What it came to in the end is there with the end.
         assert engine.tuning is not None
         assert engine.tuning.num_comparisons > 0

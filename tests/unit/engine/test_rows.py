@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.constraints import Mask, Masks
-from engine.hf.rows import BAD_LOGITS, NO_CHOICE, Row, begin_masks, choose
+from engine.hf.rows import begin_masks, choose
+from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 VOCABULARY = 2000
 
