@@ -14,6 +14,8 @@ from jobs.domain.result import Result
 from tests.unit.engine.test_hf_engine import Ask, prompts
 
 TOKENS = 48
+_BLOCKS = 64 * (512 // 16)
+"""A cache too small to begin with all slots, and large enough for what comes."""
 
 
 class Watched:
@@ -40,10 +42,6 @@ class Watched:
         if keys is not None:
             self.widths.append(len(keys))
         return keys
-
-
-_BLOCKS = 64 * (512 // 16)
-"""A cache too small to begin with all slots, and large enough for what comes."""
 
 
 def steady() -> Callable[[], float]:
