@@ -86,6 +86,8 @@ class Plan:
     """How a model is to be run: what its settings say, whichever engine it gets."""
 
     device: str = "auto"
+    is_placed: bool = False
+    """Whether the settings say where the parts of a model lie on hf."""
     compute_dtype: ComputeDtype = "bfloat16"
     context_tokens: int | None = None
     hf_slots: int = HF_SLOTS
@@ -272,6 +274,14 @@ def choose(
             quantization=quantization,
             device=device,
             reason=f"{name} runs on {engine} with quantization {quantization}, as was asked for.",
+        )
+    if plan.is_placed and engine == "hf":
+        return Choice(
+            engine=engine,
+            quantization="none",
+            device=device,
+            reason=f"{name} runs on hf at 16 bit, with its parts where device_map and max_memory "
+            "put them.",
         )
     if size is None or place is None:
         return Choice(

@@ -73,6 +73,18 @@ class AskingConfig(_Config):
     )
 
 
+DeviceMap = Literal["auto"] | dict[str, int | str]
+MaxMemory = dict[str, int | str]
+DEVICE_MAP_HELP = (
+    "where the parts of a model lie that is larger than its device: auto, or a table of modules "
+    "with the device, cpu or disk; unset: all on the device"
+)
+MAX_MEMORY_HELP = (
+    'most bytes of weights for the device and cpu, such as {0 = "20GiB", cpu = "60GiB"}; the rest '
+    "lies on disk; with it device_map is auto"
+)
+
+
 class SimulatedConfig(_Config):
     """An engine without a model; requests per second are slots / (reply_tokens x step_seconds)."""
 
@@ -100,6 +112,8 @@ class HfConfig(_Config):
         default=None, description="digest or commit of the model's own code that may run"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N or mps")
+    device_map: DeviceMap | None = Field(default=None, description=DEVICE_MAP_HELP)
+    max_memory: MaxMemory | None = Field(default=None, description=MAX_MEMORY_HELP)
     quantization: HfQuantization = "none"
     compute_dtype: ComputeDtype = "bfloat16"
     flash_attention: bool = False
@@ -124,6 +138,11 @@ class HfConfig(_Config):
     token: str | None = Field(default=None, repr=False, description="hub token")
     defaults: GenerationDefaults = GenerationDefaults()
     asking: AskingConfig = AskingConfig()
+
+
+def is_placed(config: HfConfig) -> bool:
+    """Return whether the settings say where parts of a model lie, and how much where."""
+    return config.device_map is not None or config.max_memory is not None
 
 
 class VllmConfig(_Config):

@@ -24,19 +24,24 @@ from pydantic import (
 
 from engine.choice import Choice, Machine, Plan, choose, find_size, look_around
 from engine.config import (
+    DEVICE_MAP_HELP,
     DROPPED_BY_VLLM,
+    MAX_MEMORY_HELP,
     AskingConfig,
+    DeviceMap,
     EngineConfig,
     GenerationDefaults,
     HfConfig,
     HfQuantization,
     LlamacppConfig,
+    MaxMemory,
     NativeConstraints,
     RemoteConfig,
     SimulatedConfig,
     VllmConfig,
     VllmDtype,
     VllmQuantization,
+    is_placed,
 )
 from engine.demo import model_path
 from engine.gguf import is_gguf
@@ -152,6 +157,8 @@ class HfSettings(BaseModel):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto, cpu, cuda, cuda:N or mps",
     )
+    device_map: DeviceMap | None = Field(default=None, description=DEVICE_MAP_HELP)
+    max_memory: MaxMemory | None = Field(default=None, description=MAX_MEMORY_HELP)
     quantization: HfQuantizationChoice = Field(
         default="auto",
         description="none, nf4 or fp4 for 4-bit weights, int8 for 8-bit ones, or auto: nf4 if only "
@@ -671,6 +678,7 @@ def plan_of(entry: ModelSettings, groups: EngineGroups) -> Plan:
         vllm = VllmConfig.model_validate({"model": "", **_options_for("vllm", entry, groups)})
     return Plan(
         device=hf.device,
+        is_placed=is_placed(hf),
         compute_dtype=hf.compute_dtype,
         context_tokens=entry.context_tokens,
         hf_slots=hf.slots or HF_SLOTS,

@@ -34,10 +34,10 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from engine.checkpoint import WEIGHTS_FILE, read_config, read_tensors
 from engine.choice import gigabytes
-from engine.config import HfConfig
+from engine.config import HfConfig, is_placed
 from engine.devices import read_memory
 from engine.encoders import is_scoring
-from engine.hf import heap, quantizing
+from engine.hf import heap, placement, quantizing
 from engine.hf.pictures import Vision, take_apart
 from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
@@ -211,15 +211,35 @@ def _load_model(
     common: dict[str, Any],
     kind: Any,  # noqa: ANN401 -- one of transformers' automatic classes
 ) -> PreTrainedModel:
+    where = placement.options_for(config, device, sees=kind is AutoModelForImageTextToText)
+    try:
+        model = _read_model(config, source, device, common, kind, where=where)
+        placement.check(model, config, device)
+    except BaseException:
+        placement.give_up(where)
+        raise
+    placement.clean_up_after(model, where)
+    return model
+
+
+def _read_model(
+    config: HfConfig,
+    source: str,
+    device: torch.device,
+    common: dict[str, Any],
+    kind: Any,  # noqa: ANN401 -- one of transformers' automatic classes
+    *,
+    where: dict[str, Any],
+) -> PreTrainedModel:
     options: dict[str, Any] = {
         **common,
+        **where,
         "dtype": DTYPES[config.compute_dtype],
         "use_safetensors": True,
         "output_loading_info": True,
         "quantization_config": quantizing.settings_for(
             config, sees=kind is AutoModelForImageTextToText
         ),
-        "device_map": None if device.type == "cpu" else {"": device},
     }
     stored = quantizing.read_stored(config, source, common, read_config(find_folder(config)))
     if stored is not None:
@@ -323,7 +343,7 @@ def _check_folder(folder: Path, config: HfConfig, device: torch.device, *, gener
     elif config.quantization != "none":
         kind = config.quantization
     needed, there = weight_bytes(size, kind), _device_bytes(device)
-    if there is not None and needed > there:
+    if there is not None and needed > there and not is_placed(config):
         smaller = weight_bytes(size, "nf4")
         hint = (
             f"quantization nf4 needs {gigabytes(smaller)}"

@@ -327,7 +327,8 @@ def _judge(found: _Model, completed: Completed) -> _Model:
         if (row.engine, row.quantization) == (model.engine, model.quantization)
     ]
     told = f"{found.name} runs on {model.engine} with quantization {model.quantization}, as is set"
-    if not asked or asked[0].fits:
+    is_placed = model.engine == "hf" and {"device_map", "max_memory"} & model.options.keys()
+    if not asked or asked[0].fits or is_placed:
         return replace(found, choice=f"{told}.", can_run=True)
     needed, place = asked[0].need.total, asked[0].place
     return replace(
