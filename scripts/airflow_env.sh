@@ -11,35 +11,14 @@
 set -eu
 
 cd "$(dirname "$0")/.."
-environment=.venv-airflow
-log=build/airflow_env.log
 
-say() { printf 'airflow: %s\n' "$*" >&2; }
-give_up() {
-    say "not built: $*"
-    exit 3
-}
-
-# The folder is part of the stamp: an environment that was moved or copied does not work.
-stamp=$({
-    pwd
-    cat airflow_provider/pyproject.toml scripts/airflow-constraints.txt scripts/airflow_env.sh
-} | cksum)
-
-ready() {
-    [ "$(cat "$environment/.stamp" 2>/dev/null)" = "$stamp" ] &&
-        "$environment/bin/python" -c '' 2>/dev/null
-}
-
-. scripts/lock.sh
+name=airflow
+described="airflow_provider/pyproject.toml scripts/airflow-constraints.txt"
+. scripts/environment.sh
 
 # The tests start a server from .venv.
 [ -x .venv/bin/batchctl ] || sh scripts/bootstrap.sh run
-ready && exit 0
-take_lock .venv-airflow.lock
-ready && exit 0
-mkdir -p build
-: >"$log"
+begin
 
 python=$environment/bin/python
 if "$python" -c 'import airflow.sdk' 2>/dev/null && "$python" -m pip --version >/dev/null 2>&1; then

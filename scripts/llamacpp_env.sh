@@ -6,36 +6,16 @@ set -eu
 
 cd "$(dirname "$0")/.."
 llama_cpp_python=0.3.36
-environment=.venv-llamacpp
 wheels=build/wheels
-log=build/llamacpp_env.log
 
-say() { printf 'llamacpp: %s\n' "$*" >&2; }
-give_up() {
-    say "not built: $*"
-    exit 3
-}
+name=llamacpp
+described="pyproject.toml constraints.txt"
+. scripts/environment.sh
 
-# The folder is part of the stamp: an environment that was moved or copied does not work.
-stamp=$({
-    pwd
-    cat pyproject.toml constraints.txt scripts/llamacpp_env.sh
-} | cksum)
-
-ready() {
-    [ "$(cat "$environment/.stamp" 2>/dev/null)" = "$stamp" ] &&
-        "$environment/bin/python" -c '' 2>/dev/null
-}
-
-. scripts/lock.sh
-
-ready && exit 0
-take_lock .venv-llamacpp.lock
-ready && exit 0
+begin
 
 sh scripts/bootstrap.sh test
 mkdir -p "$wheels"
-: >"$log"
 
 # Portable and no more than is needed: -march=native has made builds that die of SIGILL at the
 # first step on quantized weights, -O2 compiles faster than -O3, and of the tools, the server and

