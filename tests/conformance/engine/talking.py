@@ -83,5 +83,10 @@ class Talk:
         raise AssertionError(f"no word in {[one.token for one in told]}")
 
 
+def every_constraint(constraint: Constraint) -> bool:  # noqa: ARG001 -- whichever it is
+    """Say that the engine has to keep it while generating."""
+    return True
+
+
 def tokens_of(result: Result) -> list[bytes]:
     return [one.token for one in result.logprobs]

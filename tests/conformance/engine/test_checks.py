@@ -25,7 +25,7 @@ from jobs.domain.result import Result
 from jobs.domain.tools import forced_schema
 from tests.conformance.engine.behaviour import check_aborted_while_running, check_over_long
 from tests.conformance.engine.parameters import CHECKS, IGNORED, check_ignored
-from tests.conformance.engine.talking import Talk
+from tests.conformance.engine.talking import Talk, every_constraint
 
 FAILURE = (AssertionError, pytest.fail.Exception)
 ASKING = AskingConfig(max_asks=2)
@@ -176,7 +176,7 @@ def talk_to(tiny_model: Path) -> Callable[[Engine], Talk]:
     def open_talk(engine: Engine) -> Talk:
         return Talk(
             engine=engine,
-            enforces=lambda constraint: True,  # noqa: ARG005
+            enforces=every_constraint,
             tokenizer=tokenizer,
             end=described["eos_token_id"],
         )

@@ -60,14 +60,6 @@ def engine(open_conformant: Callable[[], Engine]) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def enforces(engine: Engine) -> Callable[[Constraint], bool]:
-    """Return which of the suite's constraints the engine has to keep while generating."""
-    if engine.capabilities.constraint_backend == "llguidance":
-        return lambda constraint: True  # noqa: ARG005
-    return lambda constraint: "minimum" not in constraint.spec  # what outlines_core leaves out
-
-
-@pytest.fixture(scope="module")
 def talk(engine: Engine, model_folder: Path | None, enforces: Callable[[Constraint], bool]) -> Talk:
     if model_folder is None:
         return Talk(engine=engine, enforces=enforces)
