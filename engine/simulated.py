@@ -1,7 +1,11 @@
 """An engine without a model, so that everything else runs at the speed of a rack of GPUs.
 
-Time passes in steps of a set length; each running request gains a token a step. A request can
-order a fault by what its last message (or prompt) says:
+Time passes in steps of a set length; each running request gains a token a step. There are no
+tokens to choose from, so what changes their choice (temperature, penalties, biases, words and
+tokens that end an answer, ...) is taken and changes nothing, and no log probabilities are told. How
+many answers there are, how long they are, their form and their tool calls are as asked for.
+
+A request can order a fault by what its last message (or prompt) says:
 
     [[tokens=50]]           the reply has so many tokens, whatever the setting
     [[reply=text]]          the reply is this text
@@ -192,7 +196,8 @@ class SimulatedEngine:
         elif fault == "oom":
             raise EngineOutOfMemory("The simulated device is out of memory.")
         sampling = self.resolve_sampling(request)
-        wanted = int(directives.get("tokens", self._config.reply_tokens))
+        room = self._config.context_tokens - prompt_tokens
+        wanted = int(directives.get("tokens", min(self._config.reply_tokens, room)))
         num_tokens = max(1, min(wanted, sampling.max_tokens or wanted))
         if fault == "endless":
             num_tokens = sys.maxsize

@@ -7,6 +7,8 @@ import pytest
 
 from engine.base import Engine
 from engine.config import AskingConfig
+from jobs.domain.request import Constraint
+from tests.conformance.engine.talking import every_constraint
 from tests.conformance.engine.test_engine import *  # noqa: F403
 from tests.llamacpp.conftest import open_llamacpp
 
@@ -21,6 +23,11 @@ def open_conformant(request: pytest.FixtureRequest, tiny_file: Path) -> Callable
         batch_tokens=8 if small else 512,
         cache_tokens=512 if small else None,
     )
+
+
+@pytest.fixture(scope="module")
+def enforces() -> Callable[[Constraint], bool]:
+    return every_constraint
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from engine.base import Engine
 from engine.config import AskingConfig, RemoteConfig
 from engine.demo import model_path
 from engine.registry import open_engine
+from jobs.domain.request import Constraint
 from tests.conformance.engine.test_engine import *  # noqa: F403
 from tests.remote.conftest import VllmServer
 
@@ -21,17 +22,26 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=list(WAYS))
-def open_conformant(
-    request: pytest.FixtureRequest, vllm_server: VllmServer
-) -> Callable[[], Engine]:
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
+
+
+@pytest.fixture(scope="module")
+def open_conformant(way: dict[str, Any], vllm_server: VllmServer) -> Callable[[], Engine]:
     config = RemoteConfig(
         url=vllm_server.url,
         slots=16,
         context_tokens=2048,
         asking=AskingConfig(max_asks=2),
-        **WAYS[request.param],
+        **way,
     )
     return lambda: open_engine(config, model="demo")
+
+
+@pytest.fixture(scope="module")
+def enforces(way: dict[str, Any]) -> Callable[[Constraint], bool]:
+    """Only vLLM's own way says so; what any server does with `response_format` is not known."""
+    return lambda constraint: way["native_constraints"] == "vllm"  # noqa: ARG005
 
 
 @pytest.fixture(scope="module")

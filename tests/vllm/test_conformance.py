@@ -7,6 +7,8 @@ from typing import cast
 import pytest
 
 from engine.base import Engine
+from jobs.domain.request import Constraint
+from tests.conformance.engine.talking import every_constraint
 from tests.conformance.engine.test_engine import *  # noqa: F403
 from tests.vllm.conftest import Kept
 
@@ -14,6 +16,11 @@ from tests.vllm.conftest import Kept
 @pytest.fixture(scope="module")
 def open_conformant(tiny: Engine) -> Callable[[], Engine]:
     return lambda: cast("Engine", Kept(tiny))
+
+
+@pytest.fixture(scope="module")
+def enforces() -> Callable[[Constraint], bool]:
+    return every_constraint
 
 
 @pytest.fixture(scope="module")

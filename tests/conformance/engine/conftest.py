@@ -9,6 +9,8 @@ import torch
 from engine.base import Engine
 from engine.config import AskingConfig, HfConfig, SimulatedConfig
 from engine.registry import open_engine
+from jobs.domain.request import Constraint
+from tests.conformance.engine.talking import every_constraint
 from tests.unit.engine.conftest import TOOLS_TEMPLATE, make_tiny_model
 
 
@@ -66,6 +68,14 @@ def engine_name(request: pytest.FixtureRequest) -> str:
 def open_conformant(engine_name: str, tiny_model: Path) -> Callable[[], Engine]:
     opener = ENGINES[engine_name]
     return lambda: opener(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def enforces(engine_name: str) -> Callable[[Constraint], bool]:
+    """Return which of the suite's constraints the engine has to keep while generating."""
+    if engine_name != "hf-outlines":
+        return every_constraint
+    return lambda constraint: "minimum" not in constraint.spec  # a keyword that it leaves out
 
 
 @pytest.fixture(scope="module")
