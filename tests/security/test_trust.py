@@ -17,30 +17,11 @@ from engine.registry import describe_model
 from jobs.catalogue import ModelSettings
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import Request, SamplingParams
+from tests.owncode import add_own_code
 from tests.sources import ListSource
 from tests.unit.engine.conftest import make_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-CONFIGURATION = """
-from transformers import LlamaConfig
-
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-"""
-MODELING = """
-from pathlib import Path
-
-from transformers import LlamaForCausalLM
-
-from .configuration_own import OwnConfig
-
-Path({canary!r}).touch()
-
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 
 
 @pytest.fixture
@@ -72,18 +53,7 @@ def model(tmp_path: Path, canary: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         )
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    described = json.loads((folder / "config.json").read_text())
-    described |= {
-        "model_type": "own_llama",
-        "architectures": ["OwnForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_own.OwnConfig",
-            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(described))
-    (folder / "configuration_own.py").write_text(CONFIGURATION)
-    (folder / "modeling_own.py").write_text(MODELING.format(canary=str(canary)))
+    add_own_code(folder, canary)
     return folder
 
 
