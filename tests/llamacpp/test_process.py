@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -121,6 +122,32 @@ def test_what_llama_cpp_cannot_load_is_refused_in_one_line(demo_file: Path, tmp_
     missing.write_bytes(content.replace(b"blk.3.attn_q.weight", b"blk.3.attn_z.weight"))
     with pytest.raises(EngineMisconfigured, match=r"blk\.3\.attn_q"):
         open_llamacpp(missing)
+
+
+def test_file_that_ends_llama_cpp_while_it_loads_is_told_as_such(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    twice = tmp_path / "twice.gguf"
+    one, other = (struct.pack("<Q", 1) + letter for letter in (b"a", b"b"))
+    twice.write_bytes(tiny_file.read_bytes().replace(one, other))
+    log = tmp_path / "engine.log"
+    with pytest.raises(EngineDied, match="ended by SIGABRT while it loaded twice") as caught:
+        ProcessEngine(make_config(twice), model="twice", log_path=log)
+    assert str(log) in caught.value.message
+    assert "GGML_ASSERT" in log.read_text()
+
+
+def test_weights_that_are_no_numbers_cost_the_lines_and_not_the_engine(
+    tiny_file: Path, tmp_path: Path, ask: Ask
+) -> None:
+    content = tiny_file.read_bytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content[:-200_000] + b"\xff" * 200_000)
+    sampling = SamplingParams(max_tokens=3)
+    with closing(open_llamacpp(broken)) as engine:
+        found = ask(engine, [Request(id=n, prompt="alpha", sampling=sampling) for n in range(9)])
+    codes = [one.error.code if one.error else None for one in found.values()]
+    assert codes == ["numerical_error"] * 9
 
 
 def test_cache_that_no_memory_holds_is_refused(demo_file: Path) -> None:
