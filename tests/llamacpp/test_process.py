@@ -105,6 +105,64 @@ def test_damaged_file_ends_the_run_with_one_line(demo_file: Path, tmp_path: Path
     assert "Traceback" not in ended.stderr
 
 
+HEAD = struct.Struct("<4sIQQ")
+ENTRY = struct.Struct("<Q1sI")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(b"", "it is empty", id="empty"),
+        pytest.param(bytes(4096), "is no GGUF file", id="zeros"),
+        pytest.param(b"GGUF\x03", "cut off within its header", id="cut off"),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 2**60, 0) + bytes(64), "more entries than", id="2**60 tensors"
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 0, 1) + ENTRY.pack(1, b"k", 8) + struct.pack("<Q", 2**40),
+            "a text of 1,099,511,627,776 bytes",
+            id="long text",
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 0, 1) + ENTRY.pack(1, b"k", 77) + bytes(64),
+            "unknown type 77",
+            id="unknown type",
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 1, 0)
+            + ENTRY.pack(1, b"t", 1)
+            + struct.pack("<QIQ", 64, 0, 2**50)
+            + bytes(512),
+            "cut off after",
+            id="tensor outside",
+        ),
+    ],
+)
+def test_bad_file_is_one_line_of_a_run_and_of_doctor(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(content)
+    people = ROOT / "examples" / "people.jsonl"
+    ended = run(tmp_path, "run", str(people), "-m", str(bad), "-o", "out.jsonl", code=9)
+    told = ended.stdout + ended.stderr
+    assert f"{bad} is" in told
+    assert said in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out.jsonl").exists()
+    doctor = subprocess.run(
+        [sys.executable, "-m", "jobs.cli.main", "doctor", "-m", str(bad), "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BATCHCTL_DATA": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert said in doctor.stdout + doctor.stderr
+    assert "Traceback" not in doctor.stderr
+
+
 def test_doctor_knows_the_file(demo_file: Path, tmp_path: Path) -> None:
     told = json.loads(run(tmp_path, "doctor", "-m", str(demo_file)).stdout)
     assert "runs on llamacpp" in json.dumps(told)
