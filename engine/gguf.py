@@ -12,7 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import xxhash
@@ -31,6 +31,7 @@ _MAX_TENSORS = 1 << 20
 _MAX_TEXT_BYTES = 1 << 20
 _MAX_NAME_BYTES = 1 << 10
 _MAX_DIMENSIONS = 4
+_MAX_BLOCKS = 512
 _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 # The types of values by their numbers: how `struct` reads them.
@@ -223,7 +224,7 @@ def _read(path: Path, content: memoryview) -> Gguf:
         if key.startswith("tokenizer."):
             tokenizer.update(content[start : reader.at])
     num_parameters = reader.read_tensors(num_tensors, values.get("general.alignment"))
-    return Gguf(
+    found = Gguf(
         path=path,
         values=values,
         lengths=lengths,
@@ -232,6 +233,24 @@ def _read(path: Path, content: memoryview) -> Gguf:
         digest=xxhash.xxh3_128_hexdigest(content[: reader.at]),
         tokenizer_digest=tokenizer.hexdigest(),
     )
+    _check_values(found, num_tensors)
+    return found
+
+
+def _check_values(file: Gguf, num_tensors: int) -> None:
+    """Check what llama.cpp takes for granted: where it is not so, it ends its whole process."""
+    arch = file.architecture
+    num_blocks = file.number(f"{arch}.block_count", 1)
+    most = num_tensors if file.number("split.count", 1) <= 1 else _MAX_BLOCKS
+    if not 0 < num_blocks <= min(most, _MAX_BLOCKS):
+        raise _damaged(
+            file.path, f"it is said to have {num_blocks:,} layers and has {num_tensors:,} tensors"
+        )
+    for key, value in file.values.items():
+        if not (key.startswith(f"{arch}.") and isinstance(value, float)):
+            continue
+        if not isfinite(value) or (value < 0 and key.endswith("epsilon")):
+            raise _damaged(file.path, f"its {key} is {value}")
 
 
 class _Reader:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from engine import guardian, wire
 from engine.base import Source
-from engine.config import EngineConfig, RemoteConfig, VllmConfig
+from engine.config import EngineConfig, LlamacppConfig, RemoteConfig, VllmConfig
 from engine.sampling import resolve_sampling
 from engine.tuning import Tuning
 from jobs.domain import errors
@@ -51,6 +51,9 @@ def _environment(config: EngineConfig) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in _OUR_NAMES and not name.startswith(_OUR_PREFIX)
     }
+    if isinstance(config, LlamacppConfig):
+        # Where one of its assertions fails, ggml would first wait for a debugger's trace.
+        return {"GGML_NO_BACKTRACE": "1"} | passed_on
     if not isinstance(config, VllmConfig):
         return passed_on
     fixed = {
@@ -175,6 +178,7 @@ class ProcessEngine:
         self._on_tuned = on_tuned
         self._tuning: Tuning | None = None
         self._config = config
+        self._loading: str | None = model
         self._buffer = wire.FrameBuffer()
         self._in_flight: set[int] = set()
         self._started: dict[int, float] = {}  # when, the earliest first
@@ -209,6 +213,7 @@ class ProcessEngine:
         except BaseException:
             self._kill()
             raise
+        self._loading = None
         self._capabilities = ready.capabilities
         self._num_slots = ready.num_slots
         self._note_tuning(ready.tuning)
@@ -474,9 +479,14 @@ class ProcessEngine:
             if status is not None and status < 0
             else f"ended with status {status}"
         )
+        when = (
+            f"while it loaded {self._loading}, whose files may be damaged, or too large for this "
+            "machine"
+            if self._loading is not None
+            else f"with {len(suspects)} requests in flight"
+        )
         raise errors.EngineDied(
-            f"The engine process {how} with {len(suspects)} requests in flight. "
-            f"Its output is in {self._log_path}.",
+            f"The engine process {how} {when}. Its output is in {self._log_path}.",
             suspects=suspects,
         )
 

@@ -14,6 +14,8 @@ import llguidance
 import llguidance.llamacpp
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from jobs.domain.errors import EngineMisconfigured
+
 _MOST_BYTES = 2**31 - 1
 
 
@@ -120,12 +122,21 @@ class Vocabulary:
         return str(found[0][0])
 
     def constraint_tokenizer(self) -> llguidance.LLTokenizer:
-        """Return llguidance's view of the vocabulary, as wide as the model's logits."""
+        """Return llguidance's view of the vocabulary, as wide as the model's logits.
+
+        Raises:
+            EngineMisconfigured: its tokens are not what texts are made of.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a name that it still uses
-            return llguidance.llamacpp.lltokenizer_from_vocab(
-                self._vocab, n_vocab=self.num_tokens, eos_token=list(self.end_tokens) or None
-            )
+            try:
+                return llguidance.llamacpp.lltokenizer_from_vocab(
+                    self._vocab, n_vocab=self.num_tokens, eos_token=list(self.end_tokens) or None
+                )
+            except ValueError as error:
+                raise EngineMisconfigured(
+                    f"The model's vocabulary cannot be used ({str(error)[:200]}); convert it again."
+                ) from error
 
     def _text_of(self, token: int) -> str:
         found = llama_cpp.llama_vocab_get_text(self._vocab, token)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -104,6 +105,64 @@ def test_damaged_file_ends_the_run_with_one_line(demo_file: Path, tmp_path: Path
     assert "Traceback" not in ended.stderr
 
 
+HEAD = struct.Struct("<4sIQQ")
+ENTRY = struct.Struct("<Q1sI")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(b"", "it is empty", id="empty"),
+        pytest.param(bytes(4096), "is no GGUF file", id="zeros"),
+        pytest.param(b"GGUF\x03", "cut off within its header", id="cut off"),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 2**60, 0) + bytes(64), "more entries than", id="2**60 tensors"
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 0, 1) + ENTRY.pack(1, b"k", 8) + struct.pack("<Q", 2**40),
+            "a text of 1,099,511,627,776 bytes",
+            id="long text",
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 0, 1) + ENTRY.pack(1, b"k", 77) + bytes(64),
+            "unknown type 77",
+            id="unknown type",
+        ),
+        pytest.param(
+            HEAD.pack(b"GGUF", 3, 1, 0)
+            + ENTRY.pack(1, b"t", 1)
+            + struct.pack("<QIQ", 64, 0, 2**50)
+            + bytes(512),
+            "cut off after",
+            id="tensor outside",
+        ),
+    ],
+)
+def test_bad_file_is_one_line_of_a_run_and_of_doctor(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(content)
+    people = ROOT / "examples" / "people.jsonl"
+    ended = run(tmp_path, "run", str(people), "-m", str(bad), "-o", "out.jsonl", code=9)
+    told = ended.stdout + ended.stderr
+    assert f"{bad} is" in told
+    assert said in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out.jsonl").exists()
+    doctor = subprocess.run(
+        [sys.executable, "-m", "jobs.cli.main", "doctor", "-m", str(bad), "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BATCHCTL_DATA": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert said in doctor.stdout + doctor.stderr
+    assert "Traceback" not in doctor.stderr
+
+
 def test_doctor_knows_the_file(demo_file: Path, tmp_path: Path) -> None:
     told = json.loads(run(tmp_path, "doctor", "-m", str(demo_file)).stdout)
     assert "runs on llamacpp" in json.dumps(told)
@@ -121,6 +180,32 @@ def test_what_llama_cpp_cannot_load_is_refused_in_one_line(demo_file: Path, tmp_
     missing.write_bytes(content.replace(b"blk.3.attn_q.weight", b"blk.3.attn_z.weight"))
     with pytest.raises(EngineMisconfigured, match=r"blk\.3\.attn_q"):
         open_llamacpp(missing)
+
+
+def test_file_that_ends_llama_cpp_while_it_loads_is_told_as_such(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    twice = tmp_path / "twice.gguf"
+    one, other = (struct.pack("<Q", 1) + letter for letter in (b"a", b"b"))
+    twice.write_bytes(tiny_file.read_bytes().replace(one, other))
+    log = tmp_path / "engine.log"
+    with pytest.raises(EngineDied, match="ended by SIGABRT while it loaded twice") as caught:
+        ProcessEngine(make_config(twice), model="twice", log_path=log)
+    assert str(log) in caught.value.message
+    assert "GGML_ASSERT" in log.read_text()
+
+
+def test_weights_that_are_no_numbers_cost_the_lines_and_not_the_engine(
+    tiny_file: Path, tmp_path: Path, ask: Ask
+) -> None:
+    content = tiny_file.read_bytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content[:-200_000] + b"\xff" * 200_000)
+    sampling = SamplingParams(max_tokens=3)
+    with closing(open_llamacpp(broken)) as engine:
+        found = ask(engine, [Request(id=n, prompt="alpha", sampling=sampling) for n in range(9)])
+    codes = [one.error.code if one.error else None for one in found.values()]
+    assert codes == ["numerical_error"] * 9
 
 
 def test_cache_that_no_memory_holds_is_refused(demo_file: Path) -> None:

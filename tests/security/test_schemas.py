@@ -269,6 +269,40 @@ def test_row_13_catastrophic_patterns_are_matched_in_linear_time(pattern: str) -
     assert time.process_time() - began < 5
 
 
+def test_row_13_repetitions_of_repetitions_cost_an_engine_little_time_and_memory() -> None:
+    cost = run_measured(
+        """
+        import time
+        import numpy as np
+        from engine.constraints import TokenizerConstraints, byte_tokenizer, validate
+        from jobs.domain.request import Constraint
+
+        constraint = Constraint("regex", "((a{0,500}){0,500}){0,500}")
+        constraints = TokenizerConstraints(byte_tokenizer())
+        before = time.process_time()
+        matcher, _ = constraints.matcher(constraint)
+        row = np.full(constraints.num_words, -1, dtype=np.int32)
+        num_steps = 0
+        while num_steps < 2000:
+            matcher.fill(row, int(row.ctypes.data))
+            if not matcher.advance(ord("a")):
+                break
+            num_steps += 1
+        validate(constraint, "a" * 20_000 + "!")
+        told = [num_steps, time.process_time() - before]
+        """
+    )
+    num_steps, cpu_seconds = cost.told
+    assert num_steps > 0
+    assert cpu_seconds < 5
+    assert cost.peak_bytes < 300 << 20
+
+
+def test_row_13_repetitions_of_repetitions_are_refused_as_the_pattern_of_a_schema() -> None:
+    with pytest.raises(InvalidInput, match="`pattern`"):
+        check(schema({"type": "string", "pattern": "((a{0,500}){0,500}){0,500}"}))
+
+
 @pytest.mark.parametrize("pattern", [r"(a)\1", r"(?=a)b", r"(?<=a)b", r"(?>a)b"])
 def test_row_13_no_pattern_reaches_an_engine_that_goes_back(pattern: str) -> None:
     with pytest.raises(InvalidInput):

@@ -1,5 +1,6 @@
 """GGUF files read by their headers: what they say, and what a damaged one costs."""
 
+import math
 import os
 import struct
 import subprocess
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.config import GenerationDefaults, LlamacppConfig
 from engine.gguf import is_gguf, read
@@ -39,7 +42,7 @@ ENTRIES: dict[str, object] = {
     "general.file_type": 15,
     "llama.context_length": 4096,
     "llama.embedding_length": 64,
-    "llama.block_count": 2,
+    "llama.block_count": 1,
     "llama.attention.head_count": 4,
     "llama.attention.head_count_kv": 2,
     "llama.rope.freq_base": 10000.0,
@@ -48,14 +51,18 @@ ENTRIES: dict[str, object] = {
 }
 
 
-def make(path: Path, changes: Mapping[str, object] | None = None) -> Path:
-    """Write a file with one tensor of 2 x 64 values in F16; an entry that is None is left out."""
+def make_content(changes: Mapping[str, object] | None = None) -> bytes:
+    """Return a file with one tensor of 2 x 64 values in F16; an entry that is None is left out."""
     entries = {k: v for k, v in {**ENTRIES, **(changes or {})}.items() if v is not None}
     content = struct.pack("<4sIQQ", b"GGUF", 3, 1, len(entries))
     content += b"".join(entry(key, value) for key, value in entries.items())
     content += text("token_embd.weight") + struct.pack("<IQQIQ", 2, 64, 2, 1, 0)
-    content += bytes(-len(content) % 32) + bytes(256)
-    path.write_bytes(content)
+    return content + bytes(-len(content) % 32) + bytes(256)
+
+
+def make(path: Path, changes: Mapping[str, object] | None = None) -> Path:
+    """Write such a file."""
+    path.write_bytes(make_content(changes))
     return path
 
 
@@ -74,8 +81,8 @@ def test_file_says_what_it_holds(tmp_path: Path) -> None:
     )
     assert found.num_parameters == 128
     assert found.lengths == {"tokenizer.ggml.tokens": 3}
-    # Two layers, two heads for keys and values, 16 wide.
-    assert found.cache_values_per_token == 2 * 2 * (16 + 16)
+    # One layer, two heads for keys and values, 16 wide.
+    assert found.cache_values_per_token == 2 * (16 + 16)
 
 
 def test_model_is_described_without_llama_cpp_and_torch(tmp_path: Path) -> None:
@@ -153,6 +160,56 @@ def test_huge_claims_are_refused(tmp_path: Path) -> None:
         assert "damaged" in refusal(path)
     path.write_bytes(head + struct.pack("<IIQ", ARRAY, ARRAY, 1) + bytes(64))
     assert "unknown type" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"llama.block_count": 0}, "0 layers"),
+        ({"llama.block_count": 3}, "3 layers and has 1 tensors"),
+        ({"llama.block_count": 2**32 - 1}, "layers"),
+        ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "epsilon is nan"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "epsilon is -1.0"),
+        ({"llama.rope.freq_base": math.inf}, "freq_base is inf"),
+    ],
+    ids=str,
+)
+def test_values_that_would_end_llama_cpps_process_are_refused_before_it_sees_them(
+    tmp_path: Path, changes: Mapping[str, object], said: str
+) -> None:
+    message = refusal(make(tmp_path / "a.gguf", changes))
+    assert "a.gguf is damaged" in message
+    assert said in message
+    assert "copy it again" in message
+
+
+HEADER_END = len(make_content()) - 256
+
+
+@settings(max_examples=300)
+@given(
+    edits=st.lists(
+        st.tuples(st.integers(0, HEADER_END - 1), st.binary(min_size=1, max_size=12)), max_size=6
+    ),
+    length=st.one_of(st.none(), st.integers(0, HEADER_END + 256)),
+)
+def test_any_damage_to_the_header_is_read_or_told_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, bytes]], length: int | None
+) -> None:
+    content = bytearray(make_content())
+    for at, piece in edits:
+        content[at : at + len(piece)] = piece
+    path = tmp_path_factory.getbasetemp() / "fuzzed.gguf"
+    path.write_bytes(content[:length])
+    tracemalloc.start()
+    try:
+        describe_model(LlamacppConfig(model=str(path)), "x")
+    except EngineMisconfigured as error:
+        assert "\n" not in error.message  # noqa: PT017 -- most damage is refused, some is not seen
+    finally:
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak_bytes < 20_000_000
 
 
 def test_other_files_are_told_apart(tmp_path: Path) -> None:
