@@ -28,15 +28,9 @@ from jobs.domain.images import Image, ImageLimits
 from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, open_sketcher
 from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
-from jobs.domain.request import (
-    Capabilities,
-    Constraint,
-    Sketch,
-    Sketcher,
-    Terms,
-    check_takes_images,
-)
+from jobs.domain.request import Capabilities, Constraint, check_takes_images
 from jobs.domain.shard import Cut, Cutter, Lease
+from jobs.domain.sketch import Sketch, Sketcher, Terms
 from jobs.pictures import Pictures
 from jobs.reuse import Cache, Keys, finding
 from jobs.telemetry import log

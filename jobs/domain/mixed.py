@@ -3,7 +3,8 @@
 import msgspec
 
 from jobs.domain.errors import InvalidLine
-from jobs.domain.request import CHAT, ENDPOINTS, Sketch, Sketcher
+from jobs.domain.request import CHAT, ENDPOINTS
+from jobs.domain.sketch import Sketch, Sketcher
 
 MIXED = "mixed"
 """The endpoint of a batch whose lines each have their own."""

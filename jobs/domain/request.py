@@ -4,8 +4,7 @@ The fast path is one typed decode, whose types leave no room for deep nesting. O
 fails it is looked at a second time, slowly, to find out what is wrong or that what it asks for
 changes nothing (`"tools": null`).
 
-Planning needs less of a line than an engine does, so a `Sketcher` stops half way: the same checks,
-and no request built.
+What planning needs of a line is read in `jobs.domain.sketch`, with the checks that stand here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +12,9 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import msgspec
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from jobs.domain.errors import InvalidLine
-from jobs.domain.images import Image, read_image
+from jobs.domain.images import Image
 from jobs.domain.pooling import (
     EMBEDDINGS,
     POOLING_BODIES,
@@ -27,14 +25,10 @@ from jobs.domain.pooling import (
     read_pooling,
 )
 from jobs.domain.responses import RESPONSES, Translated, in_its_words, translate
+from jobs.domain.schema_text import is_given, schema_text
 from jobs.domain.slow import parse_slowly
-from jobs.domain.tools import (
-    ToolCall,
-    Tools,
-    forced_schema,
-    read_tools,
-    schemas_of,
-)
+from jobs.domain.tools import ToolCall, Tools, forced_schema, read_tools
+from jobs.domain.turns import check_turns, content_of, parts_of
 from jobs.domain.wire import (
     ABSENT,
     Body,
@@ -51,8 +45,6 @@ from jobs.domain.wire import (
     Role,
     ScoreLine,
     StructuredOutputs,
-    TextPart,
-    WireMessage,
 )
 
 CHAT = "/v1/chat/completions"
@@ -63,11 +55,7 @@ TEXT_ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
 ENDPOINTS = (*TEXT_ENDPOINTS, *POOLING_ENDPOINTS)
 
 MAX_CUSTOM_ID_BYTES = 512
-_SURE_CHARS = MAX_CUSTOM_ID_BYTES // 4
-"""So many characters have no more bytes than that."""
 _TOKEN_DIGITS = 11
-_REMEMBERED_BYTES = 1 << 15
-"""A schema of at most so many is looked at once, and then known by its text."""
 
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = (
@@ -242,7 +230,7 @@ def _read_response(line: bytes) -> _ReadLine:
     return _ReadLine(wire.custom_id, translate(wire.body))
 
 
-_DECODERS: dict[str, Callable[[bytes], Any]] = {
+DECODERS: dict[str, Callable[[bytes], Any]] = {
     CHAT: msgspec.json.Decoder(ChatLine).decode,
     COMPLETIONS: msgspec.json.Decoder(CompletionLine).decode,
     RESPONSES: _read_response,
@@ -268,167 +256,6 @@ TOOL_PARAMETERS = ("tools",)
 """Those of them that only a model which is shown tools obeys."""
 
 
-class Terms(msgspec.Struct, frozen=True, eq=False):
-    """What a line asks for beside its prompt; one object for lines in a row that ask the same.
-
-    Attributes:
-        max_tokens: the longest answer; None: as long as the model likes.
-        encoded: equal where what is asked for is, the model aside.
-        body: without its prompt, for this module only.
-        digest_seed: a hash of `encoded`.
-    """
-
-    model: str | None
-    max_tokens: int | None
-    temperature: float | None
-    seed: int | None
-    constraint: Constraint | None
-    tools: Tools | None
-    encoded: bytes
-    body: Any
-    digest_seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Hash what is asked for, once for all lines that ask it."""
-        msgspec.structs.force_setattr(self, "digest_seed", xxh3_64_intdigest(self.encoded))
-
-    def list_schemas(self) -> list[tuple[Constraint, str]]:
-        """Return every constraint to be tried before the line may run, and where it stands."""
-        found: list[tuple[Constraint, str]] = []
-        if self.tools is not None:
-            found += [
-                (Constraint("json_schema", msgspec.json.encode(schema).decode()), "tools")
-                for schema in schemas_of(self.tools).values()
-            ]
-        if self.constraint is not None:
-            is_json = self.constraint.kind.startswith("json")
-            where = "response_format" if is_json else "structured_outputs"
-            if is_json and isinstance(self.body, Translated):
-                where = "text.format"
-            found.append((self.constraint, "tool_choice" if self.tools is not None else where))
-        return found
-
-    def check(self, capabilities: Capabilities) -> None:
-        """Do nothing if a model can serve the line.
-
-        Raises:
-            InvalidLine: what `parse_line` says with these capabilities.
-        """
-        if not isinstance(self.body, Body):
-            return
-        try:
-            _check_capabilities(self.body, self.constraint, capabilities)
-        except InvalidLine as error:
-            raise (in_its_words(error) if isinstance(self.body, Translated) else error) from None
-
-
-class Sketch(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """What planning needs of one good line.
-
-    Attributes:
-        asked: its prompt, as its body has it.
-        num_first_chars: of all messages but the last.
-        images: that its messages show.
-    """
-
-    custom_id: str
-    terms: Terms
-    asked: Any
-    num_first_chars: int
-    images: tuple[Image, ...] = ()
-
-    def digest(self, model: bytes = b"") -> bytes:
-        """Return 16 bytes that are equal where requests are, however their lines are written.
-
-        Args:
-            model: what tells apart the models of a batch that has several.
-        """
-        # As a seed: what the lines in a row ask for is the same, and need not be copied for each.
-        return xxh3_128_digest(_encode(self.asked) + model, self.terms.digest_seed)
-
-    def request(self) -> bytes:
-        """Return all that is asked: equal bytes where requests are equal, the model aside."""
-        return _encode(self.asked) + self.terms.encoded
-
-
-class Sketcher:
-    """Reads lines as planning does: the checks of `parse_line`, and no request built.
-
-    Lines of a file mostly ask for the same beside their prompts. What that is gets looked at once
-    for all such lines in a row: one comparison takes the place of a dozen checks.
-    """
-
-    def __init__(self, endpoint: str) -> None:
-        """Prepare for lines of one of `ENDPOINTS`."""
-        self.endpoint = endpoint
-        self._is_chat = endpoint in CHAT_ENDPOINTS
-        self._is_pooling = endpoint in POOLING_ENDPOINTS
-        self._decode = _DECODERS[endpoint]
-        self._body: Body | None = None
-        self._terms: Terms  # of that body
-
-    def sketch(self, line: bytes) -> Sketch:
-        """Return what planning needs of `line`.
-
-        Raises:
-            InvalidLine: as `parse_line` would, without capabilities.
-        """
-        try:
-            wire = self._decode(line)
-            body, custom_id = wire.body, wire.custom_id
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            custom_id, body = _read_slowly(line, self.endpoint)
-        if not 0 < len(custom_id) <= _SURE_CHARS:
-            _check_custom_id(custom_id)
-        if self._is_pooling:
-            # There is nothing to choose by chance, so equal lines have equal answers.
-            asks = Terms(body.model, None, 0.0, None, None, None, self.endpoint.encode(), body)
-            return Sketch(custom_id, asks, read_pooling(body), 0)
-        if not self._is_chat:
-            asked, body.prompt = body.prompt, None
-            body.user = None
-            terms = self._terms if body == self._body else self._look(body)
-            return Sketch(custom_id, terms, _prompt(asked), 0)
-        asked, body.messages = body.messages, None
-        body.user = None
-        terms = self._terms if body == self._body else self._look(body)
-        num_chars = num_last = 0
-        images: list[Image] = []
-        has_tools = False
-        for message in asked:
-            content = message.content
-            if message.tool_calls or message.tool_call_id or message.role == "tool":
-                has_tools = True
-            if type(content) is not str:
-                content = _flatten(message, asked, images)
-            num_last = len(content)
-            num_chars += num_last
-        if has_tools:
-            _check_turns(asked)
-        return Sketch(custom_id, terms, asked, num_chars - num_last, tuple(images))
-
-    def _look(self, body: ChatBody | CompletionBody) -> Terms:
-        """Return what a body without its prompt asks for, and expect the next line to ask it too.
-
-        Raises:
-            InvalidLine: it asks for what is not supported.
-        """
-        constraint, tools = _check(body, None)
-        sampling = _sampling(body)
-        terms = Terms(
-            body.model,
-            sampling.max_tokens,
-            body.temperature,
-            body.seed,
-            constraint,
-            tools,
-            _encode((sampling, constraint, tools)),
-            body,
-        )
-        self._terms, self._body = terms, body
-        return terms
-
-
 def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None = None) -> Line:
     """Return the request that `line` stands for.
 
@@ -440,16 +267,16 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         InvalidLine: the line cannot be run; `error_code` and `param` are the Batch API's.
     """
     try:
-        wire = _DECODERS[endpoint](line)
+        wire = DECODERS[endpoint](line)
         body, custom_id = wire.body, wire.custom_id
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        custom_id, body = _read_slowly(line, endpoint)
-    _check_custom_id(custom_id)
+        custom_id, body = read_slowly(line, endpoint)
+    check_custom_id(custom_id)
     if endpoint in POOLING_ENDPOINTS:
         return Line(custom_id=custom_id, model=body.model, pooling=read_pooling(body))
-    constraint, tools = _check(body, capabilities)
+    constraint, tools = check_body(body, capabilities)
     if endpoint in CHAT_ENDPOINTS:
-        _check_turns(body.messages)
+        check_turns(body.messages)
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None
     if endpoint in CHAT_ENDPOINTS:
@@ -457,11 +284,11 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
             [
                 Message(
                     m.role,
-                    m.content if type(m.content) is str else _content_of(m, body.messages),
+                    m.content if type(m.content) is str else content_of(m, body.messages),
                     m.name,
                     tuple([call.to_call() for call in m.tool_calls]) if m.tool_calls else (),
                     m.tool_call_id,
-                    () if type(m.content) is str else _parts_of(m, body.messages),
+                    () if type(m.content) is str else parts_of(m, body.messages),
                 )
                 for m in body.messages
             ]
@@ -469,27 +296,34 @@ def parse_line(line: bytes, *, endpoint: str, capabilities: Capabilities | None 
         if capabilities is not None and any(message.parts for message in messages):
             check_takes_images(capabilities)
     else:
-        prompt = _prompt(body.prompt)
+        prompt = prompt_of(body.prompt)
     return Line(
         custom_id=custom_id,
         model=body.model,
         messages=messages,
         prompt=prompt,
-        sampling=_sampling(body),
+        sampling=sampling_of(body),
         constraint=constraint,
         tools=tools,
     )
 
 
-_encode = msgspec.msgpack.Encoder().encode
+def read_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
+    """Return custom_id and body of a line that the fast path does not read.
 
-
-def _read_slowly(line: bytes, endpoint: str) -> tuple[str, Any]:
+    Raises:
+        InvalidLine: the line is at fault.
+    """
     custom_id, body = parse_slowly(line, endpoint=endpoint, body_type=_BODY_TYPES[endpoint])
     return custom_id, translate(body) if endpoint == RESPONSES else body
 
 
-def _check_custom_id(custom_id: str) -> None:
+def check_custom_id(custom_id: str) -> None:
+    """Do nothing if a custom_id is neither empty nor too long.
+
+    Raises:
+        InvalidLine: it is.
+    """
     num_bytes = len(custom_id) if custom_id.isascii() else len(custom_id.encode())
     if not 0 < num_bytes <= MAX_CUSTOM_ID_BYTES:
         raise InvalidLine(
@@ -499,7 +333,7 @@ def _check_custom_id(custom_id: str) -> None:
         )
 
 
-def _check(
+def check_body(
     body: ChatBody | CompletionBody, capabilities: Capabilities | None
 ) -> tuple[Constraint | None, Tools | None]:
     """Return constraint and tools of a body, once nothing but its prompt is left to be looked at.
@@ -526,7 +360,7 @@ def _find_asked(
     if isinstance(body, ChatBody) and (not body.tools or body.tool_choice == "none"):
         body.tools = None
     if capabilities is not None:
-        _check_capabilities(body, constraint, capabilities)
+        check_asked(body, constraint, capabilities)
     if not isinstance(body, ChatBody):
         return constraint, None
     if body.top_logprobs and not body.logprobs:
@@ -560,70 +394,6 @@ def _with_tools(
     return constraint, tools
 
 
-def _content_of(message: WireMessage, messages: list[WireMessage]) -> str:
-    """Return what a turn says, as one text.
-
-    Raises:
-        InvalidLine: it says nothing.
-    """
-    content = message.content
-    if isinstance(content, str):
-        return content
-    if content is not None:
-        return "\n".join([part.text for part in content if isinstance(part, TextPart)])
-    if message.tool_calls:
-        return ""
-    raise InvalidLine(
-        "Missing required parameter: 'content'.",
-        param=f"body.messages[{messages.index(message)}].content",
-        error_code="missing_required_parameter",
-    )
-
-
-def _parts_of(message: WireMessage, messages: list[WireMessage]) -> tuple[str | Image, ...]:
-    """Return what a turn says and shows, in its order; nothing where it shows no image.
-
-    Raises:
-        InvalidLine: an image is none, or of a turn that cannot show any.
-    """
-    content = message.content
-    if not isinstance(content, list) or all(isinstance(part, TextPart) for part in content):
-        return ()
-    if message.role != "user":
-        where = messages.index(message)
-        raise _wrong_turn("Only a user's message shows images.", where, "content")
-    parts: list[str | Image] = []
-    for part in content:
-        if isinstance(part, TextPart):
-            parts.append(part.text)
-            continue
-        try:
-            parts.append(read_image(part))
-        except InvalidLine as error:
-            where, number = messages.index(message), len(parts)
-            error.param = f"body.messages[{where}].content[{number}].{error.param}"
-            raise
-    return tuple(parts)
-
-
-def _flatten(message: WireMessage, messages: list[WireMessage], images: list[Image]) -> str:
-    """Return what a turn says, which becomes its content unless it shows images too.
-
-    Args:
-        images: where those are put.
-
-    Raises:
-        InvalidLine: it says nothing, or cannot show what it does.
-    """
-    text = _content_of(message, messages)
-    parts = _parts_of(message, messages)
-    if parts:
-        images += [part for part in parts if isinstance(part, Image)]
-    else:
-        message.content = text
-    return text
-
-
 def check_takes_images(capabilities: Capabilities) -> None:
     """Do nothing if a model takes images.
 
@@ -638,37 +408,7 @@ def check_takes_images(capabilities: Capabilities) -> None:
         )
 
 
-def _check_turns(messages: Sequence[WireMessage]) -> None:
-    """Hold turns against each other: who calls tools, and which calls tools answer.
-
-    Raises:
-        InvalidLine: a turn holds what turns of its role do not, or answers no call.
-    """
-    called: set[str] = set()
-    for number, message in enumerate(messages):
-        if message.tool_calls:
-            if message.role != "assistant":
-                raise _wrong_turn(
-                    "Only an assistant's message has tool_calls.", number, "tool_calls"
-                )
-            called.update(call.id for call in message.tool_calls)
-        if message.role == "tool":
-            if message.tool_call_id not in called:
-                raise _wrong_turn(
-                    "A tool's message answers a call of an assistant's message before it; this "
-                    "tool_call_id names none.",
-                    number,
-                    "tool_call_id",
-                )
-        elif message.tool_call_id:
-            raise _wrong_turn("Only a tool's message has a tool_call_id.", number, "tool_call_id")
-
-
-def _wrong_turn(what: str, number: int, name: str) -> InvalidLine:
-    return InvalidLine(what, param=f"body.messages[{number}].{name}", error_code="invalid_messages")
-
-
-def _sampling(body: ChatBody | CompletionBody) -> SamplingParams:
+def sampling_of(body: ChatBody | CompletionBody) -> SamplingParams:
     """Return how a body wants tokens to be chosen.
 
     Raises:
@@ -729,9 +469,12 @@ def _refused(name: str) -> InvalidLine:
     )
 
 
-def _check_capabilities(
-    body: Body, constraint: Constraint | None, capabilities: Capabilities
-) -> None:
+def check_asked(body: Body, constraint: Constraint | None, capabilities: Capabilities) -> None:
+    """Do nothing if a model can serve what a body asks for.
+
+    Raises:
+        InvalidLine: it cannot.
+    """
     if capabilities.parameters != PARAMETERS:
         for name in _lacking(capabilities.parameters):
             value = getattr(body, name, None)
@@ -754,7 +497,12 @@ def _lacking(parameters: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in PARAMETERS if name not in parameters)
 
 
-def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
+def prompt_of(prompt: str | list[Any]) -> str | tuple[int, ...]:
+    """Return the one prompt of a body, a text or token ids.
+
+    Raises:
+        InvalidLine: it has none, or several.
+    """
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]  # one prompt, written as a list of prompts
     if isinstance(prompt, str):
@@ -774,43 +522,6 @@ def _prompt(prompt: str | list[Any]) -> str | tuple[int, ...]:
     )
 
 
-def _is_given(raw: msgspec.Raw) -> bool:
-    return bytes(raw) not in {b"", b"null"}
-
-
-def _schema_text(raw: msgspec.Raw | str, param: str) -> str:
-    """Return the JSON text of a schema given as an object, or as a string that holds one."""
-    content = bytes(raw)  # type: ignore[arg-type]  # msgspec.Raw is bytes-like
-    is_short = len(content) <= _REMEMBERED_BYTES
-    text = _find_schema(content) if is_short else _find_schema.__wrapped__(content)
-    if text is None:
-        raise InvalidLine(
-            "A JSON schema is an object (or true or false).",
-            param=param,
-            error_code="invalid_schema",
-        )
-    return text
-
-
-# The lines of a file have few schemas among them.
-@lru_cache(maxsize=64)
-def _find_schema(content: bytes) -> str | None:
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:  # what stays raw has not been looked at before
-        raise InvalidLine(
-            "This line is not UTF-8; save the file as UTF-8.", error_code="invalid_utf8"
-        ) from None
-    try:
-        schema = msgspec.json.decode(text)
-        if isinstance(schema, str):
-            text = schema
-            schema = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError):
-        return None
-    return text if isinstance(schema, (dict, bool)) else None
-
-
 def _choices(choices: list[str]) -> Constraint:
     return Constraint("choice", msgspec.json.encode(choices).decode())
 
@@ -822,10 +533,10 @@ def _constraint(body: ChatBody | CompletionBody) -> Constraint | None:
         return Constraint("json_object")
     if isinstance(form, JsonSchema):
         schema = form.json_schema.schema
-        if not _is_given(schema):
+        if not is_given(schema):
             return Constraint("json_object")
         param = "body.response_format.json_schema.schema"
-        return Constraint("json_schema", _schema_text(schema, param))
+        return Constraint("json_schema", schema_text(schema, param))
     if body.structured_outputs is not None:
         return _structured_outputs(body.structured_outputs)
     return _guided(body)
@@ -833,8 +544,8 @@ def _constraint(body: ChatBody | CompletionBody) -> Constraint | None:
 
 def _structured_outputs(wanted: StructuredOutputs) -> Constraint:
     found: list[Constraint] = []
-    if _is_given(wanted.json):
-        text = _schema_text(wanted.json, "body.structured_outputs.json")
+    if is_given(wanted.json):
+        text = schema_text(wanted.json, "body.structured_outputs.json")
         found.append(Constraint("json_schema", text))
     if wanted.regex is not None:
         found.append(Constraint("regex", wanted.regex))
@@ -855,8 +566,8 @@ def _structured_outputs(wanted: StructuredOutputs) -> Constraint:
 
 
 def _guided(body: Body) -> Constraint | None:
-    if _is_given(body.guided_json):
-        return Constraint("json_schema", _schema_text(body.guided_json, "body.guided_json"))
+    if is_given(body.guided_json):
+        return Constraint("json_schema", schema_text(body.guided_json, "body.guided_json"))
     if body.guided_regex is not None:
         return Constraint("regex", body.guided_regex)
     if body.guided_choice:

@@ -10,7 +10,8 @@ from PIL import Image as Pillow
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.images import Image, ImageLimits, read_bytes
-from jobs.domain.request import CHAT, Capabilities, Sketcher, parse_line
+from jobs.domain.request import CHAT, Capabilities, parse_line
+from jobs.domain.sketch import Sketcher
 from tests.builders import make_line
 from tests.seeing import data_url, image_part, make_bomb, make_image, text_part
 

@@ -20,11 +20,11 @@ from jobs.domain.request import (
     Line,
     Message,
     SamplingParams,
-    Sketcher,
     custom_id_of,
     parse_line,
 )
 from jobs.domain.responses import RESPONSES
+from jobs.domain.sketch import Sketcher
 from jobs.domain.tools import ToolCall
 from tests.builders import make_line
 

@@ -6,9 +6,10 @@ from openai.types.responses import Response
 
 from jobs.domain.errors import InvalidLine
 from jobs.domain.plan import Columns, order
-from jobs.domain.request import CHAT, Capabilities, Line, Request, Sketcher, parse_line
+from jobs.domain.request import CHAT, Capabilities, Line, Request, parse_line
 from jobs.domain.responses import RESPONSES
 from jobs.domain.result import LineError, Result, TokenLogprob, Usage, render_result
+from jobs.domain.sketch import Sketcher
 from jobs.domain.tools import ToolCall
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
