@@ -160,7 +160,7 @@ def test_min_p_leaves_the_tokens_that_transformers_leaves(
 ) -> None:
     with torch.inference_mode():
         logits = alone(torch.tensor([PROMPT])).logits[:, -1].float()
-    left = MinPLogitsWarper(min_p)(torch.tensor([PROMPT]), logits / 2)[0]
+    left = MinPLogitsWarper(min_p)(torch.LongTensor([PROMPT]), torch.FloatTensor(logits / 2))[0]
     allowed = {tokenizer.decode([token]) for token in torch.isfinite(left).nonzero()[:, 0].tolist()}
     drawn = ask(
         engine,
