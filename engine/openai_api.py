@@ -32,7 +32,9 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\[\]-]{0,63}")
 _VERSION = re.compile(r"v\d+\w*")
 _TOO_LONG = re.compile(
     r"maximum context length|max_model_len|maximum model length|context window|context_length"
-    r"|exceeds? the (?:available )?context|prompt is too long|input is too long",
+    r"|exceeds? the (?:available )?context|prompt is too long|input is too long"
+    # vLLM of a prompt that leaves no room: we never ask for less than one token.
+    r"|max_tokens must be at least 1, got (?:0|-\d)",
     re.IGNORECASE,
 )
 _CONTEXT_SIZE = re.compile(r"(?:maximum context length|maximum model length)\D{0,40}(\d{1,9})")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MinPLogitsWarper
 
 from engine.adjusting import Adjustment
 from engine.base import Engine
@@ -103,6 +103,76 @@ def test_a_bad_word_does_not_appear(
     word = tokenizer.decode([generated(alone)[2]]).strip()
     assert word in ask(engine, [asked(1)])[1].text
     assert word not in ask(engine, [asked(1, bad_words=(word,))])[1].text
+
+
+def test_bad_words_of_one_token_and_of_two_are_left_out_as_generate_does(
+    engine: Engine,
+    alone: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    ask: Ask,
+) -> None:
+    said = generated(alone)
+    pairs = [said[i : i + length] for length in (1, 2) for i in range(len(said) - length)]
+    words = {tokenizer.decode(pair).lstrip(): len(pair) for pair in pairs}
+    num_tried = {1: 0, 2: 0}
+    for word, length in words.items():
+        spelled = [
+            tokenizer.encode(one, add_special_tokens=False) for one in (word, f" {word}") if word
+        ]
+        # A word that has another spelling behind a space has both left out.
+        if not spelled or len(spelled[0]) != length or len(spelled[1]) != length:
+            continue
+        num_tried[length] += 1
+        expected = generated(alone, bad_words_ids=spelled)
+        text = ask(engine, [asked(1, bad_words=(word,))])[1].text
+        assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert num_tried[1]
+    assert num_tried[2]
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.8), (-1.0, 1.2)])
+def test_penalties_are_those_of_a_loop_that_subtracts_them(  # noqa: PLR0917 -- fixtures and a table
+    engine: Engine,
+    alone: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    ask: Ask,
+    presence: float,
+    frequency: float,
+) -> None:
+    def punish(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for token, count in Counter(ids[0, len(PROMPT) :].tolist()).items():
+            scores[0, token] -= presence + frequency * count
+        return scores
+
+    expected = generated(alone, logits_processor=[punish])
+    how = {"presence_penalty": presence, "frequency_penalty": frequency}
+    text = ask(engine, [asked(1, **how)])[1].text
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.3])
+def test_min_p_leaves_the_tokens_that_transformers_leaves(
+    engine: Engine,
+    alone: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    ask: Ask,
+    min_p: float,
+) -> None:
+    with torch.inference_mode():
+        logits = alone(torch.tensor([PROMPT])).logits[:, -1].float()
+    left = MinPLogitsWarper(min_p)(torch.LongTensor([PROMPT]), torch.FloatTensor(logits / 2))[0]
+    allowed = {tokenizer.decode([token]) for token in torch.isfinite(left).nonzero()[:, 0].tolist()}
+    drawn = ask(
+        engine,
+        [asked(n, temperature=2.0, seed=n, min_p=min_p, max_tokens=1) for n in range(400)],
+    )
+    texts = {one.text for one in drawn.values() if one.text}
+    assert texts <= allowed
+    free = ask(engine, [asked(n, temperature=2.0, seed=n, max_tokens=1) for n in range(400)])
+    assert not {one.text for one in free.values() if one.text} <= allowed
+    assert ask(engine, [asked(1, min_p=min_p)])[1].text == tokenizer.decode(
+        generated(alone), skip_special_tokens=True
+    ), "of greedy it changes nothing"
 
 
 def test_a_stop_token_ends_the_answer(

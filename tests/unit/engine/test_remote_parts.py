@@ -171,3 +171,14 @@ def test_date_of_retry_after_is_taken_from_now() -> None:
     seconds = openai_api.read_retry_after({"retry-after": later})
     assert seconds is not None
     assert 50 < seconds <= 60
+
+
+def test_prompt_that_leaves_a_vllm_server_no_room_is_too_long() -> None:
+    body = (
+        b'{"error":{"message":"max_tokens must be at least 1, got 0.",'
+        b'"type":"BadRequestError","param":"max_tokens","code":400}}'
+    )
+    refused = openai_api.read_failure(400, {}, body)
+    assert isinstance(refused, Refusal)
+    assert refused.error.code == "context_length_exceeded"
+    assert not refused.about_max_tokens, "another name for it would change nothing"
