@@ -7,8 +7,8 @@ import msgspec
 import xxhash
 
 from engine.base import Engine, Source
+from engine.bounded import BoundedCache
 from engine.config import AskingConfig
-from engine.constraints import BoundedCache
 from engine.sampling import is_greedy
 from engine.sandbox import Sandbox
 from engine.tools import Offer, judge, open_offer, take_apart

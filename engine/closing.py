@@ -15,7 +15,8 @@ from functools import partial
 
 import llguidance
 
-from engine.constraints import BoundedCache, Enforcement, byte_tokenizer, grammar_of, key_of
+from engine.bounded import BoundedCache
+from engine.constraints import Enforcement, byte_tokenizer, grammar_of, key_of
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint
 

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import msgspec
 
 from engine.adjusting import Adjustment
-from engine.answers import Told, render_logprobs
+from engine.answers import Told, refuse, render_logprobs
 from engine.chat import ChatTokenizer
-from engine.closing import Closing
-from engine.constraints import ConstraintTooComplex, Enforcement, Matcher, TokenizerConstraints
+from engine.closing import Closing, Closings
+from engine.constraints import Enforcement
+from engine.matching import ConstraintTooComplex, Matcher, TokenizerConstraints
 from engine.spelling import StopStrings, decode
-from jobs.domain.request import Constraint, Request, SamplingParams
+from jobs.domain.request import Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
 
 BAD_LOGITS = -1
@@ -63,15 +64,49 @@ def open_row(sampling: SamplingParams, adjustment: Adjustment | None) -> Row:
     return row
 
 
-def match(
-    constraints: TokenizerConstraints, constraint: Constraint
-) -> tuple[Matcher | None, Enforcement, str]:
-    """Return a matcher if there can be one, how much it keeps, and what is wrong with it."""
+class Held(NamedTuple):
+    """How an answer is held to its constraint.
+
+    Attributes:
+        constraint: how much of it is kept; None without one.
+        closing: what ends the answer in time.
+    """
+
+    constraint: Enforcement | None = None
+    closing: Closing | None = None
+
+
+def constrain(
+    request: Request,
+    row: Row,
+    *,
+    constraints: TokenizerConstraints,
+    closings: Closings | None,
+    refuses: bool,
+) -> Held | Result:
+    """Give a row the matcher of its request's constraint, where there can be one.
+
+    Args:
+        closings: what ends answers in time; None: nothing does.
+        refuses: whether a constraint that is kept in part, or not at all, is refused.
+
+    Returns:
+        the result of a request that is refused.
+    """
+    if request.constraint is None:
+        return Held()
+    complaint = "The schema uses keywords that cannot be enforced while generating."
+    kept: Enforcement
     try:
-        matcher, kept = constraints.matcher(constraint)
+        row.matcher, kept = constraints.matcher(request.constraint)
     except ConstraintTooComplex as error:
-        return None, "validated", f"The constraint cannot be enforced: {error}."
-    return matcher, kept, "The schema uses keywords that cannot be enforced while generating."
+        kept, complaint = "validated", f"The constraint cannot be enforced: {error}."
+    if refuses and kept != "enforced":
+        return refuse(request, "schema_unsupported", complaint, param="response_format")
+    # Of a token that was put in the model's place nobody knows how likely it was.
+    if closings is None or row.matcher is None or row.num_logprobs is not None:
+        return Held(kept)
+    return Held(kept, closings.open(request.constraint, kept))
 
 
 class Ending(NamedTuple):
@@ -112,22 +147,19 @@ class Answer:
         max_tokens: int,
         row: Row,
         tokenizer: ChatTokenizer,
-        constraint: Enforcement | None,
-        closing: Closing | None,
+        held: Held,
     ) -> None:
         """Begin.
 
         Args:
             sampling: the request's, with every default filled in.
             max_tokens: what there is room for.
-            constraint: how much of the request's its row's matcher keeps.
-            closing: what ends it in time.
+            held: what `constrain` said of its row.
         """
         self.id = request.id
         self.max_tokens = min(max_tokens, sampling.max_tokens or max_tokens)
         self.row = row
-        self.constraint = constraint
-        self.closing = closing
+        self.constraint, self.closing = held
         self.stops = StopStrings(tokenizer, sampling.stop) if sampling.stop else None
         # A constraint says where the answer ends; its end is an end-of-sequence token.
         self.ignores_eos = sampling.ignore_eos and request.constraint is None

@@ -28,8 +28,9 @@ from typing import BinaryIO, Literal, Self
 
 import msgspec
 
+from engine.bounded import BoundedCache
 from engine.config import ConstraintBackend
-from engine.constraints import BoundedCache, Enforcement, examine, is_quick, key_of, validate
+from engine.constraints import Enforcement, examine, is_quick, key_of, validate
 from jobs.domain.errors import EngineUnavailable, InvalidInput
 from jobs.domain.request import Constraint
 

@@ -21,14 +21,14 @@ from engine.ahead import Ahead, Failure, drain
 from engine.answers import refuse
 from engine.base import Source
 from engine.chat import PromptEncoder
-from engine.closing import Closing, Closings
+from engine.closing import Closings
 from engine.config import HfConfig
-from engine.constraints import Enforcement, Masks, TokenizerConstraints
 from engine.hf import rows, steps, tokens, weights
 from engine.hf.exhaustion import is_out_of_memory
 from engine.hf.pictures import Seer, Shown
+from engine.matching import Masks, TokenizerConstraints
 from engine.registry import describe_model
-from engine.running import Answer, match, open_row
+from engine.running import Answer, constrain, open_row
 from engine.sampling import read_model_defaults, resolve_sampling
 from engine.spelling import spell
 from engine.tuning import Tuner, Tuning
@@ -295,24 +295,22 @@ class HfEngine:
         sampling = self.resolve_sampling(request)
         ends = self._eos.union(sampling.stop_token_ids)
         row = open_row(sampling, self._adjust(sampling, prompt, ends))
-        kept: Enforcement | None = None
-        closing: Closing | None = None
-        if request.constraint is not None:
-            row.matcher, kept, complaint = match(self._constraints, request.constraint)
-            # Of a token that was put in the model's place nobody knows how likely it was.
-            is_told = sampling.logprobs is not None
-            if self._closings is not None and row.matcher is not None and not is_told:
-                closing = self._closings.open(request.constraint, kept)
-            if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                return refuse(request, "schema_unsupported", complaint, param="response_format")
+        held = constrain(
+            request,
+            row,
+            constraints=self._constraints,
+            closings=self._closings,
+            refuses=self._config.asking.on_unsupported_schema == "refuse",
+        )
+        if isinstance(held, Result):
+            return held
         sequence = _Sequence(
             request,
             sampling,
             max_tokens=room,
             row=row,
             tokenizer=self._loaded.tokenizer,
-            constraint=kept,
-            closing=closing,
+            held=held,
         )
         sequence.key = str(request.id)
         sequence.num_prompt = len(prompt)

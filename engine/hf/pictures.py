@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.constraints import BoundedCache
+from engine.bounded import BoundedCache
 from engine.pictures import decode
 from jobs.domain.errors import EngineMisconfigured, InvalidLine
 from jobs.domain.images import Image

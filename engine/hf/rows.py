@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.answers import Told
-from engine.constraints import Mask, Masks
+from engine.matching import Mask, Masks
 from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 _SHORTLIST = 1024

@@ -27,10 +27,10 @@ from transformers.generation.continuous_batching.utils import stream_context
 from typing_extensions import override
 
 from engine.config import HfConfig
-from engine.constraints import Masks
 from engine.hf import paged, pictures, rows
 from engine.hf.exhaustion import is_out_of_memory, release
 from engine.hf.weights import Loaded
+from engine.matching import Masks
 from engine.running import Row
 from engine.tuning import DeviceKind, Part, Room, Start, Tuner, choose_hf
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory

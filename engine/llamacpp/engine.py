@@ -17,15 +17,15 @@ from engine.adjusting import Adjustment
 from engine.answers import refuse
 from engine.base import Source
 from engine.chat import PromptEncoder
-from engine.closing import Closing, Closings
+from engine.closing import Closings
 from engine.config import LlamacppConfig
-from engine.constraints import Enforcement, TokenizerConstraints
 from engine.gguf import Gguf, read
 from engine.llamacpp import library, rows
 from engine.llamacpp.describe import describe_gguf, read_defaults
 from engine.llamacpp.schedule import Scheduler, Track
 from engine.llamacpp.tokenizer import Vocabulary
-from engine.running import Answer, match, open_row
+from engine.matching import TokenizerConstraints
+from engine.running import Answer, constrain, open_row
 from engine.sampling import resolve_sampling
 from engine.spelling import spell
 from jobs.domain.errors import EngineDied, EngineMisconfigured, EngineOutOfMemory, InvalidLine
@@ -236,24 +236,22 @@ class LlamacppEngine:
             )
         sampling = self.resolve_sampling(request)
         row = open_row(sampling, self._adjust(sampling, prompt))
-        kept: Enforcement | None = None
-        closing: Closing | None = None
-        if request.constraint is not None:
-            row.matcher, kept, complaint = match(self._constraints, request.constraint)
-            if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
-                return refuse(request, "schema_unsupported", complaint, param="response_format")
-            # Of a token that was put in the model's place nobody knows how likely it was.
-            is_told = sampling.logprobs is not None
-            if self._closings is not None and row.matcher is not None and not is_told:
-                closing = self._closings.open(request.constraint, kept)
+        held = constrain(
+            request,
+            row,
+            constraints=self._constraints,
+            closings=self._closings,
+            refuses=self._config.asking.on_unsupported_schema == "refuse",
+        )
+        if isinstance(held, Result):
+            return held
         answer = _Answer(
             request,
             sampling,
             max_tokens=room,
             row=row,
             tokenizer=self._vocabulary,
-            constraint=kept,
-            closing=closing,
+            held=held,
         )
         answer.track = Track(prompt)
         return answer

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.answers import Told
-from engine.constraints import Mask
+from engine.matching import Mask
 from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 Logits = npt.NDArray[np.float32]

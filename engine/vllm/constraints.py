@@ -5,6 +5,7 @@ from typing import Any
 from vllm.sampling_params import StructuredOutputsParams
 
 from engine import constraints
+from engine.bounded import BoundedCache
 from engine.config import AskingConfig
 from engine.constraints import Enforcement
 from jobs.domain.errors import InvalidInput
@@ -19,9 +20,7 @@ class Constraints:
 
     def __init__(self, config: AskingConfig) -> None:
         self._backend = config.backend
-        self._known: constraints.BoundedCache[_Prepared] = constraints.BoundedCache(
-            max_entries=4096, max_bytes=64 << 20
-        )
+        self._known: BoundedCache[_Prepared] = BoundedCache(max_entries=4096, max_bytes=64 << 20)
 
     def prepare(
         self, constraint: Constraint

@@ -29,10 +29,11 @@ from transformers import (
 
 from engine.chat import PromptEncoder
 from engine.config import HfConfig
-from engine.constraints import Masks, TokenizerConstraints, validate
+from engine.constraints import validate
 from engine.demo import model_path
 from engine.hf.engine import HfEngine
 from engine.hf.tokens import constraint_tokenizer
+from engine.matching import Masks, TokenizerConstraints
 from jobs.domain.request import Request
 from jobs.domain.result import Result
 from tests.benchmarks import workloads

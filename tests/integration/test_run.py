@@ -63,7 +63,7 @@ def test_engine_that_chose_its_slots_says_how_many_and_why(folder: Folder) -> No
     ended = folder.run(name, *told, "--json", seconds=180)
     assert ended.code == 0, ended.stderr
     tuning = json.loads(ended.stdout)["tuning"]
-    assert (tuning["slots"], tuning["max_slots"], tuning["slots_by"]) == (64, 128, "device")
+    assert (tuning["slots"], tuning["max_slots"], tuning["slots_by"]) == (128, 128, "device")
     assert tuning["cache_tokens"] > tuning["batch_tokens"] == 512
     model = {"source": str(model_path()), "engine": "hf", "options": {"slots": 3}}
     folder.settings = {"BATCHCTL_MODELS": json.dumps({"mine": model})}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typing_extensions import override
 
-from engine.constraints import Mask, Masks
 from engine.hf import rows as theirs
 from engine.llamacpp import rows
+from engine.matching import Mask, Masks
 from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 VOCABULARY = 3000

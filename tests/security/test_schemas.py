@@ -274,7 +274,8 @@ def test_row_13_repetitions_of_repetitions_cost_an_engine_little_time_and_memory
         """
         import time
         import numpy as np
-        from engine.constraints import TokenizerConstraints, byte_tokenizer, validate
+        from engine.constraints import byte_tokenizer, validate
+        from engine.matching import TokenizerConstraints
         from jobs.domain.request import Constraint
 
         constraint = Constraint("regex", "((a{0,500}){0,500}){0,500}")

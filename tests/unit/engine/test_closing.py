@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from engine.closing import Closings
-from engine.constraints import TokenizerConstraints, validate
+from engine.constraints import validate
+from engine.matching import TokenizerConstraints
 from jobs.domain.request import Constraint
 
 BYTES = llguidance.LLTokenizer("byte")

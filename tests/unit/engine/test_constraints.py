@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from engine import constraints
+from engine.bounded import BoundedCache
 from engine.config import ConstraintBackend
-from engine.constraints import BoundedCache, Masks, TokenizerConstraints, check, validate
+from engine.constraints import check, validate
+from engine.matching import Masks, TokenizerConstraints, _LlguidanceMatcher
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint
 
@@ -318,7 +320,7 @@ def test_matcher_that_gives_up_lets_everything_pass_and_says_so(
     limits = llguidance.LLParserLimits(initial_lexer_fuel=10)
     grammar = constraints.grammar_of(schema(PERSON))
     tired = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    matcher = constraints._LlguidanceMatcher(tired)  # noqa: SLF001 -- no schema tires it on demand
+    matcher = _LlguidanceMatcher(tired)  # no schema tires it on demand
     masks = Masks(1, (tokenizer.vocab_size + 31) // 32, is_beside=is_beside)
     masks.begin([matcher])
     assert (masks.take() == -1).all()

@@ -13,15 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import override
 
 from engine.config import AskingConfig, HfConfig
-from engine.constraints import (
-    Masks,
-    TokenizerConstraints,
-    _LlguidanceMatcher,
-    grammar_of,
-    validate,
-)
+from engine.constraints import grammar_of, validate
 from engine.hf import tokens
 from engine.hf.engine import HfEngine
+from engine.matching import Masks, TokenizerConstraints, _LlguidanceMatcher
 from engine.spelling import decode
 from jobs.domain.request import Constraint, Request, SamplingParams
 from jobs.domain.result import Result

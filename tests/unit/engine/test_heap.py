@@ -1,5 +1,6 @@
 """Memory that a step frees stays with the process, so that the next step need not fetch it."""
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,8 @@ def faults(*arguments: str) -> int:
     """Return how many pages the ninth round of 32 pieces of 4 MiB had to ask the kernel for."""
     ended = subprocess.run(
         [sys.executable, "-c", ROUNDS, *arguments],
+        # Without it glibc adapts, and whether it gives back hangs on what lies above.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 << 10)},
         capture_output=True,
         text=True,
         timeout=240,

@@ -70,6 +70,7 @@ def test_answers_do_not_depend_on_where_the_weights_lie(changes: dict[str, Any])
 
 
 def test_what_does_not_fit_the_limit_lies_on_disk_and_the_folder_goes_with_the_model() -> None:
+    gc.collect()
     before = offloaded()
     loaded = weights.load(config(max_memory={"cpu": "6MB"}))
     model: Any = loaded.model
@@ -78,6 +79,14 @@ def test_what_does_not_fit_the_limit_lies_on_disk_and_the_folder_goes_with_the_m
     del loaded, model
     gc.collect()
     assert offloaded() == before
+
+
+def test_no_tensor_can_be_taken_for_a_tied_one_that_has_left_its_address() -> None:
+    model: Any = weights.load(config(max_memory={"cpu": "6MB"})).model
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]  # noqa: SLF001
+    known = {address for hook in hooks for address in getattr(hook, "tied_params_map", None) or {}}
+    assert known, "embeddings and head are one tensor"
+    assert known <= {one.data_ptr() for one in model.parameters() if not one.is_meta}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_what_cannot_lie_so_is_refused_with_what_to_do(changes: dict[str, Any], 
     with pytest.raises(EngineMisconfigured, match=told.replace("(", r"\(")):
         weights.load(config(**changes))
     gc.collect()
-    assert offloaded() == before, "nothing is left behind"
+    assert offloaded() <= before, "nothing is left behind"
 
 
 def test_a_model_larger_than_the_device_is_not_refused_where_its_parts_are_placed() -> None:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.constraints import Mask, Masks
 from engine.hf.rows import begin_masks, choose
+from engine.matching import Mask, Masks
 from engine.running import BAD_LOGITS, NO_CHOICE, Row
 
 VOCABULARY = 2000
