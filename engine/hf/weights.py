@@ -185,8 +185,8 @@ def _open(
             f"{config.model} has no tokenizer.json; save it with a fast tokenizer."
         )
     model.requires_grad_(requires_grad=False)
-    # accelerate knows tied weights by their addresses, which must stay: another tensor that comes to
-    # lie there would be taken for them.
+    # accelerate knows tied weights by their addresses: these must stay, since another tensor that
+    # comes to lie there would be taken for them.
     if device.type == "cpu" and not is_placed(config):
         _leave_file(model)
     return model, tokenizer, device
