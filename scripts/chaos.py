@@ -37,7 +37,7 @@ from scripts import fleet
 from scripts.chaos_check import Books, Fate, Findings, Job, check, first, watch
 from scripts.chaos_faults import CUTS, KILLS, PAUSES, TICK_SECONDS, Aim, Cutter, Monkey, Tally
 
-_SPREAD = 0.9  # of the lines, over which the faults are spread
+_SPREAD = 0.75  # of the lines, over which the faults are spread; the rest is time for what is due
 _NUM_BATCHES = 10
 _NUM_UNFINISHED = 4  # so many batches are in work at once
 _LONGEST_GAP_SECONDS = 1.0  # between two faults that are due

@@ -105,8 +105,8 @@ SCRIPTS = (
     Script(
         name="chaos",
         arguments=(
-            *("-m", "scripts.chaos", "--lines", "40000"),
-            *("--kills", "25", "--pauses", "25", "--minutes", "15"),
+            *("-m", "scripts.chaos", "--lines", "50000"),
+            *("--kills", "25", "--pauses", "20", "--minutes", "15"),
         ),
     ),
 )
