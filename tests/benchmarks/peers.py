@@ -11,9 +11,10 @@ model (random, 30 million parameters) and same engine arguments: float32, eager,
 computes.
 
 A ratio is ours over theirs in answer tokens per second on the clock: above 1 we are faster. Beside
-it: the ratio of processor times of the whole trees of processes, also without vLLM's core process
-(it spins while its worker computes); tokens that were computed, which are prompts without what the
-cache held, and answers; how many lines both answered alike.
+it: the ratio of processor times of the whole trees of processes (theirs has a core process that
+spins while its worker computes; where threads are not bound, as here, ours computes in the core);
+tokens that were computed, which are prompts without what the cache held, and answers; how many
+lines both answered alike.
 
 vLLM is in an environment of its own (sh scripts/vllm_env.sh); VLLM_PYTHON names another one's.
 """
@@ -45,7 +46,6 @@ NUM_GROUPS = 16
 _CACHED_GROUPS = 3
 _SHARED_TOKENS = 1200
 _OWN_TOKENS = 160
-_CORE_NAME = "VLLM::EngineCor"
 LAYERS, HEADS, HEAD_SIZE = 8, 8, 64
 _BYTES_OF_TOKEN = 2 * LAYERS * HEADS * HEAD_SIZE * 4
 _MAKE_MODEL = f"""
@@ -68,13 +68,11 @@ class Spent:
     """What a command took: seconds on the clock and of processors, answer tokens, and computed.
 
     Attributes:
-        core: of `cpu`, what vLLM's core process took.
         answers: by custom_id.
     """
 
     wall: float
     cpu: float
-    core: float
     tokens: int
     computed: int
     answers: Mapping[str, str]
@@ -85,7 +83,6 @@ class Spent:
             self,
             wall=self.wall - statistics.median(one.wall for one in starts),
             cpu=self.cpu - statistics.median(one.cpu for one in starts),
-            core=self.core - statistics.median(one.core for one in starts),
         )
 
 
@@ -114,7 +111,6 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
     """Return what a whole command took, its descendants included."""
     clock = time.monotonic()
     used: dict[int, float] = {}
-    cores: set[int] = set()
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=said) as done,
@@ -126,8 +122,6 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
                 for one in (root, *root.children(recursive=True)):
                     times = one.cpu_times()
                     used[one.pid] = times.user + times.system
-                    if one.name().startswith(_CORE_NAME):
-                        cores.add(one.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 done.wait(0.1)
         wall = time.monotonic() - clock
@@ -148,7 +142,6 @@ def run_command(command: Sequence[str], folder: Path, output: Path) -> Spent:
     return Spent(
         wall=wall,
         cpu=sum(used.values()),
-        core=sum(seconds for pid, seconds in used.items() if pid in cores),
         tokens=tokens,
         computed=computed,
         answers=answers,
@@ -235,9 +228,6 @@ def describe(name: str, pairs: Sequence[tuple[Spent, Spent]]) -> Row:
     delivered = theirs.tokens
     alike = sum(ours.answers[key] == text for key, text in theirs.answers.items())
     cpu = statistics.median(theirs.cpu / ours.cpu for theirs, ours in pairs)
-    calm = statistics.median(
-        (theirs.cpu - theirs.core) / (ours.cpu - ours.core) for theirs, ours in pairs
-    )
     return Row(
         id=f"P {name}",
         what=f"batchctl run ÷ vllm run-batch, tokens/s, {what}",
@@ -246,7 +236,7 @@ def describe(name: str, pairs: Sequence[tuple[Spent, Spent]]) -> Row:
         goal=goal,
         note=f"{len(theirs.answers)} requests, {delivered} answer tokens: "
         f"{delivered / ours.wall:.0f} tokens/s against {delivered / theirs.wall:.0f}, starts "
-        f"subtracted; by processor time {cpu:.2f}, without vLLM's core {calm:.2f}; tokens computed "
+        f"subtracted; by processor time {cpu:.2f}; tokens computed "
         f"{ours.computed} against {theirs.computed}; {alike} answers alike",
     )
 

@@ -30,9 +30,6 @@ REASONS: Mapping[str, str] = {
     "computed. Next: more pairs.",
     "T1": "Comparing steps with halves costs a little, and each run's engine is its own. Next: "
     "fewer comparisons where halves are clearly worse.",
-    "P": "Arithmetic of one core is nearly all of the time on both sides, so that order and "
-    "batches gain nothing; ours adds a database, a socket and a file of results to it. Next: the "
-    "same on a GPU.",
     "C10": "While the order is decided some arrays have a few bytes for each line. Next: sort "
     "these in parts on disk, as the lines themselves are.",
     "C10 ordered": "Lines and results are sorted in buckets of 8 MiB, which a batch of ten "
