@@ -21,15 +21,15 @@ REASONS: Mapping[str, str] = {
     "what the control beside it shows is the spread of equal arms. Next: more rounds.",
     "C7 demo": "Steps of so small a model take milliseconds, of which scheduling and choosing in "
     "Python are a good part; the larger model reaches it. Next: fewer calls a row.",
-    "C9 demo": "Every schema is new: compiling it, filling masks over automata that are built on "
+    "C9": "Every schema is new: compiling it, filling masks over automata that are built on "
     "the way and taking tokens are 16 of 260 microseconds a token even by themselves, and more "
-    "beside a model that takes the processor's caches. The larger model reaches it, and so does "
-    "this one with forced tokens skipped, as they are by default. Next: a library that keeps what "
-    "schemas have in common.",
+    "beside a model that takes the processor's caches. The larger model reaches what it must, and "
+    "so does the demo model with forced tokens skipped, as they are by default. Next: a library "
+    "that keeps what schemas have in common.",
     "C11": "Pairs of short runs, whose spread goes to both sides of 1; the folded half is never "
     "computed. Next: more pairs.",
-    "T1": "Comparing steps with halves costs a little, and each run's engine is its own. Next: "
-    "fewer comparisons where halves are clearly worse.",
+    "T1": "With 128 slots at the start both arms do nearly the same; what is left was not looked "
+    "into. Next: more rounds.",
     "C10": "While the order is decided some arrays have a few bytes for each line. Next: sort "
     "these in parts on disk, as the lines themselves are.",
     "C10 ordered": "Lines and results are sorted in buckets of 8 MiB, which a batch of ten "
