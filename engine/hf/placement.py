@@ -44,6 +44,11 @@ def options_for(config: HfConfig, device: torch.device, *, sees: bool) -> dict[s
         )
     placed: str | dict[str, Any] = "auto"
     if isinstance(config.device_map, Mapping):
+        if config.max_memory is not None:
+            raise EngineMisconfigured(
+                "device_map says where each part lies, so max_memory has nothing to limit; "
+                "leave one of the two out."
+            )
         placed = {
             name: _own(where, device, "device_map") for name, where in config.device_map.items()
         }
@@ -51,7 +56,7 @@ def options_for(config: HfConfig, device: torch.device, *, sees: bool) -> dict[s
         if away and config.quantization != "none":
             raise EngineMisconfigured(
                 f"device_map puts {away[0][:80]!r} off the device, and bitsandbytes keeps "
-                f"quantized weights on it; use quantization none, or leave device_map out."
+                "quantized weights on it; use quantization none, or leave device_map out."
             )
     return {
         "device_map": placed,
@@ -101,7 +106,7 @@ def _own(where: int | str, device: torch.device, setting: str) -> int | str:
     name = str(where).strip().lower()
     if name in _AWAY:
         return name
-    number = re.fullmatch(r"(?:cuda:?)?(\d*)", name)
+    number = re.fullmatch(r"cuda|(?:cuda:)?(\d+)", name)
     if device.type == "cuda" and number is not None and int(number[1] or 0) == device.index:
         return int(device.index or 0)
     if name == device.type == "mps":

@@ -285,7 +285,7 @@ def _examine(
             check_group(name, machine, num_gpus=plan.gpus_per_engine)
     except EngineError as error:
         return replace(found, choice=error.message)
-    return _judge(found, completed)
+    return _judge(found, completed, is_placed=plan.is_placed)
 
 
 def _examine_gguf(
@@ -316,7 +316,7 @@ def _examine_gguf(
     )
 
 
-def _judge(found: _Model, completed: Completed) -> _Model:
+def _judge(found: _Model, completed: Completed, *, is_placed: bool) -> _Model:
     """Return what was found with what will be done, as was chosen or as the settings say."""
     if completed.choice is not None:
         return replace(found, choice=completed.choice.reason, can_run=True)
@@ -327,8 +327,7 @@ def _judge(found: _Model, completed: Completed) -> _Model:
         if (row.engine, row.quantization) == (model.engine, model.quantization)
     ]
     told = f"{found.name} runs on {model.engine} with quantization {model.quantization}, as is set"
-    is_placed = model.engine == "hf" and {"device_map", "max_memory"} & model.options.keys()
-    if not asked or asked[0].fits or is_placed:
+    if not asked or asked[0].fits or (is_placed and model.engine == "hf"):
         return replace(found, choice=f"{told}.", can_run=True)
     needed, place = asked[0].need.total, asked[0].place
     return replace(

@@ -102,6 +102,7 @@ def test_no_tensor_can_be_taken_for_a_tied_one_that_has_left_its_address() -> No
         ({"max_memory": {"cpu": "much"}}, "max_memory of cpu is 'much'; give bytes"),
         ({"max_memory": {"0": "1GiB"}}, "max_memory names '0'"),
         ({"max_memory": {"disk": "1GiB"}}, "the disk has the rest"),
+        ({"device_map": TABLE, "max_memory": {"cpu": "1GiB"}}, "leave one of the two out"),
         ({"device_map": TABLE, "quantization": "nf4"}, "use quantization none"),
     ],
 )
