@@ -10,6 +10,7 @@ Endings are found over bytes, with a matcher of their own: a mask over 256 bytes
 microseconds whatever the vocabulary.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -20,8 +21,14 @@ from engine.constraints import Enforcement, byte_tokenizer, grammar_of, key_of
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint
 
-_FIRST_LOOK = 0.75
-"""Of the tokens left when an ending is looked for first: most answers have ended by then."""
+_FIRST_LOOK, _EARLY_LOOK = 0.5, 0.75
+"""Of the tokens left when an ending is looked for first: most answers have ended by then. Early for
+a constraint that may take long to end."""
+_LONG = 2
+"""Bytes of a constraint for each token of the answer that make its ending long. A schema says of a
+field much more than the shortest answer does: some ten bytes for a token."""
+_LENGTHENING = re.compile(r'"(?:min(?:Items|Length|Properties|Contains)|\$ref|\$dynamicRef)"')
+"""What makes the shortest answer longer than what is said about it."""
 _FEW = 32
 """Tokens for an answer with which it is looked for at once."""
 _NEAR = 8
@@ -256,20 +263,21 @@ class Closing:
         self,
         compile_: Callable[[], llguidance.LLMatcher | None],
         tokenizer: llguidance.LLTokenizer,
-        *,
-        is_json: bool,
+        constraint: Constraint,
     ) -> None:
         """Do nothing until it may be needed.
 
         Args:
             compile_: makes a matcher over bytes that nobody else moves, where there can be one.
             tokenizer: the model's.
+            constraint: what `compile_` compiles.
         """
         self._compile = compile_
         self._matcher: llguidance.LLMatcher | None = None
         self._tokenizer = tokenizer
         self._eos = frozenset(tokenizer.eos_tokens)
-        self._place = _Place(is_json=is_json)
+        self._constraint = constraint
+        self._place = _Place(is_json=constraint.kind.startswith("json"))
         self._num_seen = 0
         self._ending: bytes | None = None
         self._num_failures = 0
@@ -286,9 +294,7 @@ class Closing:
             num_left: how many tokens may still be said, this one included.
         """
         if self._look_at is None:
-            max_tokens = num_left + len(said)
-            self._look_at = max_tokens if max_tokens <= _FEW else int(_FIRST_LOOK * max_tokens)
-            self._first_look = self._look_at
+            self._look_at = self._first_look = self._first(num_left + len(said))
         if num_left > self._first_look or token in self._eos:
             return token
         if num_left > self._look_at:
@@ -308,6 +314,14 @@ class Closing:
             return token
         self.has_cut = True
         return tokens[0] if tokens else self._tokenizer.eos_token
+
+    def _first(self, max_tokens: int) -> int:
+        """Return how many tokens are left when an ending is looked for first."""
+        if max_tokens <= _FEW:
+            return max_tokens
+        spec = self._constraint.spec
+        is_long = len(spec) > _LONG * max_tokens or _LENGTHENING.search(spec)
+        return int((_EARLY_LOOK if is_long else _FIRST_LOOK) * max_tokens)
 
     def _watch_beginning(self, said: Sequence[int], token: int, num_left: int) -> int:
         """Return the token to take between two looks.
@@ -406,7 +420,7 @@ class Closings:
         return Closing(
             partial(self._compile, constraint, is_lenient=enforcement != "enforced"),
             self._tokenizer,
-            is_json=constraint.kind.startswith("json"),
+            constraint,
         )
 
     def _compile(self, constraint: Constraint, *, is_lenient: bool) -> llguidance.LLMatcher | None:

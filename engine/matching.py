@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import llguidance
 import numpy as np
@@ -164,8 +164,22 @@ class _OutlinesMatcher:
         return set(self._guide.get_tokens()) <= set(self._eos)
 
 
+class Allowed(NamedTuple):
+    """What the matchers of a step allow.
+
+    Attributes:
+        words: one bit per token, a row for each of `open`.
+        open: the places of those that allow more than one token, or where nobody asked.
+        known: the token that has to come, by the place of its matcher.
+    """
+
+    words: Mask
+    open: list[int]
+    known: dict[int, int]
+
+
 class Masks:
-    """The masks of a step: a row of one bit per token for each sequence that has a constraint.
+    """The masks of a step: a row of one bit per token for each sequence that may choose.
 
     They depend on tokens that are known before the model runs. Where the model runs on a device
     of its own they are filled meanwhile, by all cores; where it takes the processor itself they
@@ -188,24 +202,34 @@ class Masks:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
             self._cores = llguidance.LLExecutor()
         self._running: Future[None] | None = None
-        self._num_filled = 0
+        self._open: list[int] = []
+        self._known: dict[int, int] = {}
 
     def begin(self, matchers: Sequence[Matcher]) -> None:
-        """Fill a row for each; nothing else may touch the matchers until `take`."""
+        """Fill a row for each that may choose; nothing else may touch them until `take`."""
         self._wait()
-        self._num_filled = len(matchers)
-        if not matchers:
-            return
+        self._known = {}
         if self._thread is None or self._cores is None:
-            for matcher, (row, address) in zip(matchers, self._rows, strict=False):
-                matcher.fill(row, address)
+            self._open = []
+            for place, matcher in enumerate(matchers):
+                forced = matcher.forced()
+                if forced:
+                    self._known[place] = forced[0]
+                else:
+                    matcher.fill(*self._rows[len(self._open)])
+                    self._open.append(place)
         else:
-            self._running = self._thread.submit(self._fill_together, self._cores, list(matchers))
+            # Whether there is a choice is not worth asking where the processor waits anyway.
+            self._open = list(range(len(matchers)))
+            if matchers:
+                self._running = self._thread.submit(
+                    self._fill_together, self._cores, list(matchers)
+                )
 
-    def take(self) -> Mask:
-        """Return the rows of the last `begin`, filled."""
+    def take(self) -> Allowed:
+        """Return what the matchers of the last `begin` allow."""
         self._wait()
-        return self._words[: self._num_filled]
+        return Allowed(self._words[: len(self._open)], self._open, self._known)
 
     def _wait(self) -> None:
         running, self._running = self._running, None

@@ -41,8 +41,11 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], masks: Masks) -> torch.Ten
         if row.adjustment is not None:
             row.adjustment.apply(logits[i])
     constrained = [i for i, row in enumerate(rows) if row.matcher is not None]
-    if constrained:
-        logits = _constrain(logits, len(rows), constrained, masks.take())
+    allowed = masks.take()
+    if allowed.open:
+        logits = _constrain(
+            logits, len(rows), [constrained[at] for at in allowed.open], allowed.words
+        )
     best, chosen = logits.max(dim=-1)
     sampled = [i for i, row in enumerate(rows) if row.temperature > 0 and row.top_k != 1]
     if sampled:
@@ -54,6 +57,16 @@ def choose(logits: torch.Tensor, rows: Sequence[Row], masks: Masks) -> torch.Ten
             [rows[i] for i in sampled],
         )
         chosen = picked if everyone else chosen.index_copy(0, at, picked)
+    if allowed.known:
+        fixed = {constrained[place]: token for place, token in allowed.known.items()}
+        chosen = chosen.index_copy(
+            0,
+            torch.tensor(list(fixed), device=logits.device),
+            torch.tensor(list(fixed.values()), device=logits.device),
+        )
+        for i, token in fixed.items():
+            if rows[i].adjustment is not None and torch.isneginf(logits[i, token]):
+                best[i] = -torch.inf  # it is what the request rules out
     if known is not None:
         _tell(known, chosen[asked], [rows[i] for i in asked])
     # The largest of a row that holds a NaN is NaN; of a row without any choice it is -inf.

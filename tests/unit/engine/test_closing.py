@@ -225,3 +225,42 @@ def test_half_a_character_is_finished_before_the_string_is_closed() -> None:
         if token == ord('"'):
             break
     assert validate(schema(TEXT), bytes(said).decode()) is None
+
+
+def test_no_ending_is_looked_for_before_half_of_the_tokens_are_spent() -> None:
+    short = schema(an_object({"a": TEXT, "b": TEXT}))
+    assert first_look(short, max_tokens=900) == 450
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        schema(an_object({f"property_{number}": TEXT for number in range(60)})),
+        schema(an_object({"a": {"type": "array", "items": TEXT, "minItems": 100}})),
+        schema({"$defs": {"a": an_object({"b": TEXT})}, "$ref": "#/$defs/a"}),
+    ],
+    ids=["many fields", "many items", "a reference"],
+)
+def test_ending_that_may_be_long_is_looked_for_early(constraint: Constraint) -> None:
+    assert first_look(constraint, max_tokens=900) == 675
+
+
+def first_look(constraint: Constraint, *, max_tokens: int) -> int:
+    """Return how many tokens of an answer are left when an ending is looked for first."""
+    closings = Closings(BYTES)
+    looked_at: list[int] = []
+    compile_ = closings._compile  # noqa: SLF001 -- that it looks shows in nothing else
+    num_left = max_tokens
+
+    def note(constraint: Constraint, *, is_lenient: bool) -> llguidance.LLMatcher | None:
+        looked_at.append(num_left)
+        return compile_(constraint, is_lenient=is_lenient)
+
+    closings._compile = note  # type: ignore[method-assign]  # noqa: SLF001
+    closing = closings.open(constraint, "enforced")
+    said = list(b"{")
+    while not looked_at:
+        num_left -= 1
+        closing.choose(said, ord(" "), num_left=num_left)
+        said.append(ord(" "))
+    return looked_at[0]

@@ -281,11 +281,13 @@ def test_walk_along_the_masks_ends_in_a_valid_answer(
         said = bytearray()
         while not matcher.is_finished():
             masks.begin([matcher])
-            (row,) = masks.take()
-            allowed = np.flatnonzero(
-                np.unpackbits(row.view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
-            )
-            token = int(rng.choice(allowed))
+            words, places, known = masks.take()
+            if known:
+                assert (places, list(known)) == ([], [0])
+                token = known[0]
+            else:
+                bits = np.unpackbits(words[0].view(np.uint8), bitorder="little")
+                token = int(rng.choice(np.flatnonzero(bits[: tokenizer.vocab_size])))
             assert matcher.advance(token)
             if token in tokenizer.eos_tokens:
                 break
@@ -323,7 +325,7 @@ def test_matcher_that_gives_up_lets_everything_pass_and_says_so(
     matcher = _LlguidanceMatcher(tired)  # no schema tires it on demand
     masks = Masks(1, (tokenizer.vocab_size + 31) // 32, is_beside=is_beside)
     masks.begin([matcher])
-    assert (masks.take() == -1).all()
+    assert (masks.take().words == -1).all()
     assert not matcher.forced()
     assert not matcher.advance(65)
     assert not matcher.is_finished()

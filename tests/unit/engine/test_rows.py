@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.adjusting import Adjustment
 from engine.hf.rows import begin_masks, choose
 from engine.matching import Mask, Masks
 from engine.running import BAD_LOGITS, NO_CHOICE, Row
+from jobs.domain.request import SamplingParams
 
 VOCABULARY = 2000
 
@@ -25,7 +27,7 @@ class OnlyThese:
             row.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
 
     def forced(self) -> Sequence[int]:
-        return ()
+        return self._tokens if len(self._tokens) == 1 else ()
 
     def advance(self, token: int) -> bool:
         return token in self._tokens
@@ -41,8 +43,8 @@ def logits_of(num_rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def pick(logits: torch.Tensor, rows: list[Row]) -> list[int]:
-    masks = Masks(len(rows), (VOCABULARY + 31) // 32)
+def pick(logits: torch.Tensor, rows: list[Row], *, is_beside: bool = False) -> list[int]:
+    masks = Masks(len(rows), (VOCABULARY + 31) // 32, is_beside=is_beside)
     begin_masks(rows, masks)
     chosen: list[int] = choose(logits.clone(), rows, masks).tolist()
     return chosen
@@ -140,3 +142,34 @@ def test_rows_that_are_not_numbers_are_told_apart_from_the_rest() -> None:
     chosen = pick(logits, rows)
     assert chosen[0] == int(logits[0].argmax())
     assert chosen[1:] == [BAD_LOGITS, BAD_LOGITS, NO_CHOICE]
+
+
+@pytest.mark.parametrize("is_beside", [False, True], ids=["at once", "beside"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_token_that_has_to_come_is_taken_whatever_the_model_says(
+    temperature: float,
+    is_beside: bool,  # noqa: FBT001 -- a value of the table
+) -> None:
+    logits = logits_of(3)
+    rows, alone = ([sampled(seed, temperature=temperature) for seed in range(3)] for _ in range(2))
+    rows[1].matcher = OnlyThese(int(logits[1].argmin()))
+    rows[1].num_logprobs = 1
+    expected = pick(logits, alone)
+    chosen = pick(logits, rows, is_beside=is_beside)
+    assert chosen == [expected[0], int(logits[1].argmin()), expected[2]]
+    (told,) = rows[1].told
+    assert told.token == chosen[1]
+    assert told.logprob == pytest.approx(float(logits[1].log_softmax(dim=-1).min()))
+
+
+@pytest.mark.parametrize("is_beside", [False, True], ids=["at once", "beside"])
+def test_token_that_has_to_come_but_is_ruled_out_leaves_no_choice(
+    is_beside: bool,  # noqa: FBT001 -- a value of the table
+) -> None:
+    rows = [Row(matcher=OnlyThese(token), adjustment=ruling_out(7)) for token in (6, 7)]
+    assert pick(logits_of(2), rows, is_beside=is_beside) == [6, NO_CHOICE]
+
+
+def ruling_out(token: int) -> Adjustment:
+    sampling = SamplingParams(bad_words=("x",))
+    return Adjustment(sampling, prompt=[1], ends=(), bad_words=((token,),), vocab_size=VOCABULARY)
