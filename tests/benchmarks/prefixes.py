@@ -27,6 +27,8 @@ _SEEDS = 3
 
 ARRIVED, PLANNED, AGAIN = 1, 2, 3
 """Arms, by the salt of their texts."""
+_WHAT = "planned ÷ as they arrive"
+_UNIT = "tokens of prompts and answers per second of processor"
 
 
 def make(num_lines: int, seed: int, *, salt: int, share: float = 0.9) -> list[bytes]:
@@ -112,56 +114,68 @@ def measure(size: float) -> list[Row]:
             rows.append(row)
             if num_groups == 2:
                 rows += compare(local, num_lines, num_pairs, note)
+                rows += compare_nothing(local, size, num_blocks)
     return rows
+
+
+def run_arm(local: Local, num_lines: int, *, salt: int, seed: int, share: float) -> Spent:
+    """Run lines on an engine whose cache holds two groups, planned if the salt says so."""
+    lines = make(num_lines, 100 + seed, salt=salt, share=share)
+    return local.run(lines, limits=None if salt == PLANNED else ARRIVAL)
 
 
 def compare(local: Local, num_lines: int, num_pairs: int, note: str) -> list[Row]:
     """Return C6, on an engine whose cache holds two groups."""
-
-    def arm(salt: int, seed: int, share: float) -> Spent:
-        lines = make(num_lines, 100 + seed, salt=salt, share=share)
-        return local.run(lines, limits=None if salt == PLANNED else ARRIVAL)
-
     pairs = pairs_of(
-        lambda seed: arm(PLANNED, seed, 0.9),
-        lambda seed: arm(ARRIVED, seed, 0.9),
+        lambda seed: run_arm(local, num_lines, salt=PLANNED, seed=seed, share=0.9),
+        lambda seed: run_arm(local, num_lines, salt=ARRIVED, seed=seed, share=0.9),
         num_pairs=num_pairs,
     )
-    what, unit = "planned ÷ as they arrive", "tokens of prompts and answers per second of processor"
-    rows = [
+    return [
         Row(
             id="C6 shared",
-            what=f"{what}, 90 % shared, cache for two groups",
+            what=f"{_WHAT}, 90 % shared, cache for two groups",
             values=[_speed(one) / _speed(other) for one, other in pairs],
             must=1.15,
             goal=1.5,
-            note=f"{note}; {unit} time",
+            note=f"{note}; {_UNIT} time",
         )
     ]
-    # A figure this close to 1 says nothing without what two equal arms differ by.
-    rounds: list[dict[int, Spent]] = []
+
+
+def compare_nothing(local: Local, size: float, num_blocks: int) -> list[Row]:
+    """Return C6 where there is nothing to plan, with what two equal arms differ by beside it.
+
+    Many short rounds: a figure this close to 1 is lost in how fast the machine is from one half
+    minute to the next.
+    """
+    num_lines, rounds = scaled(48, size, least=9), list[dict[int, Spent]]()
     order = (PLANNED, ARRIVED, AGAIN)
-    for seed in range(len(order) * math.ceil(num_pairs / len(order))):
+    for seed in range(num_pairs_at(18, size)):
         turned = (*order[seed % 3 :], *order[: seed % 3])
-        rounds.append({salt: arm(salt, seed, 0.0) for salt in turned})
-    nothing = note.replace("90 %", "nothing")
-    planned, arrived = (sum(computed(one[salt]) for one in rounds) for salt in (PLANNED, ARRIVED))
-    for id_, first, must, goal, name in (
-        ("C6 nothing", PLANNED, 0.99, 0.995, f"{what}, nothing shared"),
-        ("C6 control", AGAIN, None, None, "as they arrive ÷ as they arrive, nothing shared"),
-    ):
-        rows.append(
-            Row(
-                id=id_,
-                what=name,
-                values=[_speed(one[first]) / _speed(one[ARRIVED]) for one in rounds],
-                must=must,
-                goal=goal,
-                note=f"{nothing}; {unit} time, three arms that take turns at being first; prompt "
-                f"tokens computed {planned} planned, {arrived} as they arrive",
-            )
+        rounds.append(
+            {salt: run_arm(local, num_lines, salt=salt, seed=seed, share=0.0) for salt in turned}
         )
-    return rows
+    planned, arrived = (sum(computed(one[salt]) for one in rounds) for salt in (PLANNED, ARRIVED))
+    note = (
+        f"W3, {num_lines} prompts, nothing shared, {num_blocks} blocks of {PAGE} tokens, {SLOTS} "
+        f"slots; {len(rounds)} rounds, {_UNIT} time, three arms that take turns at being first; "
+        f"prompt tokens computed {planned} planned, {arrived} as they arrive"
+    )
+    return [
+        Row(
+            id=id_,
+            what=name,
+            values=[_speed(one[first]) / _speed(one[ARRIVED]) for one in rounds],
+            must=must,
+            goal=goal,
+            note=note,
+        )
+        for id_, first, must, goal, name in (
+            ("C6 nothing", PLANNED, 0.99, 0.995, f"{_WHAT}, nothing shared"),
+            ("C6 control", AGAIN, None, None, "as they arrive ÷ as they arrive, nothing shared"),
+        )
+    ]
 
 
 def _speed(spent: Spent) -> float:
