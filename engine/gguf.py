@@ -42,6 +42,9 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+_TOKENS = "tokenizer.ggml.tokens"
+_MAX_COMPARED = 1 << 22
+"""Tokens of a vocabulary that are held against each other: no model has so many."""
 
 TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
@@ -218,7 +221,7 @@ def _read(path: Path, content: memoryview) -> Gguf:
         key = reader.string(_MAX_NAME_BYTES)
         kind = reader.number("<I")
         if kind == _ARRAY:
-            lengths[key] = reader.skip_array()
+            lengths[key] = reader.skip_array(is_distinct=key == _TOKENS)
         else:
             values[key] = reader.value(kind)
         if key.startswith("tokenizer."):
@@ -320,8 +323,12 @@ class _Reader:
             raise _damaged(self._path, f"its header holds a value of the unknown type {kind}")
         return form
 
-    def skip_array(self) -> int:
-        """Step over the array that comes next, and return its length."""
+    def skip_array(self, *, is_distinct: bool) -> int:
+        """Step over the array that comes next, and return its length.
+
+        Args:
+            is_distinct: whether texts in it must differ; llama.cpp ends its process otherwise.
+        """
         kind, length = self.number("<I"), self.number("<Q")
         if kind != _STRING:
             self._take(length * struct.calcsize(self._form(kind)))
@@ -331,11 +338,18 @@ class _Reader:
             raise _damaged(self._path, "it is cut off within its header")
         content, at, end = self._content, self.at, len(self._content)
         unpack = struct.Struct("<Q").unpack_from
-        for _ in range(length):
+        is_compared = is_distinct and length <= _MAX_COMPARED
+        known: set[bytes] = set()
+        for place in range(length):
             if at + 8 > end:
                 break
-            at += 8 + unpack(content, at)[0]
+            start, at = at + 8, at + 8 + unpack(content, at)[0]
+            if is_compared:
+                # It gives the empty ones names of their own.
+                known.add(bytes(content[start:at]) or b"[EMPTY_%d]" % place)
         self._take(at - self.at)
+        if is_compared and len(known) < length:
+            raise _damaged(self._path, "its vocabulary has a token twice")
         return length
 
     def read_tensors(self, num_tensors: int, alignment: Value | None) -> int:

@@ -171,6 +171,7 @@ def test_huge_claims_are_refused(tmp_path: Path) -> None:
         ({"llama.attention.layer_norm_rms_epsilon": math.nan}, "epsilon is nan"),
         ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "epsilon is -1.0"),
         ({"llama.rope.freq_base": math.inf}, "freq_base is inf"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "its vocabulary has a token twice"),
     ],
     ids=str,
 )
@@ -181,6 +182,11 @@ def test_values_that_would_end_llama_cpps_process_are_refused_before_it_sees_the
     assert "a.gguf is damaged" in message
     assert said in message
     assert "copy it again" in message
+
+
+def test_vocabulary_may_have_gaps(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.gguf", {"tokenizer.ggml.tokens": ["a", "", "b", ""]})
+    assert read(path).lengths == {"tokenizer.ggml.tokens": 4}
 
 
 HEADER_END = len(make_content()) - 256
