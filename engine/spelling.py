@@ -37,10 +37,17 @@ def spell(tokenizer: ChatTokenizer, words: Sequence[str]) -> list[tuple[int, ...
 class StopStrings:
     """Watches one answer for the strings that end it, wherever token borders fall."""
 
-    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, stops: Sequence[str], *, min_tokens: int = 0
+    ) -> None:
+        """Begin before the first token.
+
+        Args:
+            min_tokens: what has ended by then ends nothing, as in vLLM.
+        """
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._reach = max(map(len, stops)) - 1
+        self._min_tokens = min_tokens
         self._from = 0
         self._upto = 0
         self.text = ""
@@ -56,9 +63,15 @@ class StopStrings:
         if len(now) <= len(known) or now.endswith("\ufffd"):
             return False  # part of a character; wait for the rest
         self._from, self._upto = self._upto, len(said)
-        start = max(0, len(self.text) - self._reach)
+        num_known = len(self.text)
         self.text += now[len(known) :]
-        places = [place for stop in self._stops if (place := self.text.find(stop, start)) >= 0]
+        if len(said) <= self._min_tokens:
+            return False
+        places = [
+            place
+            for stop in self._stops
+            if (place := self.text.find(stop, max(0, num_known - len(stop) + 1))) >= 0
+        ]
         if not places:
             return False
         self.text = self.text[: min(places)]

@@ -99,6 +99,10 @@ def _check_min_tokens(talk: Talk) -> None:
     ends = {"logit_bias": {str(talk.end): 100.0}, "ignore_eos": False}
     assert talk.say(**ends).usage.completion_tokens <= 1
     assert talk.say(**ends, min_tokens=5).usage.completion_tokens >= 5
+    place, _, word = talk.greedy_word()
+    early = talk.say(stop=word.decode(), min_tokens=place + 1)
+    assert early.usage.completion_tokens > place + 1, "what has come by then ends nothing"
+    assert word.decode() in early.text
 
 
 def _check_n(talk: Talk) -> None:
