@@ -392,6 +392,10 @@ def test_each_model_of_a_batch_that_has_several_is_claimed_by_who_has_it(bench: 
 
 def test_a_claim_takes_the_first_entry_of_an_index_however_many_wait(bench: Bench) -> None:
     bench.add_planned(*[1] * 500)
+    if bench.db.is_postgres:
+        # It plans by what it last counted, which may have been an empty table.
+        with bench.db.transaction() as tx:
+            tx.connection.exec_driver_sql("ANALYZE units")
     asked: list[tuple[str, Any]] = []
 
     def note(_c: object, _u: object, statement: str, parameters: object, *_: object) -> None:

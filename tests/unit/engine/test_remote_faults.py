@@ -166,11 +166,6 @@ def test_work_goes_on_when_the_server_is_back(open_remote: OpenRemote) -> None:
         await asyncio.sleep(0.01)
         await call.answer()
 
-    server = Server(behave)
-    with server:
-        engine = open_remote(server, patience_seconds=60)
-        running = engine.generate(ListSource([ask(i) for i in range(200)]))
-        found = [next(running).id for _ in range(20)]
     missed = threading.Event()
 
     def note(_logger: object, _method: str, event: Any) -> Any:
@@ -178,11 +173,19 @@ def test_work_goes_on_when_the_server_is_back(open_remote: OpenRemote) -> None:
             missed.set()
         raise structlog.DropEvent
 
+    # Before the server goes: it is missed at once, and told once.
     structlog.configure(processors=[note])
-    rest: list[int] = []
-    collecting = threading.Thread(target=lambda: rest.extend(one.id for one in running))
-    collecting.start()
     try:
+        server = Server(behave)
+        with server:
+            engine = open_remote(server, patience_seconds=60)
+            running = engine.generate(ListSource([ask(i) for i in range(200)]))
+            found = [next(running).id for _ in range(20)]
+        rest: list[int] = []
+        collecting = threading.Thread(
+            target=lambda: rest.extend(one.id for one in running), daemon=True
+        )
+        collecting.start()
         await_set(missed)
         with server:
             collecting.join(30)
