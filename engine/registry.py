@@ -19,6 +19,7 @@ from engine.config import (
     VllmConfig,
 )
 from engine.encoders import is_encoder, is_scoring, read_pooling_settings
+from engine.gguf import is_gguf
 from engine.gguf import read as read_gguf
 from engine.llamacpp.describe import describe_gguf
 from engine.quantized import effective_quantization
@@ -238,6 +239,13 @@ def _digest(
     return digest.hexdigest()
 
 
+def is_local(source: str) -> bool:
+    """Return whether a model's source can only be a file or folder here, not a hub id."""
+    path = Path(source).expanduser()
+    is_path = path.is_absolute() or source.startswith(".") or source.count("/") != 1
+    return is_path or is_gguf(source) or path.is_dir()
+
+
 def find_folder(config: HfConfig | VllmConfig) -> Path:
     """Return the folder with a model's describing files, fetching them from the hub if need be.
 
@@ -247,7 +255,7 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
     path = Path(config.model).expanduser()
     if path.is_dir():
         return path
-    if path.is_absolute() or config.model.startswith(".") or config.model.count("/") != 1:
+    if is_local(config.model):
         raise EngineMisconfigured(
             f"There is no folder {config.model}; give the folder that holds config.json, or a "
             "hub id such as owner/name."

@@ -237,6 +237,19 @@ def test_models_lists_the_catalogue_and_what_is_wrong(tmp_path: Path) -> None:
     assert "demo" in invoke("models").stdout
 
 
+def test_models_says_which_files_are_not_there_and_asks_no_hub(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "batchctl.toml").write_text(
+        '[models.gone]\nsource = "./gone"\n[models.empty]\nsource = "./empty"\n'
+        '[models.hub]\nsource = "nobody/nothing"\nengine = "hf"\n'
+    )
+    shown = {one["id"]: one["problem"] for one in json.loads(invoke("models", "--json").stdout)}
+    assert "no folder" in shown["gone"]
+    assert "no config.json" in shown["empty"]
+    assert shown["hub"] is None
+    assert shown["demo"] is None
+
+
 def test_db_upgrade_can_be_repeated(tmp_path: Path) -> None:
     for _ in range(2):
         shown = invoke("db", "upgrade", "--json")
