@@ -131,7 +131,7 @@ def test_a_server_that_is_away_for_some_polls_is_waited_for(
         batch_id = submit(server, tmp_path, 300)
         trigger = BatchctlTrigger(batch_id=batch_id, poll_interval=0.1, deadline=time.time() + 120)
         found: list[dict[str, Any]] = []
-        waiting = threading.Thread(target=lambda: found.append(fire(trigger)))
+        waiting = threading.Thread(daemon=True, target=lambda: found.append(fire(trigger)))
         said: list[str] = []
 
         def failed_polls() -> int:
@@ -173,7 +173,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     left: list[int] = []
     with ThreadingHTTPServer(("127.0.0.1", 0), _Failing) as server:
         server.left = left  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(daemon=True, target=server.serve_forever)
         thread.start()
         connection = {
             "conn_type": "batchctl",

@@ -100,7 +100,7 @@ def test_a_lease_outlives_a_busy_interpreter(postgres_url: str) -> None:
             on_lost=lambda _unit_id: lost.set(),
             on_stopping=lambda _unit_id, _state: None,
         )
-        threads = [threading.Thread(target=burn) for _ in range(4)]
+        threads = [threading.Thread(daemon=True, target=burn) for _ in range(4)]
         for thread in threads:
             thread.start()
         assert not lost.wait(2 * times.lease_seconds)

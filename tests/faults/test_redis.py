@@ -39,7 +39,7 @@ def wiping(url: str, *, seconds: float) -> Iterator[list[float]]:
                 client.flushall()
                 wiped.append(time.monotonic())
 
-    thread = threading.Thread(target=wipe)
+    thread = threading.Thread(daemon=True, target=wipe)
     thread.start()
     try:
         yield wiped

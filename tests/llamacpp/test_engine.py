@@ -322,7 +322,7 @@ def test_abort_frees_the_slots_of_what_runs(tiny: Engine) -> None:
     results = tiny.generate(source)
     before = tiny.progress()
     found: list[int] = []
-    reader = threading.Thread(target=lambda: found.extend(r.id for r in results))
+    reader = threading.Thread(daemon=True, target=lambda: found.extend(r.id for r in results))
     reader.start()
     await_true(lambda: tiny.progress() > before + 3)
     source.aborted.update(range(12))

@@ -225,7 +225,7 @@ def test_abort_frees_the_slots_of_what_runs(tiny: Engine) -> None:
     results = tiny.generate(source)
     before = tiny.progress()
     found: list[int] = []
-    reader = threading.Thread(target=lambda: found.extend(r.id for r in results))
+    reader = threading.Thread(daemon=True, target=lambda: found.extend(r.id for r in results))
     reader.start()
     await_true(lambda: tiny.progress() > before + 3)
     source.aborted.update(range(12))
@@ -241,7 +241,7 @@ def test_progress_grows_while_one_answer_is_made(tiny: Engine) -> None:
     found: list[int] = []
     seen: set[int] = set()
     reader = threading.Thread(
-        target=lambda: found.extend(r.id for r in tiny.generate(ListSource([long])))
+        daemon=True, target=lambda: found.extend(r.id for r in tiny.generate(ListSource([long])))
     )
     reader.start()
 

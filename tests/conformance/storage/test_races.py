@@ -32,7 +32,7 @@ def run_together(*actions: Callable[[], None]) -> None:
         except BaseException as error:  # noqa: BLE001 - raised by the test's own thread
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    threads = [threading.Thread(daemon=True, target=run, args=(action,)) for action in actions]
     for thread in threads:
         thread.start()
     for thread in threads:

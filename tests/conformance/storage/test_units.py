@@ -101,7 +101,9 @@ def test_two_claimers_never_get_the_same_unit(bench: Bench) -> None:
         except BaseException as error:  # noqa: BLE001 - shown by the test's own thread
             failures.append(error)
 
-    threads = [threading.Thread(target=claim_all, args=(f"worker_{n}",)) for n in range(2)]
+    threads = [
+        threading.Thread(daemon=True, target=claim_all, args=(f"worker_{n}",)) for n in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

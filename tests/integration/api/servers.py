@@ -83,7 +83,7 @@ def run_api(
             on_ready=lambda _host, _port: ready.set(),
             header_seconds=header_seconds,
         )
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(daemon=True, target=server.run)
         thread.start()
         try:
             assert ready.wait(10)

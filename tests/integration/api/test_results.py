@@ -79,7 +79,9 @@ def test_cancelled_batch_gives_the_lines_that_never_ran_too(http: httpx2.Client)
         path = f"/v1/batches/{batch_id}/results?follow=true&kind={kind}"
         got[kind] = http.get(path).content
 
-    threads = [threading.Thread(target=follow, args=(kind,)) for kind in ("all", "errors")]
+    threads = [
+        threading.Thread(daemon=True, target=follow, args=(kind,)) for kind in ("all", "errors")
+    ]
     for thread in threads:
         thread.start()
     wait_for(lambda: look(http, batch_id)["request_counts"]["completed"])  # type: ignore[index]
@@ -139,7 +141,7 @@ def test_many_who_follow_hold_nobody_up_and_a_stop_cuts_them_off(serve_api: Serv
             except httpx2.RemoteProtocolError:
                 ended.append("cut")
 
-        threads = [threading.Thread(target=follow) for _ in range(60)]
+        threads = [threading.Thread(daemon=True, target=follow) for _ in range(60)]
         for thread in threads:
             thread.start()
         time.sleep(1)

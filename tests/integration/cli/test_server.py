@@ -319,7 +319,7 @@ def test_server_that_is_told_to_stop_goes_on_with_the_batch_later(tmp_path: Path
             for line in follower.stdout:
                 got.put(line)
 
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(daemon=True, target=read)
         reader.start()
         got.get(timeout=60)
         child.send_signal(signal.SIGTERM)

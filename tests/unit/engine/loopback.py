@@ -135,7 +135,9 @@ class Server:
 
     def __enter__(self) -> Self:
         started: Future[None] = Future()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)))
+        self._thread = threading.Thread(
+            daemon=True, target=lambda: asyncio.run(self._serve(started))
+        )
         self._thread.start()
         started.result(10)
         return self

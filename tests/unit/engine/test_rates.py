@@ -43,7 +43,7 @@ def _run_together(engines: Sequence[RemoteEngine], *, requests: int) -> None:
         except BaseException as failure:  # noqa: BLE001 - told below
             failures.append(failure)
 
-    threads = [threading.Thread(target=run, args=(engine,)) for engine in engines]
+    threads = [threading.Thread(daemon=True, target=run, args=(engine,)) for engine in engines]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -112,7 +112,7 @@ def test_pause_of_one_engine_is_kept_by_the_other(valkey_url: str) -> None:
     with Server(behave) as server:
         config = _config(server.url, slots=1, limiter_url=valkey_url, limiter_prefix="mine")
         one, other = (RemoteEngine(config, model="m") for _ in range(2))
-        first = threading.Thread(target=lambda: collect(one, ask(1)))
+        first = threading.Thread(daemon=True, target=lambda: collect(one, ask(1)))
         first.start()
         assert limited.wait(10)
         told_at = server.calls[0].at

@@ -81,7 +81,7 @@ def test_long_prompt_passes_the_socket() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         frame = wire.encode_frame([wire.Submit([Request(id=1, prompt=prompt)])])
-        sender = threading.Thread(target=ours.sendall, args=(frame,))
+        sender = threading.Thread(daemon=True, target=ours.sendall, args=(frame,))
         sender.start()
         (message,) = wire.read_frame(theirs)
         sender.join()

@@ -53,7 +53,9 @@ def crew_of(app: App) -> Iterator[Crew]:
 @contextmanager
 def turning(loop: WorkLoop, crew: Crew) -> Iterator[None]:
     """Within the block, repeat the loop's turns in a thread, as a worker does."""
-    thread = threading.Thread(target=crew.repeat, args=(loop.turn,), kwargs={"name": "work"})
+    thread = threading.Thread(
+        daemon=True, target=crew.repeat, args=(loop.turn,), kwargs={"name": "work"}
+    )
     thread.start()
     try:
         yield
@@ -97,7 +99,9 @@ def test_idle_loop_turns_again_when_the_doorbell_rings(bench: Bench, tmp_path: P
         return False
 
     with crew_of(app) as crew:
-        thread = threading.Thread(target=crew.repeat, args=(turn,), kwargs={"name": "some"})
+        thread = threading.Thread(
+            daemon=True, target=crew.repeat, args=(turn,), kwargs={"name": "some"}
+        )
         thread.start()
         assert turned.acquire(timeout=20)
         app.doorbell.announce()
@@ -176,7 +180,9 @@ def test_lease_is_reaped_when_it_runs_out_and_not_a_pause_later(
     leases = sweep_settings() | {"reap_seconds": 600.0}
     with crew_of(make_app(bench, tmp_path, leases=leases)) as crew:
         loop = SweepLoop(crew)
-        thread = threading.Thread(target=crew.repeat, args=(loop.turn,), kwargs={"name": "sweep"})
+        thread = threading.Thread(
+            daemon=True, target=crew.repeat, args=(loop.turn,), kwargs={"name": "sweep"}
+        )
         thread.start()
         try:
             await_true(lambda: bench.states(batch) == [UnitState.PENDING])

@@ -39,7 +39,9 @@ def test_ring_wakes_who_waits() -> None:
     doorbell = Doorbell()
     seen = doorbell.wait(0)
     woken: list[int] = []
-    thread = threading.Thread(target=lambda: woken.append(doorbell.wait(20, seen=seen)))
+    thread = threading.Thread(
+        daemon=True, target=lambda: woken.append(doorbell.wait(20, seen=seen))
+    )
     thread.start()
     doorbell.announce()
     thread.join(20)

@@ -328,7 +328,7 @@ def _through_pipe(pieces: Iterable[bytes], code: str) -> subprocess.CompletedPro
         stdin.close()
 
     child.stdin = None
-    feeder = threading.Thread(target=feed)
+    feeder = threading.Thread(daemon=True, target=feed)
     feeder.start()
     out, err = child.communicate(timeout=60)
     feeder.join()
