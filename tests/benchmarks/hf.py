@@ -316,7 +316,7 @@ def measure(size: float) -> list[Row]:
                     model_path(),
                     "demo model",
                     num_requests=scaled(64, size, least=8),
-                    num_pairs=num_pairs_at(5, size),
+                    num_pairs=num_pairs_at(15, size),  # of seconds each, in which a machine varies
                     is_skipping=is_skipping,
                 )
                 for is_skipping in (False, True)

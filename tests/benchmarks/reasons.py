@@ -17,6 +17,8 @@ REASONS: Mapping[str, str] = {
     "Next: bytes that are copied by ranges of the input where these are long.",
     "C5": "Only whole blocks of the cache are shared, so that of each beginning up to a block "
     "less one token is computed again. Next: smaller blocks.",
+    "C6 shared": "Only what is shared of a prompt is saved: the rest of it and the answer cost "
+    "both arms the same, and C5 says that little of the shared part is left. Next: cheaper steps.",
     "C6 nothing": "No run order is written there, and as many tokens are computed in both arms: "
     "what the control beside it shows is the spread of equal arms. Next: more rounds.",
     "C7 demo": "Steps of so small a model take milliseconds, of which scheduling and choosing in "
