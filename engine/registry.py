@@ -239,7 +239,7 @@ def _digest(
     return digest.hexdigest()
 
 
-def is_local(source: str) -> bool:
+def looks_local(source: str) -> bool:
     """Return whether a model's source can only be a file or folder here, not a hub id."""
     path = Path(source).expanduser()
     is_path = path.is_absolute() or source.startswith(".") or source.count("/") != 1
@@ -255,7 +255,7 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
     path = Path(config.model).expanduser()
     if path.is_dir():
         return path
-    if is_local(config.model):
+    if looks_local(config.model):
         raise EngineMisconfigured(
             f"There is no folder {config.model}; give the folder that holds config.json, or a "
             "hub id such as owner/name."

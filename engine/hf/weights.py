@@ -42,7 +42,7 @@ from engine.hf.pictures import Vision, take_apart
 from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
 from engine.quantized import effective_quantization
-from engine.registry import SEEING_FAMILIES, find_folder
+from engine.registry import SEEING_FAMILIES, find_folder, looks_local
 from engine.trust import trusts_code
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
@@ -276,12 +276,6 @@ def _leave_file(model: PreTrainedModel) -> None:
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-
-
-def looks_local(model: str) -> bool:
-    """Return whether `model` names a folder rather than a hub id."""
-    path = Path(model).expanduser()
-    return path.is_absolute() or model.startswith(".") or model.count("/") > 1 or path.is_dir()
 
 
 def pick_device(asked: str) -> torch.device:

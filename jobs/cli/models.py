@@ -114,12 +114,12 @@ def quantize(
 
 
 def _describe(settings: Settings, name: str, entry: ModelSettings) -> dict[str, str | bool | None]:
-    from engine.registry import describe_model, is_local
+    from engine.registry import describe_model, looks_local
 
     problem = None
     try:
         _, entry = resolve_model(settings, name)
-        if entry.source is not None and is_local(entry.source):
+        if entry.source is not None and looks_local(entry.source):
             describe_model(entry.to_engine_config(), name)
     except BatchctlError as error:
         problem = error.message
