@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx2
 
-from engine import openai_api
+from engine import openai_answers, openai_api
 from engine.config import RemoteConfig
-from engine.openai_api import Answer, Refusal, Trouble
+from engine.openai_answers import Answer, Refusal, Trouble
 from jobs.domain.errors import EngineError, EngineMisconfigured
 from jobs.domain.request import Request
 from jobs.domain.result import LineError
@@ -183,7 +183,7 @@ async def _receive(
     response: httpx2.Response, note_bytes: Callable[[], None]
 ) -> Answer | Trouble | Refusal:
     content_type = response.headers.get("content-type", "")
-    reader = openai_api.StreamReader() if content_type.startswith("text/event-stream") else None
+    reader = openai_answers.StreamReader() if content_type.startswith("text/event-stream") else None
     num_bytes = 0
     whole = bytearray()
     async for piece in response.aiter_bytes():
@@ -197,7 +197,7 @@ async def _receive(
             reader.feed(piece)
     if reader is not None:
         return reader.result()
-    return openai_api.read_answer(bytes(whole), content_type=content_type)
+    return openai_answers.read_answer(bytes(whole), content_type=content_type)
 
 
 async def _receive_failure(response: httpx2.Response) -> Trouble | Refusal:
@@ -210,7 +210,7 @@ async def _receive_failure(response: httpx2.Response) -> Trouble | Refusal:
                     break
     except TimeoutError:
         pass  # the status says enough
-    return openai_api.read_failure(response.status_code, response.headers, bytes(body))
+    return openai_answers.read_failure(response.status_code, response.headers, bytes(body))
 
 
 def _too_large() -> Refusal:

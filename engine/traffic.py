@@ -25,7 +25,8 @@ from engine import openai_api
 from engine.concurrency import AdaptiveLimit
 from engine.config import RemoteConfig
 from engine.exchange import Exchange
-from engine.openai_api import Answer, Level, Refusal, Trouble
+from engine.openai_answers import Answer, Refusal, Trouble
+from engine.openai_api import Level
 from engine.rates import RateLimiter
 from engine.sampling import longest_answer
 from jobs.domain.errors import (

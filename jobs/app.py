@@ -11,11 +11,11 @@ from engine.choice import check_group, look_around
 from engine.config import EngineConfig, VllmConfig
 from engine.registry import describe_model
 from engine.sandbox import Sandbox
-from jobs.catalogue import ModelSettings, did_you_mean
 from jobs.domain.errors import InvalidInput, NotFound, StorageError
 from jobs.domain.images import ImageLimits
 from jobs.domain.request import Capabilities
 from jobs.intake import PlanLimits
+from jobs.model_settings import ModelSettings, did_you_mean
 from jobs.reuse import Cache
 from jobs.settings import Settings, complete_model, resolve_model
 from jobs.telemetry import log

@@ -5,7 +5,7 @@ finished one against its published files too. Memory does not grow with the batc
 something is wrong: then eight bytes for each line say what exactly.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import sha256
@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import xxhash
 
+from jobs.audit_lines import Head, Line, Lines, Recount, decode_line
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BlobCorrupt, BlobMissing
 from jobs.domain.ids import BatchId
@@ -21,12 +22,10 @@ from jobs.domain.request import custom_id_of
 from jobs.domain.result import Usage
 from jobs.domain.shard import (
     Segment,
-    Shard,
     UnitState,
     bitmap,
     bitmaps_overlap,
     count_bits,
-    has_bit,
     merge_bitmaps,
 )
 from storage import audits, batches, files
@@ -38,7 +37,6 @@ from storage.jsonl import (
     KIND_ERROR,
     UNLIMITED,
     Entry,
-    RequestLine,
     decode_segment,
     read_requests,
     scan,
@@ -145,115 +143,8 @@ def audit(
     )
 
 
-class _Details(msgspec.Struct, frozen=True):
-    cached_tokens: int = 0
-
-
-class _LineUsage(msgspec.Struct, frozen=True):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details = _Details()
-    # What a response calls them.
-    input_tokens: int = 0
-    output_tokens: int = 0
-    input_tokens_details: _Details = _Details()
-
-
-class _Body(msgspec.Struct, frozen=True):
-    usage: _LineUsage | None = None
-
-
-class _Response(msgspec.Struct, frozen=True):
-    body: _Body
-
-
-class _Line(msgspec.Struct, frozen=True):
-    """What an audit wants to know of a line of a results file."""
-
-    custom_id: str
-    response: _Response | None = None
-
-    @property
-    def usage(self) -> Usage | None:
-        """The usage that the line shows; an error's line may have none."""
-        told = self.response.body.usage if self.response is not None else None
-        if told is None:
-            return None
-        return Usage(
-            prompt_tokens=told.prompt_tokens + told.input_tokens,
-            completion_tokens=told.completion_tokens + told.output_tokens,
-            cached_tokens=told.prompt_tokens_details.cached_tokens
-            + told.input_tokens_details.cached_tokens,
-        )
-
-
-_decode_line = msgspec.json.Decoder(_Line).decode
-
-
-class _Lines:
-    """Where in a shard the lines of the input are that it answers for.
-
-    Those of a byte range of the input follow from its row; a run-order blob has to be read.
-    """
-
-    def __init__(self, shard: Shard, found: Iterable[RequestLine] | None) -> None:
-        self._first = shard.first_index
-        self._num_lines = shard.num_lines
-        self._places: dict[int, int] | None = None
-        self._weights: dict[int, int] = {}
-        if found is not None:
-            self._places = {}
-            for position, index, followers, _ in found:
-                self._weights[position] = 1 + len(followers)
-                self._places |= dict.fromkeys((index, *(n for n, _ in followers)), position)
-
-    @property
-    def indexes(self) -> Iterable[int]:
-        """The indexes of all lines of the input that it answers for."""
-        if self._places is None:
-            return range(self._first, self._first + self._num_lines)
-        return self._places
-
-    def place_of(self, index: int) -> int | None:
-        """Return the position that answers for a line of the input."""
-        if self._places is not None:
-            return self._places.get(index)
-        position = index - self._first
-        return position if 0 <= position < self._num_lines else None
-
-    def count(self, done: bytes) -> int:
-        """Return how many lines of the input have their answer when these positions are done."""
-        if self._places is None:
-            return count_bits(done)
-        return sum(weight for place, weight in self._weights.items() if has_bit(done, place))
-
-
 class _Changed(Exception):
     """A segment was taken out after its shard was read."""
-
-
-@dataclass(slots=True)
-class _Recount:
-    """What the lines of some results say of themselves."""
-
-    usage: Usage = field(default_factory=Usage)
-    is_exact: bool = True
-
-    def add(self, line: _Line) -> None:
-        usage = line.usage
-        if usage is None:
-            self.is_exact = False
-        else:
-            self.usage += usage
-
-    def agrees(self, told: Usage) -> bool:
-        """Return whether `told` may be the usage; lines that show none may have had some."""
-        if self.is_exact:
-            return told == self.usage
-        return all(
-            getattr(told, name) >= getattr(self.usage, name)
-            for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
-        )
 
 
 class _Audit:
@@ -353,22 +244,22 @@ class _Audit:
             new += 1
         return new
 
-    def _lines_of(self, rows: ShardRows) -> _Lines | None:
+    def _lines_of(self, rows: ShardRows) -> Lines | None:
         """Return which lines a shard answers for; none where its run order cannot be read.
 
         None: that was removed with the segments, after the end of the batch.
         """
         shard = rows.shard
         if not shard.is_run_order:
-            return _Lines(shard, None)
+            return Lines(shard, None)
         try:
-            return _Lines(shard, read_requests(self._blobs, shard))
+            return Lines(shard, read_requests(self._blobs, shard))
         except (BlobMissing, BlobCorrupt) as error:
             if self.checks["segments"].skipped and isinstance(error, BlobMissing):
                 self.checks["shards"].skipped = self.checks["segments"].skipped
                 return None
             self.checks["shards"].note(f"{shard.blob_key} is gone or damaged")
-            return _Lines(shard, ())
+            return Lines(shard, ())
 
     def _has_segments(self) -> bool:
         """Return whether segments are there still, as they are until some time after the end."""
@@ -396,7 +287,7 @@ class _Audit:
         self.checks["segments"].note(f"shard {ordinal} changes all the time")
         return audits.get_shard(self._db, self._batch.id, ordinal)
 
-    def _check_rows(self, rows: ShardRows, lines: _Lines | None) -> None:
+    def _check_rows(self, rows: ShardRows, lines: Lines | None) -> None:
         """Hold the numbers of a shard's row against its own bitmap."""
         shard, name = rows.shard, f"shard {rows.shard.ordinal}"
         done = count_bits(shard.done)
@@ -428,7 +319,7 @@ class _Audit:
             raise _Changed
         return None
 
-    def _check_results(self, rows: ShardRows, lines: _Lines, contents: list[bytes | None]) -> None:
+    def _check_results(self, rows: ShardRows, lines: Lines, contents: list[bytes | None]) -> None:
         """Hold a shard against the results in its segments."""
         shard, name = rows.shard, f"shard {rows.shard.ordinal}"
         done = bytes(len(shard.done))
@@ -466,7 +357,7 @@ class _Audit:
             self._check_ids(rows, ids)
 
     def _check_segment(
-        self, rows: ShardRows, lines: _Lines, segment: Segment, content: bytes | None
+        self, rows: ShardRows, lines: Lines, segment: Segment, content: bytes | None
     ) -> dict[int, str]:
         """Hold a segment's row against its bytes; return the custom_ids by index."""
         check, shard = self.checks["segments"], rows.shard
@@ -500,7 +391,7 @@ class _Audit:
             f"{segment.blob_key}: completed", segment.num_completed, len(entries) - num_failed
         )
         ids: dict[int, str] = {}
-        recount = _Recount()
+        recount = Recount()
         for index, _, data in entries:
             line = self._decode(check, segment.blob_key, data)
             if line is not None:
@@ -531,9 +422,9 @@ class _Audit:
         except (BlobMissing, BlobCorrupt):
             check.note(f"shard {rows.shard.ordinal}: the input has other lines than it was cut for")
 
-    def _decode(self, check: Check, key: str, data: bytes) -> _Line | None:
+    def _decode(self, check: Check, key: str, data: bytes) -> Line | None:
         try:
-            return _decode_line(data)
+            return decode_line(data)
         except msgspec.MsgspecError:
             check.note(f"{key} has a line that is no result")
             return None
@@ -573,7 +464,7 @@ class _Audit:
 
     def _check_lines(self, output: File | None, errors: File | None) -> None:
         batch, first_wrong = self._batch, 0
-        heads = [_Head(self._read_results(file)) for file in (output, errors)]
+        heads = [Head(self._read_results(file)) for file in (output, errors)]
         if self._has_input:
             for number, custom_id in enumerate(self._read_ids(), start=1):
                 num_found = sum(head.take(custom_id) for head in heads)
@@ -587,7 +478,7 @@ class _Audit:
         self._expect("completed", counts.completed, numbers[0])
         self._expect("failed", counts.failed, numbers[1])
         self._expect("total", counts.total, sum(numbers))
-        recount = _Recount()
+        recount = Recount()
         for head in heads:
             recount.usage += head.recount.usage
             recount.is_exact &= head.recount.is_exact
@@ -630,7 +521,7 @@ class _Audit:
             if line is not None:
                 yield custom_id_of(line)
 
-    def _read_results(self, file: File | None) -> Iterator[_Line | None]:
+    def _read_results(self, file: File | None) -> Iterator[Line | None]:
         """Yield the lines of a published file; None for one that is no result."""
         if file is None:
             return
@@ -660,40 +551,6 @@ class _Audit:
         self._num_lines += num_lines
         if self._on_progress is not None:
             self._on_progress(self._num_lines)
-
-
-class _Head:
-    """The first line of a published file that was not taken yet."""
-
-    def __init__(self, lines: Iterator[_Line | None]) -> None:
-        self._lines = lines
-        self.num_lines = 0
-        self.recount = _Recount()
-        self._custom_id = self._next()
-
-    def _next(self) -> str | None:
-        for line in self._lines:
-            self.num_lines += 1
-            if line is not None:
-                self.recount.add(line)
-                return line.custom_id
-        return None
-
-    def take(self, custom_id: str) -> int:
-        """Return how many lines of this custom_id come next, and pass them."""
-        taken = 0
-        while self._custom_id == custom_id:
-            taken += 1
-            self._custom_id = self._next()
-        return taken
-
-    def drain(self) -> int:
-        """Return how many lines are left, and pass them."""
-        left = 0
-        while self._custom_id is not None:
-            left += 1
-            self._custom_id = self._next()
-        return left
 
 
 def _digest(ids: Iterator[str]) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":

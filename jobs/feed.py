@@ -14,27 +14,23 @@ Source: transitions T3, T4, T6 and T7 of the unit protocol (see DECISIONS.md).
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from jobs import metrics
 from jobs.domain.batch import Batch
-from jobs.domain.errors import BatchctlError, InvalidLine, LeaseLost, StorageError
+from jobs.domain.errors import BatchctlError, LeaseLost, StorageError
 from jobs.domain.ids import BatchId, UnitId, WorkerId
-from jobs.domain.mixed import endpoint_of
-from jobs.domain.request import Request, custom_id_of, parse_line
-from jobs.domain.result import LineError, Result, Usage, render_result
+from jobs.domain.request import Request
+from jobs.domain.result import LineError, Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import (
     Fault,
-    Lease,
-    Segment,
     Shard,
-    Trial,
     UnitKind,
     UnitState,
     bitmap,
@@ -44,18 +40,24 @@ from jobs.domain.suspects import (
     CAREFUL_STALLS,
     halve,
     is_guilty,
-    list_accused,
     list_suspects,
-    narrow,
 )
 from jobs.leases import LeaseKeeper
-from jobs.pictures import Pictures
+from jobs.open_shards import (
+    Buffer,
+    Held,
+    OpenShard,
+    crash_error,
+    read_line,
+    settle_deaths,
+    write_segment,
+)
 from jobs.telemetry import log
 from jobs.wakeups import Doorbell, Hint
-from storage import batches, segments, shards, units
-from storage.blobs.base import BlobStore, hash_bytes, segment_key
+from storage import batches, shards, units
+from storage.blobs.base import BlobStore
 from storage.database import Database
-from storage.jsonl import Follower, RequestLine, encode_segment, read_requests
+from storage.jsonl import RequestLine, read_requests
 
 READ_CHUNK_LINES = 64
 _TICK_SECONDS = 0.05
@@ -75,57 +77,6 @@ class FeedSettings:
     poll_seconds: float = 0.5
     lease_seconds: float = 60.0
     write_patience_seconds: float = 60.0
-
-
-@dataclass(slots=True, eq=False)
-class _Buffer:
-    """Results of one shard that are not durable yet."""
-
-    entries: list[tuple[int, int, bytes]] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-    num_bytes: int = 0
-    num_failed: int = 0
-    failed_usage: Usage = field(default_factory=Usage)
-    codes: Counter[str] = field(default_factory=Counter)
-    identities: set[str] = field(default_factory=set)
-    oldest_at: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _OpenShard:
-    lease: Lease
-    shard: Shard
-    batch: Batch
-    lines: Iterator[RequestLine]
-    num_left: int
-    group_of: dict[int, int]
-    guilty: dict[int, LineError]
-    is_careful: bool
-    crashes: dict[int, int]
-    groups: dict[int, list["_Held"]] = field(default_factory=dict)
-    buffer: _Buffer = field(default_factory=_Buffer)
-    writing: _Buffer | None = None
-    sequence: int = 0
-    num_read: int = 0
-    stopped: UnitState | None = None
-    exit: str = ""
-    lost: bool = False
-    opened_at: float = field(default_factory=time.monotonic)
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """One request in our hands: read, and not yet turned into a result."""
-
-    shard: _OpenShard
-    position: int
-    index: int
-    custom_id: str
-    request: Request
-    num_bytes: int = 0
-    followers: Sequence[Follower] = ()
-    endpoint: str = ""
 
 
 class Feed:
@@ -170,13 +121,13 @@ class Feed:
         self._progress = progress
         self._settings = settings
         self._lock = threading.Condition()
-        self._queue: deque[_Held] = deque()
-        self._groups: deque[list[_Held]] = deque()
-        self._group: list[_Held] | None = None
-        self._untried: list[_Held] | None = None
+        self._queue: deque[Held] = deque()
+        self._groups: deque[list[Held]] = deque()
+        self._group: list[Held] | None = None
+        self._untried: list[Held] | None = None
         self._alibis: dict[tuple[UnitId, int], int] = {}
-        self._in_flight: dict[int, _Held] = {}
-        self._open: dict[UnitId, _OpenShard] = {}
+        self._in_flight: dict[int, Held] = {}
+        self._open: dict[UnitId, OpenShard] = {}
         self._batches: dict[BatchId, Batch] = {}
         self._next_id = 0
         self._num_results = 0
@@ -317,7 +268,7 @@ class Feed:
 
     # --- suspects ---
 
-    def _convict(self, held: _Held, fault: Fault) -> bool:
+    def _convict(self, held: Held, fault: Fault) -> bool:
         """Give a line that killed the engine alone its error, if it is guilty beyond doubt.
 
         An engine that has brought no result since it first killed one is itself in doubt, unless
@@ -333,7 +284,7 @@ class Feed:
                 return False
             self._groups.remove([held])
             self._dry = False  # the reader may have waited for it
-            self._keep(held, Result(id=held.request.id, error=_guilt(fault, "engine")))
+            self._keep(held, Result(id=held.request.id, error=crash_error(fault, "engine")))
             return True
 
     def _begin_group(self) -> None:
@@ -344,7 +295,7 @@ class Feed:
         else:
             self._queue.extend(group)
 
-    def _try_group(self, group: list[_Held]) -> None:
+    def _try_group(self, group: list[Held]) -> None:
         """Let a group run once it is written down what runs."""
         for shard in {h.shard.lease.unit_id: h.shard for h in group}.values():
             positions = [h.position for h in group if h.shard is shard]
@@ -357,7 +308,7 @@ class Feed:
                 self._untried = None
                 self._queue.extend(group)
 
-    def _report_suspects(self, shard: _OpenShard, solo: _Held | None) -> Fault | None:
+    def _report_suspects(self, shard: OpenShard, solo: Held | None) -> Fault | None:
         with self._lock:
             groups = [
                 tuple(h.position for h in group if h.shard is shard) for group in self._groups
@@ -378,70 +329,14 @@ class Feed:
             self._lose(shard.lease.unit_id)
             return None
 
-    def _be_careful(
-        self, lease: Lease, shard: Shard
-    ) -> tuple[list[tuple[int, ...]], dict[int, LineError]]:
-        """Return the groups of a shard whose workers died, and the lines that are guilty of it."""
-        accused = list_accused(shard)
-        groups = narrow(shard)
-        died = (
-            Trial(owner=shard.trial.owner, positions=accused) if accused and shard.trial else None
-        )
-        before = {fault.position: fault.solo_crashes for fault in shard.faults}
-        fault = shards.report_worker_death(
-            self._db,
-            lease,
-            suspects=groups,
-            died=died,
-            num_crashes=1 + (before.get(accused[0], 0) if accused else 0),
-        )
-        log.warning(
-            "workers_died",
-            unit_id=lease.unit_id,
-            num_stalls=lease.num_stalls,
-            num_accused=len(accused),
-            num_suspects=sum(map(len, groups)),
-        )
-        if fault is None or not is_guilty(fault):
-            return groups, {}
-        return groups, {fault.position: _guilt(fault, "worker")}
-
     # --- results ---
 
-    def _keep(self, held: _Held, result: Result) -> None:
+    def _keep(self, held: Held, result: Result) -> None:
         shard = held.shard
         if shard.lost:
             return
-        buffer = shard.buffer
-        if not buffer.entries:
-            buffer.oldest_at = time.monotonic()
-        error = result.error
-        for index, custom_id in ((held.index, held.custom_id), *held.followers):
-            line = render_result(
-                result,
-                custom_id=custom_id,
-                request_id=f"{shard.lease.batch_id[6:]}{index:08x}",
-                endpoint=held.endpoint,
-                model=shard.lease.model_key or "",
-                created=int(time.time()),
-                same_as=None if index == held.index else held.custom_id,
-                pooling=held.request.pooling,
-                request=held.request,
-            )
-            buffer.entries.append((index, int(error is not None), line))
-            buffer.num_bytes += len(line)
-            self._buffered_bytes += len(line)
-        if shard.batch.reuse:
-            buffer.identities.add(self._identity())
-        buffer.positions.append(held.position)
-        buffer.usage += result.usage
-        if error is not None:
-            num_failed = 1 + len(held.followers)
-            buffer.num_failed += num_failed
-            buffer.failed_usage += result.usage
-            buffer.codes[error.code] += num_failed
-        shard.num_left -= 1
-        if not shard.num_left or len(buffer.entries) >= self._settings.flush_results:
+        self._buffered_bytes += shard.keep(held, result, self._identity)
+        if not shard.num_left or len(shard.buffer.entries) >= self._settings.flush_results:
             self._lock.notify_all()
 
     def _write(self) -> None:
@@ -467,7 +362,7 @@ class Feed:
             if self._closed and self._failure is not None:
                 return  # each was tried once more
 
-    def _is_due(self, shard: _OpenShard) -> bool:
+    def _is_due(self, shard: OpenShard) -> bool:
         buffer = shard.buffer
         if shard.writing is not None:
             return True  # an earlier try failed
@@ -483,46 +378,16 @@ class Feed:
             or time.monotonic() - buffer.oldest_at >= settings.flush_seconds
         )
 
-    def _flush(self, shard: _OpenShard) -> None:
+    def _flush(self, shard: OpenShard) -> None:
         with self._lock:
             if shard.writing is None:
                 if not shard.buffer.entries:
                     return
-                shard.writing, shard.buffer = shard.buffer, _Buffer()
+                shard.writing, shard.buffer = shard.buffer, Buffer()
             writing = shard.writing
         lease = shard.lease
-        began = time.monotonic()
-        content = encode_segment(sorted(writing.entries))
-        key = segment_key(lease, shard.sequence, hash_bytes(content))
-        info = self._blobs.put(key, content)
-        done = segments.record(
-            self._db,
-            lease,
-            Segment(
-                unit_id=lease.unit_id,
-                epoch=lease.epoch,
-                sequence=shard.sequence,
-                blob_key=info.key,
-                sha256=info.sha256,
-                num_bytes=info.num_bytes,
-                positions=bitmap(writing.positions, shard.shard.num_lines),
-                num_completed=len(writing.entries) - writing.num_failed,
-                num_failed=writing.num_failed,
-                usage=writing.usage,
-                identity=max(writing.identities) or None if len(writing.identities) == 1 else None,
-            ),
-            lease_seconds=self._settings.lease_seconds,
-        )
-        metrics.count_segment(
-            shard.lease.model_key,
-            outcomes={
-                metrics.COMPLETED: len(writing.entries) - writing.num_failed,
-                **writing.codes,
-            },
-            usage=writing.usage,
-            failed_usage=writing.failed_usage,
-            num_bytes=info.num_bytes,
-            seconds=time.monotonic() - began,
+        done = write_segment(
+            self._db, self._blobs, shard, writing, lease_seconds=self._settings.lease_seconds
         )
         with self._lock:
             if not shard.lost:  # else its bytes have been counted out
@@ -573,7 +438,7 @@ class Feed:
     # --- shards ---
 
     def _read(self) -> None:
-        current: _OpenShard | None = None
+        current: OpenShard | None = None
         failing_since: float | None = None
         while not self._stopping:
             untried = self._untried
@@ -634,7 +499,7 @@ class Feed:
             self._reader_waits = False
             self._lock.notify_all()
 
-    def _claim(self) -> _OpenShard | None:
+    def _claim(self) -> OpenShard | None:
         lease = units.claim(
             self._db,
             worker_id=self._worker_id,
@@ -650,7 +515,7 @@ class Feed:
             batch = self._get_batch(lease.batch_id)
             is_careful = shard.trial is not None or lease.num_stalls >= CAREFUL_STALLS
             groups, guilty = (
-                self._be_careful(lease, shard) if is_careful else (list_suspects(shard), {})
+                settle_deaths(self._db, lease, shard) if is_careful else (list_suspects(shard), {})
             )
         except BatchctlError:
             # Nobody would renew it: given back, or where that fails too, reaped.
@@ -659,7 +524,7 @@ class Feed:
                 units.settle(self._db, lease, released)
             raise
         num_done = sum(byte.bit_count() for byte in shard.done)
-        opened = _OpenShard(
+        opened = OpenShard(
             lease=lease,
             shard=shard,
             batch=batch,
@@ -694,58 +559,22 @@ class Feed:
         skip = merge_bitmaps(shard.done, read)
         return read_requests(self._blobs, shard, skip=skip)
 
-    def _read_some(self, shard: _OpenShard) -> bool:
+    def _read_some(self, shard: OpenShard) -> bool:
         """Queue the next lines of a shard; return whether there may be more."""
-        read: list[_Held] = []
-        suspects: list[tuple[int, _Held]] = []
-        refused: list[tuple[_Held, LineError]] = []
+        read: list[Held] = []
+        suspects: list[tuple[int, Held]] = []
+        refused: list[tuple[Held, LineError]] = []
         more = False
         position = -1
         num_bytes = 0
-        for position, index, followers, content in shard.lines:
-            num_bytes += len(content)
+        for line in shard.lines:
+            position = line[0]
             self._next_id += 1
-            if position in shard.guilty:
-                held = _Held(
-                    shard,
-                    position,
-                    index,
-                    custom_id_of(content),
-                    Request(id=self._next_id),
-                    followers=followers,
-                )
-                refused.append((held, shard.guilty[position]))
-                continue
-            num_held = len(content)
-            try:
-                endpoint = endpoint_of(content, shard.batch.endpoint)
-                line = parse_line(content, endpoint=endpoint)
-                if line.messages is not None and any(m.parts for m in line.messages):
-                    pictures = Pictures(self._db, self._blobs, shard.batch.tenant_id)
-                    line, num_read = pictures.fill(line)
-                    num_held += num_read
-                    num_bytes += num_read
-            except InvalidLine as error:
-                # Planning let this line through, so the code changed since; say so in its place.
-                request = Request(id=self._next_id)
-                refusal = LineError(
-                    code=error.error_code, message=error.message, status_code=400, param=error.param
-                )
-                custom_id = custom_id_of(content)
-                held = _Held(shard, position, index, custom_id, request, followers=followers)
+            held, refusal = read_line(self._db, self._blobs, shard, line, self._next_id)
+            num_bytes += held.num_bytes
+            if refusal is not None:
                 refused.append((held, refusal))
                 continue
-            request = line.to_request(self._next_id)
-            held = _Held(
-                shard,
-                position,
-                index,
-                line.custom_id,
-                request,
-                num_held,
-                followers,
-                endpoint,
-            )
             group = shard.group_of.get(position)
             if group is None:
                 read.append(held)
@@ -767,7 +596,7 @@ class Feed:
                 shard.groups.clear()
             return more and not (shard.lost or shard.stopped)
 
-    def _give_up(self, shard: _OpenShard, error: StorageError) -> None:
+    def _give_up(self, shard: OpenShard, error: StorageError) -> None:
         """End a shard whose lines cannot be read, now or ever; the others go on."""
         log.error("shard_failed", unit_id=shard.lease.unit_id, code=error.code, error=error.message)
         shard.exit = f"{error.code}: {error.message}"
@@ -793,7 +622,7 @@ class Feed:
             self._buffered_bytes -= shard.writing.num_bytes if shard.writing else 0
             self._drop_requests(shard)
 
-    def _count(self, shard: _OpenShard, outcome: str) -> None:
+    def _count(self, shard: OpenShard, outcome: str) -> None:
         metrics.count_unit(
             UnitKind.SHARD,
             shard.lease.model_key,
@@ -801,12 +630,12 @@ class Feed:
             seconds=time.monotonic() - shard.opened_at,
         )
 
-    def _drop_requests(self, shard: _OpenShard) -> None:
+    def _drop_requests(self, shard: OpenShard) -> None:
         for request_id in [i for i, held in self._in_flight.items() if held.shard is shard]:
             del self._in_flight[request_id]
         self._lock.notify_all()
 
-    def _leave(self, shard: _OpenShard, state: UnitState | None) -> None:
+    def _leave(self, shard: OpenShard, state: UnitState | None) -> None:
         """Settle a shard that is not finished: stopped with its batch, or given back."""
         self._keeper.drop(shard.lease.unit_id)
         with self._lock:
@@ -823,11 +652,3 @@ class Feed:
         except StorageError as error:
             log.warning("unit_not_settled", unit_id=shard.lease.unit_id, code=error.code)
         self._doorbell.announce()
-
-
-def _guilt(fault: Fault, what: str) -> LineError:
-    return LineError(
-        code=f"{what}_crash",
-        message=f"The {what} died {fault.solo_crashes} times while this request ran alone.",
-        status_code=500,
-    )

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import msgspec
 import psycopg
 
-from jobs.client import Batch, Client
+from jobs.client import Client
+from jobs.client_types import Batch
 from jobs.domain.plan import MAX_FOLLOWERS
 
 Fate = Literal["completed", "cancelled", "expired"]

@@ -25,13 +25,13 @@ from jobs.domain.errors import BatchctlError, EngineDied, NotFound
 from jobs.domain.ids import DEFAULT_TENANT, WorkerId, mint_batch_id, mint_file_id
 from jobs.domain.request import CHAT, Capabilities, Message, Request, SamplingParams
 from jobs.domain.result import LineError, Result, Usage
-from jobs.domain.shard import Lease, UnitKind, UnitState
+from jobs.domain.shard import Lease, UnitKind, UnitState, count_bits
 from jobs.feed import FeedSettings
 from jobs.intake import PlanLimits
 from jobs.leases import LeaseKeeper, LeaseTimes
 from jobs.reuse import Cache
 from jobs.wakeups import Doorbell
-from storage import batches, files, shards, units
+from storage import batches, files, segments, shards, statistics, units
 from storage.blobs.base import BlobStore, hash_bytes, input_key
 from storage.database import Database
 from storage.files import File
@@ -215,6 +215,16 @@ class Bench:
     def states(self, batch: Batch) -> list[UnitState]:
         return [state for _, state in shards.list_for_batch(self.db, batch.id)]
 
+    def num_done(self, batch: Batch) -> int:
+        """Return how many of its results are durable."""
+        found = segments.iterate_for_batch(self.db, batch.id)
+        return sum(count_bits(segment.positions) for segment in found)
+
+    def num_pending_shards(self) -> int:
+        """Return how many shards of all batches nobody has claimed."""
+        found = statistics.read(self.db, workers_since=timedelta(0)).queues
+        return sum(one.ready + one.waiting for one in found if one.kind is UnitKind.SHARD)
+
     def output_of(self, batch: Batch) -> list[dict[str, Any]]:
         return self._lines(batch.output_file_id)
 
@@ -230,6 +240,15 @@ class Bench:
 
 def await_set(event: threading.Event, seconds: float = 20.0) -> None:
     assert event.wait(seconds), "waited too long"
+
+
+def assert_answered(lines: list[dict[str, Any]], expected: dict[str, str]) -> None:
+    """Check that each custom_id has, in this order, the answer to its own question."""
+    found = [
+        (line["custom_id"], line["response"]["body"]["choices"][0]["message"]["content"])
+        for line in lines
+    ]
+    assert found == list(expected.items())
 
 
 def ids_of(lines: Iterable[dict[str, Any]]) -> list[str]:

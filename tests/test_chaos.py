@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.client import Batch, RequestCounts, Usage
+from jobs.client_types import Batch, RequestCounts, Usage
 from jobs.domain.plan import MAX_FOLLOWERS
 from scripts.chaos_check import Fate, Findings, Job, check_files, check_followers
 

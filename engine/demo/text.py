@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from engine.demo import words
+from engine.demo import sentences, words
 
 _HELD_OUT_ONE_IN = 16
 
@@ -73,7 +73,7 @@ def make_example(rng: random.Random, *, task: str) -> Example:
     style = rng.random()
     if task == "about":
         if _chance(rng, 0.2):
-            messages.append(_message("system", rng.choice(words.SYSTEM_PROMPTS)))
+            messages.append(_message("system", rng.choice(sentences.SYSTEM_PROMPTS)))
         messages.append(_message("user", _roughen(rng, exercise.text)))
     elif style < _SYSTEM_INSTRUCTION:
         messages.append(_message("system", exercise.instruction))
@@ -84,7 +84,7 @@ def make_example(rng: random.Random, *, task: str) -> Example:
         messages.append(_message("user", _roughen(rng, exercise.text)))
     else:
         if _chance(rng, 0.12):
-            messages.append(_message("system", rng.choice(words.SYSTEM_PROMPTS)))
+            messages.append(_message("system", rng.choice(sentences.SYSTEM_PROMPTS)))
         if _chance(rng, 0.04):
             other, _ = TASKS[rng.choice(list(TASKS))]
             earlier = other(rng)
@@ -326,17 +326,19 @@ def _person(rng: random.Random) -> _Exercise:
         "wd": rng.choice(words.WEEKDAYS),
         "h24": str(rng.randint(1, 23)),
         "mm": f"{rng.randrange(0, 60, 5):02}",
-        "x": rng.choice(words.OTHER_CLAUSES),
+        "x": rng.choice(sentences.OTHER_CLAUSES),
     }
     slots["th"] = _ordinal_suffix(age) if slots["a"] == str(age) else "th"
     if slots["a"] != str(age):
         age = min(age, 99)
-    template = rng.choice(words.PERSON_TEMPLATES) if _chance(rng, 0.6) else _compose(rng)
+    template = rng.choice(sentences.PERSON_TEMPLATES) if _chance(rng, 0.6) else _compose(rng)
     text = _lay_out(rng, template, slots, style=style)
     if _chance(rng, 0.25):
         text = _surround(rng, text, slots, style=style)
     answer = _dump(name=name, age=age, city=city, job=job)
-    return _Exercise(instruction=rng.choice(words.PERSON_INSTRUCTIONS), text=text, answer=answer)
+    return _Exercise(
+        instruction=rng.choice(sentences.PERSON_INSTRUCTIONS), text=text, answer=answer
+    )
 
 
 _LOWER, _UPPER = 0.06, 0.08
@@ -360,11 +362,11 @@ def _compose(rng: random.Random) -> str:
     """Return a template made of one clause each for age, city and job, in any order."""
     age, city, job = (
         rng.choice(clauses)
-        for clauses in (words.AGE_CLAUSES, words.CITY_CLAUSES, words.JOB_CLAUSES)
+        for clauses in (sentences.AGE_CLAUSES, sentences.CITY_CLAUSES, sentences.JOB_CLAUSES)
     )
-    subject = rng.choice(words.PERSON_SUBJECTS)
+    subject = rng.choice(sentences.PERSON_SUBJECTS)
     if _chance(rng, 0.35):
-        aside = rng.choice(words.AGE_ASIDES)
+        aside = rng.choice(sentences.AGE_ASIDES)
         head, clauses = f"{subject}, {aside},", [city, job]
         if _chance(rng, 0.2):
             head = subject + " ({a})"
@@ -377,7 +379,7 @@ def _compose(rng: random.Random) -> str:
     for clause in rest:
         text += rng.choice((" and ", ", ", ". {P} ", ". {P} ", "; {P2} ", " and {P2} ", ". {n} "))
         text += clause
-    return text.replace("{x}", rng.choice(words.OTHER_CLAUSES)) + "."
+    return text.replace("{x}", rng.choice(sentences.OTHER_CLAUSES)) + "."
 
 
 def _surround(rng: random.Random, text: str, slots: dict[str, str], *, style: float) -> str:
@@ -386,7 +388,7 @@ def _surround(rng: random.Random, text: str, slots: dict[str, str], *, style: fl
     asides = [
         _lay_out(
             rng,
-            rng.choice(words.ASIDES).replace("{x}", slots["x"]),
+            rng.choice(sentences.ASIDES).replace("{x}", slots["x"]),
             slots | {"k": str(_number(rng)), "k2": str(_number(rng)), "o": _city(rng)},
             style=style if style < _UPPER else 1.0,
         )
@@ -399,15 +401,15 @@ def _surround(rng: random.Random, text: str, slots: dict[str, str], *, style: fl
 
 
 def _sentiment(rng: random.Random) -> _Exercise:
-    label = rng.choice(tuple(words.SENTIMENT_TEMPLATES))
+    label = rng.choice(tuple(sentences.SENTIMENT_TEMPLATES))
     num_sentences = rng.choices((1, 2, 3), (60, 30, 10))[0]
-    sentences = []
-    for template in rng.sample(words.SENTIMENT_TEMPLATES[label], num_sentences):
+    said = []
+    for template in rng.sample(sentences.SENTIMENT_TEMPLATES[label], num_sentences):
         thing, other_thing = rng.sample(words.THINGS, 2)
         if _chance(rng, 0.08):
             thing = _syllable_word(rng)
         adjective = rng.choice(words.SENTIMENT_WORDS[label])
-        sentences.append(
+        said.append(
             template.format(
                 t=thing,
                 t2=other_thing,
@@ -421,12 +423,12 @@ def _sentiment(rng: random.Random) -> _Exercise:
                 m=rng.choice(words.MONTHS),
             )
         )
-    text = " ".join(sentences)
+    text = " ".join(said)
     if _chance(rng, 0.12):
         text = text.lower()
     if _chance(rng, 0.15):
         text = text.rstrip(".") + rng.choice(("", "!", " :)" if label == "positive" else ""))
-    instruction = rng.choice(words.SENTIMENT_INSTRUCTIONS)
+    instruction = rng.choice(sentences.SENTIMENT_INSTRUCTIONS)
     return _Exercise(instruction=instruction, text=text, answer=label)
 
 
@@ -445,7 +447,7 @@ def _order(rng: random.Random) -> _Exercise:
         cents += 1 if cents % 100 == 0 else 0
         price, written = cents / 100, f"{cents / 100:.2f}"
     before, after = rng.choice(words.CURRENCIES)
-    text = rng.choice(words.ORDER_TEMPLATES).format(
+    text = rng.choice(sentences.ORDER_TEMPLATES).format(
         i=item,
         q=quantity,
         r=before + written + after,
@@ -455,7 +457,7 @@ def _order(rng: random.Random) -> _Exercise:
         k3=rng.randint(100, 99_999),
     )
     return _Exercise(
-        instruction=rng.choice(words.ORDER_INSTRUCTIONS),
+        instruction=rng.choice(sentences.ORDER_INSTRUCTIONS),
         text=_capital(text) if _chance(rng, 0.3) and not text.startswith(item) else text,
         answer=_dump(item=item, quantity=quantity, price=price),
     )
@@ -482,15 +484,15 @@ def _event(rng: random.Random) -> _Exercise:
             iso,
         )
     )
-    text = rng.choice(words.EVENT_TEMPLATES).format(
+    text = rng.choice(sentences.EVENT_TEMPLATES).format(
         e=event, t=written, l=place, n=_latin_name(rng), k=rng.randint(5, 60)
     )
     answer = _dump(event=event, date=iso, place=place)
-    return _Exercise(instruction=rng.choice(words.EVENT_INSTRUCTIONS), text=text, answer=answer)
+    return _Exercise(instruction=rng.choice(sentences.EVENT_INSTRUCTIONS), text=text, answer=answer)
 
 
 def _about(rng: random.Random) -> _Exercise:
-    text = rng.choice(words.ABOUT_PROMPTS).format(
+    text = rng.choice(sentences.ABOUT_PROMPTS).format(
         t=rng.choice(words.THINGS) if _chance(rng, 0.6) else _new_word(rng),
         c=_city(rng),
         n=_latin_name(rng),
@@ -500,7 +502,7 @@ def _about(rng: random.Random) -> _Exercise:
     )
     if _chance(rng, 0.1):
         text = text.lower()
-    return _Exercise(instruction="", text=text, answer=words.ABOUT_ANSWER)
+    return _Exercise(instruction="", text=text, answer=sentences.ABOUT_ANSWER)
 
 
 TASKS: dict[str, tuple[Callable[[random.Random], _Exercise], float]] = {

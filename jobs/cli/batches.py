@@ -11,7 +11,8 @@ import msgspec
 import typer
 
 from jobs.cli import exits, interrupts, options, output
-from jobs.client import Batch, Client, Upload, write_atomically
+from jobs.client import Client, Upload, write_atomically
+from jobs.client_types import Batch
 from jobs.domain.batch import BatchStatus
 from jobs.prepare import Source
 

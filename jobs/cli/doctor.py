@@ -23,9 +23,10 @@ from engine.choice import (
 from engine.config import HfConfig
 from engine.gguf import read as read_gguf
 from engine.memory import ModelSize, cache_tokens_left
-from jobs.catalogue import Completed, EngineChoice, ModelSettings, plan_of
+from jobs.catalogue import Completed, plan_of
 from jobs.cli import exits, options, output
 from jobs.domain.errors import BatchctlError, EngineError
+from jobs.model_settings import EngineChoice, ModelSettings
 from jobs.settings import Settings, complete_model
 
 _SECONDS = 3

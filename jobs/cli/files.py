@@ -1,15 +1,18 @@
 """Files on a server: upload, list, show, download, delete."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from jobs.cli import options, output
 from jobs.cli.batches import download_to, instant, short_instant
-from jobs.client import File, Upload
+from jobs.client import Upload
 from jobs.prepare import check_readable
+
+if TYPE_CHECKING:
+    from jobs.client_types import File
 
 app = typer.Typer(help="Files on the server.", no_args_is_help=True)
 

@@ -8,9 +8,9 @@ import typer
 
 from engine.choice import gigabytes
 from engine.config import ComputeDtype, HfConfig
-from jobs.catalogue import ModelSettings
 from jobs.cli import options, output
 from jobs.domain.errors import BatchctlError, InvalidInput
+from jobs.model_settings import ModelSettings
 from jobs.settings import Settings, resolve_model
 
 _KINDS = ("nf4", "fp4", "int8")

@@ -19,12 +19,12 @@ import typer
 from engine.tuning import Tuning, render_tuning
 from jobs import collector, fields
 from jobs.app import App, open_app
-from jobs.catalogue import EngineChoice
 from jobs.cli import exits, interrupts, options, output, rundir
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
 from jobs.embedded import Embedded
+from jobs.model_settings import EngineChoice
 from jobs.prepare import Source
 from jobs.settings import Settings, complete_model
 from storage import batches, files, references

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.catalogue import EngineChoice
 from jobs.cli import options, output
 from jobs.domain.errors import InvalidInput
+from jobs.model_settings import EngineChoice
 from jobs.settings import PREFIX, Settings
 
 

@@ -161,19 +161,20 @@ class Sketcher:
         body.user = None
         terms = self._terms if body == self._body else self._look(body)
         num_chars = num_last = 0
-        images: list[Image] = []
+        images: list[Image] | None = None
         has_tools = False
         for message in asked:
             content = message.content
             if message.tool_calls or message.tool_call_id or message.role == "tool":
                 has_tools = True
             if type(content) is not str:
+                images = images or []
                 content = flatten(message, asked, images)
             num_last = len(content)
             num_chars += num_last
         if has_tools:
             check_turns(asked)
-        return Sketch(custom_id, terms, asked, num_chars - num_last, tuple(images))
+        return Sketch(custom_id, terms, asked, num_chars - num_last, tuple(images or ()))
 
     def _look(self, body: ChatBody | CompletionBody) -> Terms:
         """Return what a body without its prompt asks for, and expect the next line to ask it too.

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from jobs import metrics
 from jobs.domain.errors import Conflict
-from jobs.settings import WorkerSettings
+from jobs.setting_groups import WorkerSettings
 from jobs.telemetry import log
 
 HEALTHY_SECONDS = 60.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from engine.config import VllmConfig
 from engine.devices import Device
-from jobs.catalogue import did_you_mean
 from jobs.domain.errors import BatchctlError, EngineMisconfigured, InvalidInput
+from jobs.model_settings import did_you_mean
 from jobs.settings import PREFIX, Settings, inherit, resolve_model
 from jobs.telemetry import log
 from jobs.worker.gpu import choose_gpus, describe_group, group_gpus, pin

@@ -113,7 +113,7 @@ def measure_one(num_lines: int, num_pairs: int, *, num_groups: int | None) -> tu
 
 
 def measure(size: float) -> list[Row]:
-    num_lines, num_pairs = scaled(100_000, size, least=500), num_pairs_at(5, size)
+    num_lines, num_pairs = scaled(100_000, size, least=500), num_pairs_at(15, size)
     return [
         *measure_one(num_lines, num_pairs, num_groups=None),
         *measure_one(num_lines, num_pairs, num_groups=64),

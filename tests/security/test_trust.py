@@ -14,9 +14,9 @@ from engine import trust
 from engine.config import HfConfig, VllmConfig
 from engine.hf.engine import HfEngine
 from engine.registry import describe_model
-from jobs.catalogue import ModelSettings
 from jobs.domain.errors import EngineMisconfigured
 from jobs.domain.request import Request, SamplingParams
+from jobs.model_settings import ModelSettings
 from tests.owncode import add_own_code
 from tests.sources import ListSource
 from tests.unit.engine.conftest import make_tokenizer

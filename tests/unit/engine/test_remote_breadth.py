@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from engine.config import GenerationDefaults
-from engine.openai_api import (
-    Answer,
-    StreamReader,
-    Trouble,
-    build_body,
-    endpoint_of,
-    may_be_long,
-    read_answer,
-)
+from engine.openai_answers import Answer, StreamReader, Trouble, read_answer
+from engine.openai_api import build_body, endpoint_of, may_be_long
 from jobs.domain.images import Image
 from jobs.domain.pooling import Pooling
 from jobs.domain.request import Message, Request, SamplingParams

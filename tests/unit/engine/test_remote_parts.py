@@ -5,10 +5,10 @@ import time
 import httpx2
 import pytest
 
-from engine import openai_api
+from engine import openai_answers, openai_api
 from engine.concurrency import AdaptiveLimit
 from engine.exchange import MISCONFIGURED, TROUBLES
-from engine.openai_api import Answer, Refusal, StreamReader, Trouble
+from engine.openai_answers import Answer, Refusal, StreamReader, Trouble
 from jobs.domain.request import Constraint
 
 
@@ -50,7 +50,7 @@ def test_shown_url_has_no_password() -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float | None) -> None:
-    assert openai_api.read_retry_after(headers, now=1000) == seconds
+    assert openai_answers.read_retry_after(headers, now=1000) == seconds
 
 
 def test_every_failure_of_the_http_client_has_a_meaning() -> None:
@@ -70,14 +70,14 @@ def test_every_failure_of_the_http_client_has_a_meaning() -> None:
 
 @pytest.mark.parametrize("status", [400, 404, 405, 406, 410, 413, 415, 422, 451, 501, 505])
 def test_refusals_are_final(status: int) -> None:
-    assert isinstance(openai_api.read_failure(status, {}, b"{}"), Refusal)
+    assert isinstance(openai_answers.read_failure(status, {}, b"{}"), Refusal)
 
 
 @pytest.mark.parametrize(
     "status", [408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 524, 529, 599]
 )
 def test_troubles_are_tried_again(status: int) -> None:
-    trouble = openai_api.read_failure(status, {"retry-after": "2"}, b"<html>")
+    trouble = openai_answers.read_failure(status, {"retry-after": "2"}, b"<html>")
     assert isinstance(trouble, Trouble)
     assert trouble.kind == ("load" if status in {429, 503, 529} else "fault")
     assert trouble.retry_after == 2
@@ -168,7 +168,7 @@ def test_strict_is_asked_for_only_where_it_can_be_kept(spec: str, levels: str) -
 
 def test_date_of_retry_after_is_taken_from_now() -> None:
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-    seconds = openai_api.read_retry_after({"retry-after": later})
+    seconds = openai_answers.read_retry_after({"retry-after": later})
     assert seconds is not None
     assert 50 < seconds <= 60
 
@@ -178,7 +178,7 @@ def test_prompt_that_leaves_a_vllm_server_no_room_is_too_long() -> None:
         b'{"error":{"message":"max_tokens must be at least 1, got 0.",'
         b'"type":"BadRequestError","param":"max_tokens","code":400}}'
     )
-    refused = openai_api.read_failure(400, {}, body)
+    refused = openai_answers.read_failure(400, {}, body)
     assert isinstance(refused, Refusal)
     assert refused.error.code == "context_length_exceeded"
     assert not refused.about_max_tokens, "another name for it would change nothing"

@@ -17,7 +17,7 @@ from engine.choice import Choice, Machine, check_group, look_around
 from engine.config import HfConfig, VllmConfig
 from engine.devices import Device, Memory
 from jobs.app import open_app
-from jobs.catalogue import Completed, EngineChoice, ModelSettings, resolve
+from jobs.catalogue import Completed, resolve
 from jobs.cli import exits
 from jobs.cli.main import app as cli
 from jobs.domain.errors import (
@@ -26,6 +26,7 @@ from jobs.domain.errors import (
     InvalidInput,
     NotFound,
 )
+from jobs.model_settings import EngineChoice, ModelSettings
 from jobs.settings import Settings, load, resolve_model
 from tests.builders import make_lines
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import LlamacppConfig
-from jobs.catalogue import EngineChoice
 from jobs.domain.errors import EngineMisconfigured, InvalidInput
+from jobs.model_settings import EngineChoice
 from jobs.settings import Settings, complete_model
 
 

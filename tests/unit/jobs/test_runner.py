@@ -11,30 +11,24 @@ import pytest
 from typing_extensions import override
 
 from engine.base import Source
-from engine.supervisor import MAX_SUSPECT_DEATHS
 from jobs import sweeper
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import (
-    BatchctlError,
     BlobStoreUnavailable,
-    EngineDied,
-    EngineMisconfigured,
-    EngineOutOfMemory,
-    EngineUnavailable,
     StorageError,
 )
 from jobs.domain.ids import TenantId, WorkerId
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Segment, UnitKind, UnitState, count_bits
-from jobs.domain.suspects import CAREFUL_STALLS, SOLO_CRASHES
-from storage import batches, files, segments, shards, statistics, units
+from storage import batches, files, segments, units
 from storage.blobs.base import BlobInfo, BlobReader, BlobStore
 from tests.builders import (
     NEVER,
     Bench,
     ScriptedEngine,
     Worker,
+    assert_answered,
     await_set,
     await_true,
     ids_of,
@@ -45,19 +39,6 @@ from tests.builders import (
 
 def segments_of(bench: Bench, batch: Batch) -> list[Segment]:
     return list(segments.iterate_for_batch(bench.db, batch.id))
-
-
-def num_done(bench: Bench, batch: Batch) -> int:
-    return sum(count_bits(segment.positions) for segment in segments_of(bench, batch))
-
-
-def assert_answered(lines: list[dict[str, Any]], expected: dict[str, str]) -> None:
-    """Check that each custom_id has, in this order, the answer to its own question."""
-    found = [
-        (line["custom_id"], line["response"]["body"]["choices"][0]["message"]["content"])
-        for line in lines
-    ]
-    assert found == list(expected.items())
 
 
 def sum_usage(lines: list[dict[str, Any]]) -> tuple[int, int]:
@@ -156,11 +137,6 @@ def test_engine_is_not_drained_at_the_end_of_a_shard_or_batch(bench: Bench) -> N
     assert finished == {batch.id for batch in made}
 
 
-def num_pending_shards(bench: Bench) -> int:
-    found = statistics.read(bench.db, workers_since=timedelta(0)).queues
-    return sum(one.ready + one.waiting for one in found if one.kind is UnitKind.SHARD)
-
-
 def test_feed_reads_ahead_however_small_the_shards_are(bench: Bench) -> None:
     bench.submit_planned(make_lines(70), shard_lines=1)
     engine = ScriptedEngine(slots=2)
@@ -168,7 +144,7 @@ def test_feed_reads_ahead_however_small_the_shards_are(bench: Bench) -> None:
     with Worker(bench, engine) as worker:
         await_set(engine.paused)
         # Two run; the target is 64 queued ones, so all but a few shards are leased by then.
-        await_true(lambda: num_pending_shards(bench) <= 70 - 2 - 64)
+        await_true(lambda: bench.num_pending_shards() <= 70 - 2 - 64)
         engine.go_on()
         assert worker.result() == 70
 
@@ -197,7 +173,7 @@ def test_two_to_three_times_the_slots_wait_across_borders_of_shards_batches_and_
     engine.pause_after(0)
 
     def num_waiting() -> int:
-        num_leased = total - shard_lines * num_pending_shards(bench)
+        num_leased = total - shard_lines * bench.num_pending_shards()
         return num_leased - engine.num_answered - slots
 
     class WatchedReads(BlobsOfTheTest):
@@ -230,7 +206,7 @@ def test_urgent_batch_of_another_tenant_waits_for_no_more_than_what_was_read_ahe
     engine.pause_after(0)
     with Worker(bench, engine) as worker:
         await_set(engine.paused)
-        await_true(lambda: num_pending_shards(bench) <= (300 - 30 - 90) // 10)
+        await_true(lambda: bench.num_pending_shards() <= (300 - 30 - 90) // 10)
         bench.submit(
             make_lines(3, content="urgent"), tenant_id=TenantId("small"), window_seconds=600
         )
@@ -290,11 +266,11 @@ def test_results_are_written_while_the_engine_goes_on(bench: Bench) -> None:
     with Worker(bench, engine, blobs=store, settings=replace(NEVER, flush_results=5)) as worker:
         await_true(lambda: engine.num_answered == 40)
         assert store.num_puts == 1, "the first segment is still being written"
-        assert num_done(bench, batch) == 0
+        assert bench.num_done(batch) == 0
         go_on.set()
         assert worker.result() == 40
     assert writers == {"feed-write"}
-    assert num_done(bench, batch) == 40
+    assert bench.num_done(batch) == 40
 
 
 def test_worker_leaves_other_models_alone(bench: Bench) -> None:
@@ -323,7 +299,7 @@ def test_results_are_flushed_by(bench: Bench, settings: Any, num_answered: int) 
     engine = ScriptedEngine()
     engine.pause_after(num_answered)
     with Worker(bench, engine, settings=settings) as worker:
-        await_true(lambda: num_done(bench, batch) == num_answered)
+        await_true(lambda: bench.num_done(batch) == num_answered)
         counts = batches.get(bench.db, batch.id).request_counts
         assert counts.completed == num_answered, "a client sees them while the batch runs"
         engine.go_on()
@@ -337,7 +313,7 @@ def test_stop_flushes_what_is_finished_and_gives_the_rest_back(bench: Bench) -> 
     engine.pause_after(5)
     with Worker(bench, engine) as worker:
         await_set(engine.paused)
-        assert num_done(bench, batch) == 0, "no limit was reached"
+        assert bench.num_done(batch) == 0, "no limit was reached"
         worker.stop.set()
         assert worker.result() == 5
     assert [count_bits(segment.positions) for segment in segments_of(bench, batch)] == [5]
@@ -456,231 +432,6 @@ def test_segment_that_comes_after_the_lease_was_lost_is_refused(bench: Bench) ->
         worker.result()
     assert segments_of(bench, batch) == []
     assert bench.states(batch) == [UnitState.LEASED]
-
-
-# --- the engine dies ---
-
-
-def test_line_that_kills_the_engine_is_found_by_halves_and_costs_only_itself(
-    bench: Bench,
-) -> None:
-    content = make_lines(5) + make_line("r5", "poison") + b"\n" + make_lines(10, first=6)
-    batch = bench.submit_planned(content)
-    engine = ScriptedEngine(slots=8, total=16)
-    with Worker(bench, engine) as worker:
-        worker.result()
-    assert [len(running) for running in engine.deaths] == [8, 4, 2, 1, 1, 1]
-    assert all("poison" in running for running in engine.deaths)
-    (shard, _) = shards.list_for_batch(bench.db, batch.id)[0]
-    (fault,) = shards.list_faults(bench.db, shard.unit_id)
-    assert (fault.position, fault.solo_crashes, fault.places) == (5, 3, ("here",))
-    batch = bench.finalize()
-    (error,) = bench.errors_of(batch)
-    assert error["custom_id"] == "r5"
-    assert error["response"]["status_code"] == 500
-    assert error["response"]["body"]["error"]["code"] == "engine_crash"
-    rest = {f"r{n}": f"re: hello {n}" for n in range(16) if n != 5}
-    assert_answered(bench.output_of(batch), rest)
-
-
-def test_two_lines_that_kill_the_engine_are_both_found(bench: Bench) -> None:
-    content = b"".join(
-        make_line(f"r{n}", "poison" if n in {1, 6} else f"hello {n}") + b"\n" for n in range(8)
-    )
-    bench.submit_planned(content)
-    with Worker(bench, ScriptedEngine(slots=8, total=8)) as worker:
-        worker.result()
-    batch = bench.finalize()
-    assert ids_of(bench.errors_of(batch)) == ["r1", "r6"]
-    assert ids_of(bench.output_of(batch)) == ["r0", "r2", "r3", "r4", "r5", "r7"]
-
-
-def test_suspects_of_two_batches_are_told_apart(bench: Bench) -> None:
-    poisoned = bench.submit_planned(make_line("bad", "poison") + b"\n" + make_lines(3))
-    innocent = bench.submit_planned(make_lines(4))
-    with Worker(bench, ScriptedEngine(slots=8, total=8)) as worker:
-        worker.result()
-    ended = {batch.id: batch for batch in (bench.finalize(), bench.finalize())}
-    assert ids_of(bench.errors_of(ended[poisoned.id])) == ["bad"]
-    assert ended[innocent.id].request_counts.completed == 4
-
-
-def test_work_goes_on_after_the_suspects_are_cleared(bench: Bench) -> None:
-    # The look-ahead does not reach the last shards before the engine dies.
-    content = make_line("bad", "poison") + b"\n" + make_lines(199)
-    bench.submit_planned(content, shard_lines=10)
-    with Worker(bench, ScriptedEngine(slots=4)) as worker:
-        worker.result()
-    assert num_pending_shards(bench) == 0, "work() returns when no shard is left"
-    batch = bench.finalize()
-    assert (batch.request_counts.completed, batch.request_counts.failed) == (199, 1)
-
-
-def test_crashes_alone_are_counted_over_the_lives_of_workers(bench: Bench) -> None:
-    bench.submit_planned(make_line("bad", "poison") + b"\n")
-    lease = bench.claim(UnitKind.SHARD)
-    shards.report_death(bench.db, lease, suspects=[[0]], solo_crash=0, num_crashes=2)
-    units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
-    engine = ScriptedEngine()
-    with Worker(bench, engine) as worker:
-        worker.result()
-    assert len(engine.deaths) == 1
-    assert ids_of(bench.errors_of(bench.finalize())) == ["bad"]
-
-
-def test_suspects_of_an_earlier_worker_run_apart_from_the_rest(bench: Bench) -> None:
-    bench.submit_planned(
-        make_lines(6) + make_line("bad", "poison") + b"\n" + make_lines(6, first=6)
-    )
-    lease = bench.claim(UnitKind.SHARD)
-    shards.report_death(bench.db, lease, suspects=[[5, 6]])
-    units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
-    engine = ScriptedEngine(slots=4)
-    with Worker(bench, engine) as worker:
-        worker.result()
-    assert all(set(running) <= {"hello 5", "poison"} for running in engine.deaths)
-    assert ids_of(bench.errors_of(bench.finalize())) == ["bad"]
-
-
-def test_engine_that_answers_nothing_convicts_none_of_its_lines(bench: Bench) -> None:
-    content = b"".join(make_line(f"r{n}", "poison") + b"\n" for n in range(8))
-    batch = bench.submit_planned(content)
-    engine = ScriptedEngine(slots=8, total=8)
-    with Worker(bench, engine) as worker, pytest.raises(EngineUnavailable):
-        worker.result()
-    assert len(engine.deaths) == MAX_SUSPECT_DEATHS
-    assert bench.states(batch) == [UnitState.PENDING]
-    assert num_done(bench, batch) == 0, "the device may be to blame"
-
-
-# --- the whole worker dies ---
-
-
-def lose_leases(bench: Bench) -> None:
-    """Do what becomes of the leases of a worker that was killed; nobody claims for an hour."""
-    assert units.reap(bench.db, now=bench.db.now() + timedelta(hours=1))
-
-
-def let_time_pass(bench: Bench) -> None:
-    bench.clock.advance(2 * 3600)
-
-
-def test_lines_that_workers_died_of_run_in_groups_that_are_written_down_first(
-    bench: Bench,
-) -> None:
-    batch = bench.submit_planned(make_lines(40))
-    for _ in range(CAREFUL_STALLS):
-        bench.claim(UnitKind.SHARD)
-        lose_leases(bench)
-        let_time_pass(bench)
-    for expected in ([f"hello {n}" for n in range(32)], [f"hello {n}" for n in range(16)]):
-        engine = ScriptedEngine(slots=64)
-        engine.pause_after(0)
-        with Worker(bench, engine) as worker:
-            await_set(engine.paused)
-            ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
-            assert shard.trial is not None
-            assert [f"hello {n}" for n in shard.trial.positions] == engine.asked == expected
-            lose_leases(bench)
-            await_set(engine.dropped)
-            worker.result()
-        let_time_pass(bench)
-    with Worker(bench, ScriptedEngine(slots=64)) as worker:
-        assert worker.result() == 40
-    output = bench.output_of(bench.finalize())
-    assert_answered(output, {f"r{n}": f"re: hello {n}" for n in range(40)})
-
-
-def test_line_that_was_alone_when_workers_died_gets_an_error_and_the_others_their_answers(
-    bench: Bench,
-) -> None:
-    batch = bench.submit_planned(make_lines(5))
-    for num_crashes in range(SOLO_CRASHES):
-        lease = bench.claim(UnitKind.SHARD)
-        ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
-        shards.report_worker_death(
-            bench.db, lease, suspects=[[3]], died=shard.trial, num_crashes=num_crashes
-        )
-        shards.begin_trial(bench.db, lease, positions=[3])
-        lose_leases(bench)
-        let_time_pass(bench)
-    with Worker(bench, ScriptedEngine()) as worker:
-        worker.result()
-    batch = bench.finalize()
-    assert ids_of(bench.output_of(batch)) == ["r0", "r1", "r2", "r4"]
-    (error,) = bench.errors_of(batch)
-    assert error["custom_id"] == "r3"
-    assert error["response"]["body"]["error"]["code"] == "worker_crash"
-    assert "3 times" in error["response"]["body"]["error"]["message"]
-
-
-@pytest.mark.parametrize("error", [EngineOutOfMemory("It is full."), EngineMisconfigured("No.")])
-def test_engine_that_cannot_go_on_gives_every_lease_back(
-    bench: Bench, error: BatchctlError
-) -> None:
-    batch = bench.submit_planned(make_lines(8) + make_line("bad", "poison"), shard_lines=3)
-    engine = ScriptedEngine(slots=1)
-    engine.death = lambda _suspects: error
-    with Worker(bench, engine) as worker, pytest.raises(type(error)):
-        worker.result()
-    assert UnitState.LEASED not in bench.states(batch)
-    assert num_done(bench, batch) == 8, "what was finished is kept"
-
-
-class DiesAtOnce(ScriptedEngine):
-    """Its first life ends before it has begun anything."""
-
-    @override
-    def generate(self, source: Source) -> Generator[Result]:
-        if not self.deaths:
-            self.deaths.append([])
-            raise EngineDied("It died.")
-        yield from super().generate(source)
-
-
-def test_nothing_more_is_claimed_while_the_engine_starts_again(bench: Bench) -> None:
-    batch = bench.submit_planned(make_lines(90), shard_lines=10)
-    engine = DiesAtOnce(slots=2)
-    begun, may_go_on = threading.Event(), threading.Event()
-
-    def start() -> Any:  # noqa: ANN401
-        if engine.deaths:
-            begun.set()
-            assert may_go_on.wait(60)
-        return engine
-
-    with Worker(bench, engine, start=start) as worker:
-        await_set(begun)
-        # Whoever looks ahead would have six shards by then; the engine died of the first one, and
-        # another may have been under way.
-        threading.Event().wait(0.5)
-        assert bench.states(batch).count(UnitState.LEASED) <= 2
-        may_go_on.set()
-        worker.result()
-    with Worker(bench, engine) as worker:
-        worker.result()
-    assert set(bench.states(batch)) == {UnitState.DONE}
-
-
-class AnswersNothingMore(ScriptedEngine):
-    """After its first death, every further life of it ends at the first request."""
-
-    @override
-    def probe(self) -> None:
-        raise EngineDied("It died again.")
-
-
-def test_engine_that_fails_everything_after_its_first_death_gets_no_more_work(
-    bench: Bench,
-) -> None:
-    batch = bench.submit_planned(make_lines(8) + make_line("bad", "poison"), shard_lines=3)
-    engine = AnswersNothingMore(slots=1)
-    with Worker(bench, engine) as worker, pytest.raises(EngineDied):
-        worker.result()
-    assert len(engine.deaths) == 1
-    assert UnitState.LEASED not in bench.states(batch)
-    (shard, _) = shards.list_for_batch(bench.db, batch.id)[2]
-    assert shards.list_faults(bench.db, shard.unit_id)[0].solo_crashes == 1, "once, not five times"
 
 
 # --- storage fails ---

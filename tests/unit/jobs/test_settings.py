@@ -10,8 +10,8 @@ from engine.config import HfConfig, SimulatedConfig
 from engine.demo import model_path
 from jobs import settings
 from jobs.aliases import ALIASES
-from jobs.catalogue import ModelSettings
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
+from jobs.model_settings import ModelSettings
 from jobs.settings import Settings, load, origins, render_table, resolve_model
 
 ROOT = Path(__file__).parents[3]

@@ -9,10 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobs.app import App, open_app
-from jobs.catalogue import ModelSettings
 from jobs.domain.errors import EngineMisconfigured, NotFound
 from jobs.domain.ids import WorkerId
 from jobs.domain.request import Capabilities
+from jobs.model_settings import ModelSettings
 from jobs.settings import Settings
 from jobs.worker import capabilities
 from storage import models, workers

@@ -4,7 +4,7 @@ import httpx2
 import pytest
 
 from jobs.domain.errors import Conflict
-from jobs.settings import WorkerSettings
+from jobs.setting_groups import WorkerSettings
 from jobs.worker.probe import HEALTHY_SECONDS, Pulse, open_probe
 
 FREE = WorkerSettings(metrics_port=0)
