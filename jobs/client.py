@@ -1,4 +1,4 @@
-"""Typed HTTP client of the REST API: files, batches, results and models.
+"""Typed HTTP client of the REST API: files, batches, results, models and workers.
 
 Every POST carries an idempotency key, so that a repeated one changes nothing; connection errors,
 429 and 5xx are tried again while that may help.

@@ -1,4 +1,4 @@
-"""The sections of the settings: what an operator may change, and what it is when nobody does."""
+"""The sections of the settings that are of no engine and no storage, with their defaults."""
 
 import ipaddress
 from collections.abc import Mapping

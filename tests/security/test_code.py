@@ -84,7 +84,7 @@ def test_row_18_trust_in_code_of_models_is_never_anything_but_false_or_the_opera
         assert is_asked or (isinstance(value, ast.Constant) and value.value is False)
 
 
-def test_rows_24_25_only_the_api_and_the_metrics_take_connections() -> None:
+def test_row_24_row_25_only_the_api_and_the_metrics_take_connections() -> None:
     takes = {"create_server", "start_server", "bind", "start_http_server", "make_server"}
     found = {path for path, _, name in calls() if name in takes}
     assert found - {"scripts/fleet.py"} <= {"jobs/api/server.py", "jobs/metrics.py"}
