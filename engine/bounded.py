@@ -29,6 +29,12 @@ class BoundedCache(OrderedDict[bytes, tuple[_T, int]]):
             self.move_to_end(key)
             return found[0]
 
+    def forget(self, key: bytes) -> None:
+        """Forget the value under `key`, if there is one."""
+        with self._lock:
+            if key in self:
+                self._num_bytes -= self.pop(key)[1]
+
     def keep(self, key: bytes, value: _T, *, weight: int) -> _T:
         """Keep a value that weighs `weight` bytes, forgetting the least recently used ones."""
         with self._lock:

@@ -16,6 +16,7 @@ from typing import Literal
 from engine.config import ComputeDtype
 from engine.devices import Device, Memory, discover_visible, read_memory
 from engine.memory import ModelSize, Need, WeightKind, estimate, read_size
+from engine.paths import expand
 from engine.tuning import HF_BATCH_TOKENS, HF_SLOTS, VLLM_BATCH_TOKENS, VLLM_SLOTS
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
 
@@ -146,7 +147,7 @@ def find_size(source: str, *, cache_folder: str | None = None) -> ModelSize | No
     Raises:
         EngineMisconfigured: its files are damaged or incomplete.
     """
-    folder: Path | None = Path(source).expanduser()
+    folder: Path | None = expand(source)
     if folder is not None and not folder.is_dir():
         folder = _cached_folder(source, cache_folder)
     return read_size(folder) if folder is not None else None
@@ -157,7 +158,7 @@ def _cached_folder(source: str, cache_folder: str | None) -> Path | None:
     if source.count("/") != 1:
         return None
     cache = Path(cache_folder) if cache_folder else _HUB_FOLDER
-    snapshots = cache.expanduser() / f"models--{source.replace('/', '--')}" / "snapshots"
+    snapshots = expand(cache) / f"models--{source.replace('/', '--')}" / "snapshots"
     found = [path for path in snapshots.glob("*") if (path / "config.json").is_file()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -481,7 +481,7 @@ def _validate_by_grammar(constraint: Constraint, text: str) -> str | None:
     given = list(text.encode("utf-8", "surrogatepass"))
     num_taken = acceptor.try_consume_tokens(given)
     if acceptor.is_error():
-        _ACCEPTORS.pop(key, None)
+        _ACCEPTORS.forget(key)
         return "it could not be checked"
     if num_taken == len(given) and acceptor.is_accepting():
         return None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import xxhash
 
+from engine.paths import expand
 from jobs.domain.errors import EngineMisconfigured
 
 Value = int | float | bool | str
@@ -188,7 +189,7 @@ def read(source: str | Path) -> Gguf:
         EngineMisconfigured: it is not there, is none, is damaged, or is one part of several that
             are not all there.
     """
-    path = Path(source).expanduser()
+    path = expand(source)
     try:
         with path.open("rb") as file:
             if not path.stat().st_size:

@@ -11,6 +11,7 @@ import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Literal
 
 import msgspec
@@ -49,6 +50,7 @@ _RETRIED = frozenset({408, 409, 425, 500, 502, 504, 520, 521, 522, 523, 524})
 _OVERLOADED = frozenset({429, 503, 529})
 _SLOWING = frozenset({408, 502, 504, 522, 524})
 _MAX_RETRY_AFTER_SECONDS = 7 * 86400.0
+_FLOAT_BYTES = 4
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,7 +209,7 @@ def _read_numbers(reply: _Reply) -> Answer | Trouble:
     counted = Usage(prompt_tokens=usage.prompt_tokens or usage.total_tokens or 0)
     try:
         vectors = tuple(_vector_of(one.embedding) for one in found if one.embedding is not None)
-    except (ValueError, struct.error):
+    except (ValueError, OverflowError, struct.error):
         return Trouble(kind="fault", code="invalid_answer", status=200)
     scores = tuple(
         score
@@ -220,9 +222,17 @@ def _read_numbers(reply: _Reply) -> Answer | Trouble:
 
 
 def _vector_of(given: list[float] | str) -> bytes:
-    if isinstance(given, str):
-        return base64.b64decode(given, validate=True)
-    return struct.pack(f"<{len(given)}f", *given)
+    """Return 32-bit floats.
+
+    Raises:
+        ValueError, OverflowError, struct.error: it holds something else.
+    """
+    if not isinstance(given, str):
+        return struct.pack(f"<{len(given)}f", *given)
+    vector = base64.b64decode(given, validate=True)
+    if not vector or len(vector) % _FLOAT_BYTES:
+        raise ValueError
+    return vector
 
 
 def _read_logprobs(found: _Logprobs | None) -> list[TokenLogprob]:
@@ -262,14 +272,20 @@ class _Calls:
     """Puts tool calls together, whole ones or pieces that come one after the other."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, list[str]] = {}
+        self._parts: list[tuple[int, list[str]]] = []
+        self._newest: dict[int, list[str]] = {}  # of each index
 
     def add(self, calls: Sequence[_Call]) -> None:
         """Take what one message or delta holds of them."""
         for number, call in enumerate(calls):
-            place = number if call.index is None else call.index
-            part = self._parts.setdefault(place, ["", "", ""])
+            index = number if call.index is None else call.index
             function = call.function or _Function()
+            part = self._newest.get(index)
+            # Some servers send every call whole, and all with one index. Others make up an id for
+            # each piece, but name the function in the first alone.
+            if part is None or (call.id and function.name and part[0] not in {"", call.id}):
+                part = self._newest[index] = ["", "", ""]
+                self._parts.append((index, part))
             part[0] = part[0] or call.id or ""
             part[1] = part[1] or function.name or ""
             part[2] += function.arguments or ""
@@ -278,7 +294,7 @@ class _Calls:
         """Return the calls in their order."""
         return tuple(
             ToolCall(name, arguments or "{}", call_id)
-            for _, (call_id, name, arguments) in sorted(self._parts.items())
+            for _, (call_id, name, arguments) in sorted(self._parts, key=itemgetter(0))
         )
 
 
@@ -494,7 +510,8 @@ def _conclude(
     calls: _Calls,
     logprobs: Sequence[TokenLogprob],
 ) -> Answer | Trouble:
-    if finish == "error":  # vLLM and routers: the engine behind the server failed
+    # vLLM and routers: the engine behind the server failed, or was stopped in the middle.
+    if finish in {"error", "abort"}:
         return Trouble(kind="fault", code="engine_error", status=200)
     counted = Usage()
     if usage is not None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 from engine import guardian, wire
 from engine.base import Source
 from engine.config import EngineConfig, LlamacppConfig, RemoteConfig, VllmConfig
+from engine.paths import expand
 from engine.sampling import resolve_sampling
 from engine.tuning import Tuning
 from jobs.domain import errors
@@ -62,7 +63,7 @@ def _environment(config: EngineConfig) -> dict[str, str]:
         # Where engine.vllm.startup reads why a child ended.
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     }
-    if Path(config.model).expanduser().is_dir():
+    if expand(config.model).is_dir():
         fixed["HF_HUB_OFFLINE"] = "1"
     return _VLLM_DEFAULTS | passed_on | fixed
 

@@ -22,6 +22,7 @@ from engine.encoders import is_encoder, is_scoring, read_pooling_settings
 from engine.gguf import is_gguf
 from engine.gguf import read as read_gguf
 from engine.llamacpp.describe import describe_gguf
+from engine.paths import expand
 from engine.quantized import effective_quantization
 from engine.revision import revision_of
 from engine.tools import takes_tools
@@ -241,7 +242,7 @@ def _digest(
 
 def looks_local(source: str) -> bool:
     """Return whether a model's source can only be a file or folder here, not a hub id."""
-    path = Path(source).expanduser()
+    path = expand(source)
     is_path = path.is_absolute() or source.startswith(".") or source.count("/") != 1
     return is_path or is_gguf(source) or path.is_dir()
 
@@ -252,7 +253,7 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
     Raises:
         EngineMisconfigured: there is no such folder or hub model, or the hub cannot be reached.
     """
-    path = Path(config.model).expanduser()
+    path = expand(config.model)
     if path.is_dir():
         return path
     if looks_local(config.model):
@@ -264,6 +265,7 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
         from huggingface_hub import snapshot_download  # noqa: PLC0415
         from huggingface_hub.errors import (  # noqa: PLC0415
             HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
         )
@@ -282,6 +284,10 @@ def find_folder(config: HfConfig | VllmConfig) -> Path:
                 allow_patterns=[*_DESCRIBING_FILES, *_SEEING_FILES],
             )
         )
+    except HFValidationError:
+        raise EngineMisconfigured(
+            f"There is no folder {config.model}, and it is no hub id such as owner/name."
+        ) from None
     except RepositoryNotFoundError:
         raise EngineMisconfigured(
             f"The hub has no model {config.model}, or the token may not see it."

@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from engine.config import HfConfig, VllmConfig
+from engine.paths import expand
 from jobs.domain.errors import EngineMisconfigured
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
@@ -31,7 +32,7 @@ def revision_of(config: HfConfig | VllmConfig, folder: Path) -> str:
     else:
         _add_folder(digest, folder)
     if isinstance(config, VllmConfig) and config.adapter is not None:
-        _add_folder(digest, Path(config.adapter).expanduser())
+        _add_folder(digest, expand(config.adapter))
     for name in _LIBRARIES[config.kind]:
         digest.update(f"{name} {_version_of(name)}\0".encode())
     told = config.model_dump_json(include={"engine_args", "flash_attention", "device"})

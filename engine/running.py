@@ -160,15 +160,20 @@ class Answer:
         self.max_tokens = min(max_tokens, sampling.max_tokens or max_tokens)
         self.row = row
         self.constraint, self.closing = held
+        self.keeps_marks = request.tools is not None
         self.stops = (
-            StopStrings(tokenizer, sampling.stop, min_tokens=sampling.min_tokens)
+            StopStrings(
+                tokenizer,
+                sampling.stop,
+                min_tokens=sampling.min_tokens,
+                keeps_marks=self.keeps_marks,
+            )
             if sampling.stop
             else None
         )
         # A constraint says where the answer ends; its end is an end-of-sequence token.
         self.ignores_eos = sampling.ignore_eos and request.constraint is None
         self.stop_tokens = frozenset(sampling.stop_token_ids)
-        self.keeps_marks = request.tools is not None
         self.said: list[int] = []
 
     def in_time(self, token: int) -> int:

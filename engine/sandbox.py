@@ -160,7 +160,7 @@ class Sandbox:
                 return _TOO_LONG
             try:
                 (verdict,) = self._ask([(constraint, self._backend, text)])
-            except EngineUnavailable:
+            except (EngineUnavailable, UnicodeEncodeError):  # half of a character is no text
                 return "it could not be checked"
             if verdict is _TOO_COMPLEX:
                 self._failures.keep(key, num_failures + 1, weight=128)

@@ -38,16 +38,23 @@ class StopStrings:
     """Watches one answer for the strings that end it, wherever token borders fall."""
 
     def __init__(
-        self, tokenizer: ChatTokenizer, stops: Sequence[str], *, min_tokens: int = 0
+        self,
+        tokenizer: ChatTokenizer,
+        stops: Sequence[str],
+        *,
+        min_tokens: int = 0,
+        keeps_marks: bool = False,
     ) -> None:
         """Begin before the first token.
 
         Args:
+            keeps_marks: as `decode` has it.
             min_tokens: what has ended by then ends nothing, as in vLLM.
         """
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._min_tokens = min_tokens
+        self._keeps_marks = keeps_marks
         self._from = 0
         self._upto = 0
         self.text = ""
@@ -58,8 +65,9 @@ class StopStrings:
         Call it after every token. Decodes only the last few tokens: those of the piece of text
         that was last known to be whole, and what came since.
         """
-        known = decode(self._tokenizer, said[self._from : self._upto])
-        now = decode(self._tokenizer, said[self._from :])
+        marks = self._keeps_marks
+        known = decode(self._tokenizer, said[self._from : self._upto], keeps_marks=marks)
+        now = decode(self._tokenizer, said[self._from :], keeps_marks=marks)
         if len(now) <= len(known) or now.endswith("\ufffd"):
             return False  # part of a character; wait for the rest
         self._from, self._upto = self._upto, len(said)

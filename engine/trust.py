@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import HfConfig, VllmConfig
+from engine.paths import expand
 from jobs.domain.errors import EngineMisconfigured
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,7 +32,7 @@ def trusts_code(config: HfConfig | VllmConfig, folder: Path, described: Mapping[
         EngineMisconfigured: it cannot run without its code, which nobody trusts; or its code is
             not what the operator trusted.
     """
-    is_local = Path(config.model).expanduser().is_dir()
+    is_local = expand(config.model).is_dir()
     pin, found = config.trusted_code, digest_code(folder) if is_local else folder.name
     if pin is None:
         if needs_code(config, described):

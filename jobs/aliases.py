@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from engine.paths import expand
 from jobs import fields
 from jobs.catalogue import may_carry_keys
 from jobs.domain.errors import InvalidInput
@@ -50,7 +50,7 @@ def _switch(value: str) -> bool:
 
 
 def _hub_folder(value: str) -> object:
-    return str(Path(value).expanduser() / "hub")
+    return str(expand(value) / "hub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

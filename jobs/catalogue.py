@@ -5,7 +5,6 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -15,6 +14,7 @@ from engine.choice import Choice, Machine, Plan, choose, find_size, look_around
 from engine.config import HfConfig, VllmConfig, is_placed
 from engine.gguf import is_gguf
 from engine.gguf import read as read_gguf
+from engine.paths import expand
 from engine.tuning import HF_BATCH_TOKENS, HF_SLOTS, VLLM_BATCH_TOKENS, VLLM_SLOTS
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, NotFound
 from jobs.model_settings import (
@@ -201,7 +201,7 @@ def _local_changes(
             f"The model {name} is a .gguf file, which the llamacpp engine runs; {kind} cannot.",
             param="model",
         )
-    folder = Path(entry.source).expanduser()
+    folder = expand(entry.source)
     group = groups.vllm if kind == "vllm" else groups.hf
     words = (quantization, entry.quantization, group.quantization)
     changes: dict[str, Any] = {
@@ -230,7 +230,7 @@ def _gguf_changes(
             param="quantization",
         )
     return {
-        "source": str(Path(entry.source).expanduser().resolve()),
+        "source": str(expand(entry.source).resolve()),
         "quantization": None,
         "context_tokens": entry.context_tokens or groups.llamacpp.context_tokens,
     }
@@ -301,7 +301,7 @@ def _from_source(
         return ModelSettings(engine="simulated")
     if engine == "remote":
         return ModelSettings(engine="remote", url=remote.url)
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if is_gguf(name) and folder.is_file():
         return ModelSettings(source=str(folder.resolve()))
     if folder.is_dir():

@@ -30,6 +30,7 @@ from jobs.domain.result import LineError, Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import (
     Fault,
+    Lease,
     Shard,
     UnitKind,
     UnitState,
@@ -48,6 +49,7 @@ from jobs.open_shards import (
     Held,
     OpenShard,
     crash_error,
+    fill,
     read_line,
     settle_deaths,
     write_segment,
@@ -61,6 +63,7 @@ from storage.jsonl import RequestLine, read_requests
 
 READ_CHUNK_LINES = 64
 _TICK_SECONDS = 0.05
+_JOIN_SECONDS = 30.0
 _READ_CHUNK_BYTES = 8 << 20
 _MAX_QUEUED_BYTES = 64 << 20
 _MAX_BUFFERED_BYTES = 64 << 20
@@ -157,7 +160,7 @@ class Feed:
             StorageError: finished results could not be written.
         """
         self.stop()
-        self._reader.join(timeout=30)
+        self._reader.join(timeout=_JOIN_SECONDS)
         with self._lock:
             self._closed = True
             self._lock.notify_all()
@@ -290,28 +293,45 @@ class Feed:
     def _begin_group(self) -> None:
         group = [h for h in self._groups.popleft() if not (h.shard.lost or h.shard.stopped)]
         self._group = group
-        if any(h.shard.is_careful for h in group):
-            self._untried = group  # the reader notes it first
+        if any(h.shard.is_careful or h.unfilled is not None for h in group):
+            self._untried = group  # the reader notes it first, and reads its pictures
         else:
             self._queue.extend(group)
 
     def _try_group(self, group: list[Held]) -> None:
-        """Let a group run once it is written down what runs."""
-        for shard in {h.shard.lease.unit_id: h.shard for h in group}.values():
-            positions = [h.position for h in group if h.shard is shard]
+        """Let a group run once its pictures are read and it is written down what runs."""
+        refused: list[tuple[Held, LineError]] = []
+        for held in group:
+            try:
+                error = fill(self._db, self._blobs, held)
+            except StorageError as failure:
+                if failure.retryable:
+                    raise
+                self._give_up(held.shard, failure)
+                continue
+            if error is not None:
+                refused.append((held, error))
+        runs = [h for h in group if h.unfilled is None]
+        is_noted = any(h.shard.is_careful for h in runs)
+        for shard in {h.shard.lease.unit_id: h.shard for h in runs if is_noted}.values():
+            positions = [h.position for h in runs if h.shard is shard]
             try:
                 shards.begin_trial(self._db, shard.lease, positions=positions)
             except LeaseLost:
-                self._lose(shard.lease.unit_id)
+                self._lose(shard)
         with self._lock:
             if self._untried is group:
                 self._untried = None
-                self._queue.extend(group)
+                self._queue.extend(runs)
+                for held, error in refused:
+                    self._keep(held, Result(id=held.request.id, error=error))
 
     def _report_suspects(self, shard: OpenShard, solo: Held | None) -> Fault | None:
         with self._lock:
+            # Those of a shard that is still being read are suspects as well.
             groups = [
-                tuple(h.position for h in group if h.shard is shard) for group in self._groups
+                tuple(h.position for h in group if h.shard is shard)
+                for group in (*self._groups, *shard.groups.values())
             ]
         position = solo.position if solo is not None else None
         num_crashes = 1 if position is None else shard.crashes.get(position, 0) + 1
@@ -326,7 +346,7 @@ class Feed:
                 num_crashes=num_crashes,
             )
         except LeaseLost:
-            self._lose(shard.lease.unit_id)
+            self._lose(shard)
             return None
 
     # --- results ---
@@ -354,12 +374,12 @@ class Feed:
                     self._flush(shard)
                     failing_since = None
                 except LeaseLost:
-                    self._lose(shard.lease.unit_id)
+                    self._lose(shard)
                 except StorageError as error:
                     failing_since = self._note_failure(error, since=failing_since)
                 if shard.stopped and not (shard.buffer.entries or shard.writing):
                     self._leave(shard, shard.stopped)
-            if self._closed and self._failure is not None:
+            if self._closed and self._failure is not None and failing_since is not None:
                 return  # each was tried once more
 
     def _is_due(self, shard: OpenShard) -> bool:
@@ -398,9 +418,9 @@ class Feed:
         self._doorbell.hint(Hint.PROGRESS, lease.batch_id)
         if done:
             self._count(shard, "done")
-            self._keeper.drop(lease.unit_id)
+            self._keeper.drop(lease)
             with self._lock:
-                self._open.pop(lease.unit_id, None)
+                self._take_out(shard)
             self._doorbell.announce()
 
     # --- what goes wrong in a thread ---
@@ -460,7 +480,7 @@ class Feed:
                     current = None
                 failing_since = None
             except StorageError as error:
-                if current is not None and not error.retryable:
+                if untried is None and current is not None and not error.retryable:
                     self._give_up(current, error)
                     current = None
                     continue
@@ -517,11 +537,10 @@ class Feed:
             groups, guilty = (
                 settle_deaths(self._db, lease, shard) if is_careful else (list_suspects(shard), {})
             )
+        except LeaseLost:
+            return None
         except BatchctlError:
-            # Nobody would renew it: given back, or where that fails too, reaped.
-            with suppress(LeaseLost, StorageError):
-                released = Settlement(state=UnitState.PENDING, exit="released")
-                units.settle(self._db, lease, released)
+            self._release(lease)
             raise
         num_done = sum(byte.bit_count() for byte in shard.done)
         opened = OpenShard(
@@ -536,15 +555,26 @@ class Feed:
             crashes={fault.position: fault.solo_crashes for fault in shard.faults},
         )
         with self._lock:
-            self._dry = False
-            self._open[lease.unit_id] = opened
+            is_late = self._closed  # the claim took longer than the feed's end waited for it
+            if not is_late:
+                self._dry = False
+                self._open[lease.unit_id] = opened
+        if is_late:
+            self._release(lease)
+            return None
         self._keeper.hold(
             lease,
             progress=lambda: (self._progress(), self._num_results),
-            on_lost=self._lose,
+            on_lost=lambda _: self._lose(opened),
             on_stopping=self._stop_shard,
         )
         return opened
+
+    def _release(self, lease: Lease) -> None:
+        """Give back what nobody would renew; where that fails too, it is reaped."""
+        with suppress(LeaseLost, StorageError):
+            released = Settlement(state=UnitState.PENDING, exit="released")
+            units.settle(self._db, lease, released)
 
     def _get_batch(self, batch_id: BatchId) -> Batch:
         batch = self._batches.get(batch_id)
@@ -610,17 +640,26 @@ class Feed:
             shard.stopped = state
             self._drop_requests(shard)
 
-    def _lose(self, unit_id: UnitId) -> None:
-        self._keeper.drop(unit_id)
+    def _lose(self, shard: OpenShard) -> None:
+        self._keeper.drop(shard.lease)
         with self._lock:
-            shard = self._open.pop(unit_id, None)
-            if shard is None:
+            if not self._take_out(shard):
                 return
             shard.lost = True
             self._count(shard, "lost")
             self._buffered_bytes -= shard.buffer.num_bytes
             self._buffered_bytes -= shard.writing.num_bytes if shard.writing else 0
             self._drop_requests(shard)
+
+    def _take_out(self, shard: OpenShard) -> bool:
+        """Take a shard out of those that are open; False where it is none of them any more.
+
+        Its unit may be open again by then, under a later lease.
+        """
+        is_open = self._open.get(shard.lease.unit_id) is shard
+        if is_open:
+            del self._open[shard.lease.unit_id]
+        return is_open
 
     def _count(self, shard: OpenShard, outcome: str) -> None:
         metrics.count_unit(
@@ -637,9 +676,9 @@ class Feed:
 
     def _leave(self, shard: OpenShard, state: UnitState | None) -> None:
         """Settle a shard that is not finished: stopped with its batch, or given back."""
-        self._keeper.drop(shard.lease.unit_id)
+        self._keeper.drop(shard.lease)
         with self._lock:
-            if self._open.pop(shard.lease.unit_id, None) is None:
+            if not self._take_out(shard):
                 return
         self._count(shard, str(state or "released"))
         settlement = Settlement(

@@ -99,10 +99,12 @@ class LeaseKeeper:
                 lease, progress, on_lost, on_stopping, renewed_at=now, moved_at=now
             )
 
-    def drop(self, unit_id: UnitId) -> None:
-        """Stop renewing a lease."""
+    def drop(self, lease: Lease) -> None:
+        """Stop renewing a lease; a later one of the same unit stays."""
         with self._lock:
-            self._held.pop(unit_id, None)
+            held = self._held.get(lease.unit_id)
+            if held is not None and held.lease.epoch == lease.epoch:
+                del self._held[lease.unit_id]
 
     def num_held(self, kind: UnitKind) -> int:
         """Return how many leases of a kind are kept now."""
@@ -183,8 +185,10 @@ class LeaseKeeper:
 
     def _lose(self, held: _Held) -> None:
         with self._lock:
-            if self._held.pop(held.lease.unit_id, None) is None:
+            # Given back and claimed again meanwhile, the unit is under another lease of ours.
+            if self._held.get(held.lease.unit_id) is not held:
                 return
+            del self._held[held.lease.unit_id]
         metrics.count_lost_lease()
         log.warning("lease_lost", unit_id=held.lease.unit_id, epoch=held.lease.epoch)
         held.on_lost(held.lease.unit_id)

@@ -12,7 +12,7 @@ from jobs import metrics
 from jobs.domain.batch import Batch
 from jobs.domain.errors import InvalidLine
 from jobs.domain.mixed import endpoint_of
-from jobs.domain.request import Request, custom_id_of, parse_line
+from jobs.domain.request import Line, Request, custom_id_of, parse_line
 from jobs.domain.result import LineError, Result, Usage, render_result
 from jobs.domain.shard import Fault, Lease, Segment, Shard, Trial, UnitState, bitmap
 from jobs.domain.suspects import is_guilty, list_accused, narrow
@@ -21,14 +21,25 @@ from jobs.telemetry import log
 from storage import segments, shards
 from storage.blobs.base import BlobStore, hash_bytes, segment_key
 from storage.database import Database
-from storage.jsonl import Follower, RequestLine, encode_segment
+from storage.jsonl import (
+    KIND_ERROR,
+    KIND_OUTPUT,
+    Entry,
+    Follower,
+    RequestLine,
+    encode_segment,
+)
+
+_UNWRITABLE = LineError(
+    code="internal_error", message="The answer could not be written as a line.", status_code=500
+)
 
 
 @dataclass(slots=True, eq=False)
 class Buffer:
     """Results of one shard that are not durable yet."""
 
-    entries: list[tuple[int, int, bytes]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     num_bytes: int = 0
@@ -75,25 +86,22 @@ class OpenShard:
         Args:
             identity: of the engine that answered, asked where answers are for reuse.
         """
+        try:
+            entries = self._render(held, result)
+        except Exception as failure:  # noqa: BLE001  whatever it is, it must not end the others' work
+            # Without its message, which may quote the answer.
+            log.error(
+                "result_not_rendered", unit_id=self.lease.unit_id, error=type(failure).__name__
+            )
+            result = Result(id=result.id, usage=result.usage, error=_UNWRITABLE)
+            entries = self._render(held, result)
         buffer = self.buffer
         if not buffer.entries:
             buffer.oldest_at = time.monotonic()
         error = result.error
-        before = buffer.num_bytes
-        for index, custom_id in ((held.index, held.custom_id), *held.followers):
-            line = render_result(
-                result,
-                custom_id=custom_id,
-                request_id=f"{self.lease.batch_id[6:]}{index:08x}",
-                endpoint=held.endpoint,
-                model=self.lease.model_key or "",
-                created=int(time.time()),
-                same_as=None if index == held.index else held.custom_id,
-                pooling=held.request.pooling,
-                request=held.request,
-            )
-            buffer.entries.append((index, int(error is not None), line))
-            buffer.num_bytes += len(line)
+        num_bytes = sum(len(line) for *_, line in entries)
+        buffer.entries += entries
+        buffer.num_bytes += num_bytes
         if self.batch.reuse:
             buffer.identities.add(identity())
         buffer.positions.append(held.position)
@@ -104,12 +112,37 @@ class OpenShard:
             buffer.failed_usage += result.usage
             buffer.codes[error.code] += num_failed
         self.num_left -= 1
-        return buffer.num_bytes - before
+        return num_bytes
+
+    def _render(self, held: "Held", result: Result) -> list[Entry]:
+        """Return the lines of one result: its own and its followers'."""
+        return [
+            (
+                index,
+                KIND_OUTPUT if result.error is None else KIND_ERROR,
+                render_result(
+                    result,
+                    custom_id=custom_id,
+                    request_id=f"{self.lease.batch_id[6:]}{index:08x}",
+                    endpoint=held.endpoint,
+                    model=self.lease.model_key or "",
+                    created=int(time.time()),
+                    same_as=None if index == held.index else held.custom_id,
+                    pooling=held.request.pooling,
+                    request=held.request,
+                ),
+            )
+            for index, custom_id in ((held.index, held.custom_id), *held.followers)
+        ]
 
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """One request in our hands: read, and not yet turned into a result."""
+    """One request in our hands: read, and not yet turned into a result.
+
+    Attributes:
+        unfilled: its line, where its pictures are still to be read.
+    """
 
     shard: OpenShard
     position: int
@@ -119,12 +152,15 @@ class Held:
     num_bytes: int = 0
     followers: Sequence[Follower] = ()
     endpoint: str = ""
+    unfilled: Line | None = None
 
 
 def read_line(
     db: Database, blobs: BlobStore, shard: OpenShard, line: RequestLine, request_id: int
 ) -> tuple[Held, LineError | None]:
     """Return the request of a line, or with an error one that stands for it and is not to run.
+
+    A suspect waits until all of its shard has been read, so its pictures are left for `fill`.
 
     Raises:
         StorageError: its pictures cannot be read now.
@@ -141,19 +177,40 @@ def read_line(
     try:
         endpoint = endpoint_of(content, shard.batch.endpoint)
         parsed = parse_line(content, endpoint=endpoint)
-        if parsed.messages is not None and any(m.parts for m in parsed.messages):
-            parsed, num_read = Pictures(db, blobs, shard.batch.tenant_id).fill(parsed)
-            num_bytes += num_read
     except InvalidLine as error:
         # Planning let this line through, so the code changed since; say so in its place.
-        return refused(
-            LineError(
-                code=error.error_code, message=error.message, status_code=400, param=error.param
-            )
-        )
+        return refused(_refusal(error))
     request = parsed.to_request(request_id)
-    custom_id = parsed.custom_id
-    return Held(shard, position, index, custom_id, request, num_bytes, followers, endpoint), None
+    held = Held(shard, position, index, parsed.custom_id, request, num_bytes, followers, endpoint)
+    if parsed.messages is not None and any(m.parts for m in parsed.messages):
+        held.unfilled = parsed
+        if position not in shard.group_of:
+            return held, fill(db, blobs, held)
+    return held, None
+
+
+def fill(db: Database, blobs: BlobStore, held: Held) -> LineError | None:
+    """Read the pictures of a request, where that is still to be done; return why it cannot run.
+
+    Raises:
+        StorageError: they cannot be read now.
+    """
+    if held.unfilled is None:
+        return None
+    try:
+        line, num_read = Pictures(db, blobs, held.shard.batch.tenant_id).fill(held.unfilled)
+    except InvalidLine as error:
+        return _refusal(error)
+    held.request = line.to_request(held.request.id)
+    held.num_bytes += num_read
+    held.unfilled = None
+    return None
+
+
+def _refusal(error: InvalidLine) -> LineError:
+    return LineError(
+        code=error.error_code, message=error.message, status_code=400, param=error.param
+    )
 
 
 def write_segment(

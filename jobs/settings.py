@@ -34,6 +34,7 @@ from pydantic_settings import (
 )
 from typing_extensions import override
 
+from engine.paths import expand
 from jobs import fields
 from jobs.aliases import ALIASES, read_aliases
 from jobs.broker_url import for_redis_py
@@ -149,7 +150,7 @@ class Settings(BaseSettings):
     @field_validator("data", mode="after")
     @classmethod
     def _expand_home(cls, data: Path) -> Path:
-        return data.expanduser().absolute()
+        return expand(data).absolute()
 
     @field_validator("base_url", mode="after")
     @classmethod

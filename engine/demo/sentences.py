@@ -1,4 +1,4 @@
-"""The sentences from which the demo model's training text is made; in templates braces stand for words."""
+"""The sentences of the demo model's training text; in templates braces stand for words."""
 
 PERSON_INSTRUCTIONS = (
     "Extract the person as JSON.",

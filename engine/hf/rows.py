@@ -182,7 +182,7 @@ def _sample_filtered(weights: torch.Tensor, drawn: torch.Tensor, rows: list[Row]
         limit = row.top_k if 0 < row.top_k < vocab_size else vocab_size
         if limit <= shortlist or (row.top_p < 1 and limit == vocab_size and shares[i] >= row.top_p):
             short.append(i)
-            limits.append(min(limit, shortlist))
+            limits.append(limit)
         else:
             ordered, at = weights[i : i + 1].sort(dim=-1, descending=True, stable=True)
             place = _cut(ordered, drawn[i : i + 1], totals[i : i + 1], [row], [limit])
@@ -206,9 +206,9 @@ def _cut(
     """
     device = ordered.device
     sums = ordered.cumsum(dim=-1, dtype=_exact(device))
-    last = torch.tensor(limits, device=device) - 1
+    last = torch.tensor(limits, device=device).clamp_(max=ordered.shape[1]) - 1
     # Without a top-k the share is of the whole vocabulary, of which `ordered` may be a part.
-    is_whole = torch.tensor([row.top_k <= 0 for row in rows], device=device)
+    is_whole = torch.tensor([limit > ordered.shape[1] for limit in limits], device=device)
     kept = torch.where(is_whole, totals, sums.gather(1, last.unsqueeze(-1)).squeeze(-1))
     shares = torch.tensor([row.top_p for row in rows], device=device, dtype=_exact(device))
     nucleus = torch.searchsorted(sums, (kept * shares).unsqueeze(-1)).squeeze(-1)

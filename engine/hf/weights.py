@@ -41,6 +41,7 @@ from engine.hf import heap, placement, quantizing
 from engine.hf.pictures import Vision, take_apart
 from engine.hf.quantizing import DTYPES
 from engine.memory import WeightKind, read_size, weight_bytes
+from engine.paths import expand
 from engine.quantized import effective_quantization
 from engine.registry import SEEING_FAMILIES, find_folder, looks_local
 from engine.trust import trusts_code
@@ -158,12 +159,12 @@ def _open(
     if device.type == "cpu":
         heap.keep_freed()
     is_local = looks_local(config.model)
-    if is_local and not Path(config.model).expanduser().is_dir():
+    if is_local and not expand(config.model).is_dir():
         raise EngineMisconfigured(
             f"There is no folder {config.model}; give the folder that holds config.json, or a "
             "hub id such as owner/name."
         )
-    source = str(Path(config.model).expanduser()) if is_local else config.model
+    source = str(expand(config.model)) if is_local else config.model
     folder = Path(source) if is_local else find_folder(config)
     common = _common_options(config, folder, is_local=is_local)
     if is_local:

@@ -109,7 +109,7 @@ def _draw_filtered(weights: Logits, drawn: float, row: Row) -> int:
     sums = weights[places].cumsum(dtype=np.float64)
     last = min(limit, len(places)) - 1
     # Without a top-k the share is of the whole vocabulary, of which `places` may be a part.
-    kept = total if row.top_k <= 0 else sums[last]
+    kept = total if limit > len(places) else sums[last]
     last = min(last, int(sums.searchsorted(kept * row.top_p, side="left")))
     place = int(sums.searchsorted(drawn * sums[last], side="right"))
     return int(places[min(place, last)])

@@ -18,6 +18,7 @@ from engine import checkpoint
 from engine.config import DROPPED_BY_VLLM, VllmConfig
 from engine.encoders import PoolingMode, is_scoring, read_pooling_settings
 from engine.memory import WeightKind, read_size, weight_bytes
+from engine.paths import expand
 from engine.trust import trusts_code
 from engine.tuning import choose_vllm
 from jobs.domain.errors import EngineMisconfigured, EngineOutOfMemory
@@ -79,7 +80,7 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
     if config.engine_args.get("quantization") == "squeezellm":
         raise EngineMisconfigured(f"squeezellm is not possible: {DROPPED_BY_VLLM['squeezellm']}.")
     described = read_object(folder / "config.json")
-    path = Path(config.model).expanduser()
+    path = expand(config.model)
     slots, batch_tokens = _amounts(config, folder)
     arguments: dict[str, Any] = {
         "model": str(path) if path.is_dir() else config.model,
@@ -114,7 +115,7 @@ def engine_arguments(config: VllmConfig, folder: Path) -> AsyncEngineArgs:
     if config.trusted_code is not None and not path.is_dir():
         arguments["code_revision"] = config.revision
     if config.adapter is not None:
-        arguments |= _adapter_arguments(Path(config.adapter).expanduser())
+        arguments |= _adapter_arguments(expand(config.adapter))
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
         return AsyncEngineArgs(**given | config.engine_args)
@@ -285,12 +286,12 @@ def check_weights(config: VllmConfig, arguments: AsyncEngineArgs) -> None:
         EngineMisconfigured: a file is damaged, or there is none.
         EngineOutOfMemory: the GPUs together have less memory than the weights take.
     """
-    folder = Path(config.model).expanduser()
+    folder = expand(config.model)
     if not folder.is_dir():
         return
     tensors = checkpoint.read_tensors(folder)
     if config.adapter:
-        for file in sorted(Path(config.adapter).expanduser().glob("*.safetensors")):
+        for file in sorted(expand(config.adapter).glob("*.safetensors")):
             checkpoint.read_header(file)
     others = [*folder.glob("*.bin"), *folder.glob("*.pt")]
     if arguments.load_format == "auto" and not tensors and not others:

@@ -8,6 +8,7 @@ import typer
 
 from engine.choice import gigabytes
 from engine.config import ComputeDtype, HfConfig
+from engine.paths import expand
 from jobs.cli import options, output
 from jobs.domain.errors import BatchctlError, InvalidInput
 from jobs.model_settings import ModelSettings
@@ -97,7 +98,7 @@ def quantize(
     given: Any = entry.to_engine_config()
     made = quantize_model(
         cast("HfConfig", given).model_copy(update={"compute_dtype": compute_dtype}),
-        target.expanduser().absolute(),
+        expand(target).absolute(),
         told=lambda stage: output.say(f"{stage} ..."),
     )
     if as_json:

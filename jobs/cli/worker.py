@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from engine.paths import expand
 from jobs.cli import options, output
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def worker(
     from jobs.worker.roster import DRAIN_MARGIN_SECONDS, plan_commands
 
     flags = {
-        "data": str(data.expanduser().absolute()) if data is not None else None,
+        "data": str(expand(data).absolute()) if data is not None else None,
         "worker__gpus": gpus,
         "worker__models": [name.strip() for name in models.split(",")] if models else None,
         "worker__role": role,

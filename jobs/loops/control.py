@@ -82,7 +82,7 @@ class ControlLoop:
                 error=error.message,
             )
         finally:
-            crew.keeper.drop(lease.unit_id)
+            crew.keeper.drop(lease)
             metrics.count_unit(
                 lease.kind, lease.model_key, outcome=outcome, seconds=time.monotonic() - began
             )

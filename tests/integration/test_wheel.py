@@ -80,7 +80,7 @@ def test_wheel_brings_no_engine(installed: Path, tmp_path: Path) -> None:
 
 
 def test_command_says_its_version(installed: Path, tmp_path: Path) -> None:
-    assert "0.6.1" in _run([installed / "batchctl", "--version"], folder=tmp_path)
+    assert "0.6.2" in _run([installed / "batchctl", "--version"], folder=tmp_path)
 
 
 def test_simulated_run_answers_every_line(installed: Path, tmp_path: Path) -> None:

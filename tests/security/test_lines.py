@@ -300,7 +300,7 @@ def test_row_6_no_part_of_a_message_names_something_to_fetch(part: dict[str, Any
         ("use_beam_search", True),
     ],
 )
-def test_row_16_row_20_row_29_row_32_no_line_changes_the_template_the_cache_or_the_number_of_answers(
+def test_row_16_row_20_row_29_row_32_no_line_changes_template_cache_or_number_of_answers(
     name: str,
     value: Any,  # noqa: ANN401
 ) -> None:

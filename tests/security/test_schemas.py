@@ -226,6 +226,8 @@ def test_row_13_an_answer_that_makes_a_recursive_schema_explode_holds_up_nobody(
         assert sandbox.validate(constraint, '{"c":{"c":"x"}}') is None, "others go on"
         reason = sandbox.validate(constraint, nested(9))
         assert reason == "it breaks `anyOf` of its schema", "checked in the helper"
+        half = nested(40) + "\ud83d"
+        assert sandbox.validate(constraint, half) == "it could not be checked"
 
 
 def test_row_13_after_a_few_such_answers_the_constraint_is_not_tried_again() -> None:

@@ -255,6 +255,18 @@ def test_cache_forgets_the_oldest_by_number_and_by_weight() -> None:
     assert cache.find(b"d") == 4
 
 
+def test_what_a_cache_was_told_to_forget_weighs_nothing() -> None:
+    cache: BoundedCache[int] = BoundedCache(max_entries=9, max_bytes=100)
+    for _ in range(9):
+        cache.keep(b"a", 1, weight=60)
+        cache.forget(b"a")
+        cache.forget(b"a")
+    assert cache.find(b"a") is None
+    cache.keep(b"b", 2, weight=40)
+    cache.keep(b"c", 3, weight=40)
+    assert cache.find(b"b") == 2
+
+
 @pytest.mark.parametrize("backend", ["llguidance", "outlines_core"])
 @pytest.mark.parametrize(
     "constraint",

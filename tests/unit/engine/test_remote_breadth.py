@@ -95,6 +95,49 @@ def test_calls_come_whole_or_in_pieces() -> None:
     assert answer.tool_calls == (ToolCall("now", '{"a":1}', "c1"), ToolCall("f", "{}", "c2"))
 
 
+def stream_of(*deltas: dict[str, Any], finish: str = "tool_calls") -> StreamReader:
+    stream = StreamReader()
+    for delta in deltas:
+        chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        stream.feed(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
+    stream.feed(b"data: " + json.dumps(last).encode() + b"\n\ndata: [DONE]\n\n")
+    return stream
+
+
+@pytest.mark.parametrize("index", [{}, {"index": 0}], ids=["no index", "one index"])
+def test_calls_that_a_server_does_not_number_are_told_apart_by_their_ids(
+    index: dict[str, int],
+) -> None:
+    stream = stream_of(
+        *(
+            {"tool_calls": [{**index, "id": one, "function": {"name": one, "arguments": "{}"}}]}
+            for one in ("f", "g")
+        ),
+    )
+    answer = stream.result()
+    assert isinstance(answer, Answer)
+    assert answer.tool_calls == (ToolCall("f", "{}", "f"), ToolCall("g", "{}", "g"))
+
+
+def test_pieces_of_a_call_with_ids_that_a_server_made_up_are_one_call() -> None:
+    named = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": ""}}
+    pieces = [
+        {"index": 0, "id": f"x{number}", "function": {"arguments": text}}
+        for number, text in enumerate(('{"a"', ":1}"))
+    ]
+    answer = stream_of(*({"tool_calls": [one]} for one in (named, *pieces))).result()
+    assert isinstance(answer, Answer)
+    assert answer.tool_calls == (ToolCall("f", '{"a":1}', "c1"),)
+
+
+def test_an_answer_that_a_server_broke_off_is_no_answer() -> None:
+    said = {"message": {"content": "half of"}, "finish_reason": "abort"}
+    whole = read_answer(json.dumps({"choices": [said]}).encode(), content_type="application/json")
+    assert isinstance(whole, Trouble)
+    assert isinstance(stream_of({"content": "half of"}, finish="abort").result(), Trouble)
+
+
 def test_every_parameter_is_sent_and_what_nobody_asked_for_is_not() -> None:
     sampling = SamplingParams(
         presence_penalty=0.5,
@@ -190,6 +233,9 @@ def test_numbers_come_back_in_the_order_of_the_texts() -> None:
     "data",
     [
         [{"index": 0, "embedding": "no base64!"}],
+        [{"index": 0, "embedding": base64.b64encode(b"int8s").decode()}],
+        [{"index": 0, "embedding": ""}],
+        [{"index": 0, "embedding": [1e39]}],
         [{"index": 1, "embedding": [1.0]}],
         [{"index": 0}],
     ],

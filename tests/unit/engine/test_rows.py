@@ -64,6 +64,15 @@ def test_greedy_rows_take_the_largest() -> None:
     assert pick(logits, [Row() for _ in range(4)]) == logits.argmax(dim=-1).tolist()
 
 
+def test_a_top_k_of_the_whole_vocabulary_is_none() -> None:
+    logits = logits_of(1)
+    chosen = [
+        [pick(logits, [sampled(seed, top_p=0.97, top_k=top_k)]) for seed in range(400)]
+        for top_k in (0, VOCABULARY, 10**6)
+    ]
+    assert chosen[0] == chosen[1] == chosen[2]
+
+
 @pytest.mark.parametrize(
     "parameters",
     [

@@ -14,8 +14,9 @@ from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from engine.choice import Choice, Machine, check_group, look_around
-from engine.config import HfConfig, VllmConfig
+from engine.config import HfConfig, LlamacppConfig, VllmConfig
 from engine.devices import Device, Memory
+from engine.registry import describe_model
 from jobs.app import open_app
 from jobs.catalogue import Completed, resolve
 from jobs.cli import exits
@@ -302,6 +303,21 @@ def test_options_that_are_wrong_are_still_refused(model: Callable[..., str]) -> 
         resolve({}, "nobody", groups=Settings().engine_groups, engine="auto", machine=machine())
     with pytest.raises(InvalidInput, match="slots"):
         complete(model("7b"), machine(24), options={"slots": "many"})
+
+
+@pytest.mark.parametrize("name", ["~nobodyatall/model", "~nobodyatall/model.gguf"])
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there(name: str) -> None:
+    with pytest.raises(NotFound):
+        resolve({}, name, groups=Settings().engine_groups, engine="auto", machine=machine())
+    with pytest.raises(EngineMisconfigured, match=r"There is no (folder|file)"):
+        describe_model(
+            LlamacppConfig(model=name) if name.endswith(".gguf") else HfConfig(model=name), name
+        )
+
+
+def test_a_source_that_is_neither_a_folder_nor_a_hub_id_is_told_as_such() -> None:
+    with pytest.raises(EngineMisconfigured, match="no hub id such as owner/name"):
+        describe_model(HfConfig(model="my models/the best one"), "m")
 
 
 def test_completed_settings_open_the_engine_that_was_chosen(

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from jobs.domain.ids import UnitId
+from jobs.domain.retry import Settlement
 from jobs.domain.shard import Lease, UnitKind, UnitState
 from jobs.leases import LeaseKeeper, LeaseTimes
 from storage import batches, units
@@ -104,6 +105,28 @@ def test_lease_that_was_given_away_is_reported_once(bench: Bench) -> None:
         assert holder.lost == [lease.unit_id]
 
 
+def test_lease_that_was_given_back_takes_no_later_one_of_its_unit_along(bench: Bench) -> None:
+    lease = leased(bench)
+    later: list[Lease] = []
+    with keeping(bench) as holder:
+
+        def change() -> int:
+            """Do what the work does while the keeper is about to renew."""
+            if not later:
+                units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
+                later.append(bench.claim(UnitKind.SHARD))
+                holder.hold(later[0])
+            return 0
+
+        holder.hold(lease, progress=change)
+        holder.await_turns()
+        holder.keeper.drop(lease)
+        holder.await_turns()
+        assert later[0].unit_id == lease.unit_id
+        assert holder.lost == []
+        assert holder.keeper.num_held(UnitKind.SHARD) == 1
+
+
 def test_holder_that_cannot_renew_gives_up_before_its_lease_ends(
     bench: Bench, tmp_path: Path
 ) -> None:
@@ -144,7 +167,7 @@ def test_dropped_lease_is_left_to_run_out(bench: Bench) -> None:
     with keeping(bench) as holder:
         holder.hold(lease)
         holder.hold(other)
-        holder.keeper.drop(lease.unit_id)
+        holder.keeper.drop(lease)
         bench.clock.advance(50)
         holder.await_turns()
         bench.clock.advance(50)

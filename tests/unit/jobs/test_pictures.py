@@ -1,6 +1,7 @@
 """Images in uploaded files: looked at by planning, read when their line runs."""
 
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import msgspec
 from typing_extensions import override
@@ -10,11 +11,13 @@ from jobs.domain.ids import DEFAULT_TENANT, FileId, TenantId, mint_file_id
 from jobs.domain.images import Image, ImageLimits
 from jobs.domain.request import Capabilities, Request
 from jobs.domain.result import Result
+from jobs.domain.shard import UnitKind
+from jobs.domain.suspects import CAREFUL_STALLS, GROUP_LINES
 from jobs.pictures import Pictures
-from storage import files
-from storage.blobs.base import hash_bytes, input_key
+from storage import files, units
+from storage.blobs.base import BlobStore, hash_bytes, input_key
 from storage.files import File
-from tests.builders import Bench, ScriptedEngine, Worker, describe, make_line
+from tests.builders import Bench, ScriptedEngine, Worker, await_set, describe, make_line
 from tests.seeing import image_part, make_bomb, make_image, text_part
 
 
@@ -181,3 +184,45 @@ def test_a_file_is_looked_at_once_however_many_lines_show_it(bench: Bench) -> No
     pictures.check([Image(file_id=file_id)], ImageLimits())
     bench.blobs.delete(input_key(file_id))
     pictures.check([Image(file_id=file_id)], ImageLimits())  # what is known of it stays known
+
+
+class CountsReads:
+    """The bench's blobs, and which of them were read."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+        self.read: set[str] = set()
+
+    def get(self, key: str) -> bytes:
+        self.read.add(key)
+        return self._store.get(key)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._store, name)
+
+
+def test_images_of_suspects_are_read_when_it_is_their_turn(bench: Bench) -> None:
+    uploads = [upload(bench, make_image(n)) for n in range(100)]
+    planned = plan(
+        bench,
+        *(line_of(f"r{n}", text_part(f"r{n}"), file_part(one)) for n, one in enumerate(uploads)),
+    )
+    for _ in range(CAREFUL_STALLS):
+        bench.claim(UnitKind.SHARD)
+        assert units.reap(bench.db, now=bench.db.now() + timedelta(hours=1))
+        bench.clock.advance(2 * 3600)
+    gone = files.get(bench.db, uploads[50])
+    bench.blobs.delete(gone.blob_key)
+    engine, blobs = SeeingEngine(), CountsReads(bench.blobs)
+    engine.pause_after(0)
+    with Worker(bench, engine, blobs=cast("BlobStore", blobs)) as worker:
+        await_set(engine.paused)
+        assert 0 < len({input_key(one) for one in uploads} & blobs.read) <= GROUP_LINES
+        engine.go_on()
+        worker.result()
+    batch = bench.finalize()
+    assert batch.id == planned.id
+    assert engine.seen == {f"r{n}": [make_image(n)] for n in range(100) if n != 50}
+    (error,) = bench.errors_of(batch)
+    assert error["custom_id"] == "r50"
+    assert error["response"]["body"]["error"]["code"] == "image_missing"

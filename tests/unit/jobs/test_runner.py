@@ -7,17 +7,19 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import pytest
 from typing_extensions import override
 
 from engine.base import Source
-from jobs import sweeper
+from jobs import feed, sweeper
 from jobs.domain.batch import Batch, BatchStatus
 from jobs.domain.errors import (
     BlobStoreUnavailable,
     StorageError,
 )
 from jobs.domain.ids import TenantId, WorkerId
+from jobs.domain.request import Request
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import Segment, UnitKind, UnitState, count_bits
@@ -280,6 +282,62 @@ def test_worker_leaves_other_models_alone(bench: Bench) -> None:
     with Worker(bench, ScriptedEngine()) as worker:
         assert worker.result() == 2
     assert bench.states(other) == [UnitState.PENDING]
+
+
+class WritesNonsense(ScriptedEngine):
+    """Answers some questions with what no line can hold."""
+
+    @override
+    def _answer(self, request: Request) -> Result:
+        answer = super()._answer(request)
+        is_half = "half" in (answer.text or "")
+        return msgspec.structs.replace(answer, text="\ud83d") if is_half else answer
+
+
+def test_answer_that_no_line_can_hold_costs_its_own_lines_only(bench: Bench) -> None:
+    twice = [make_line(f"half{n}", "half", temperature=0) + b"\n" for n in range(2)]
+    bench.submit_planned(make_lines(3) + b"".join(twice) + make_lines(3, first=3))
+    with Worker(bench, WritesNonsense()) as worker:
+        worker.result()
+    batch = bench.finalize()
+    assert ids_of(bench.output_of(batch)) == [f"r{n}" for n in range(6)]
+    errors = bench.errors_of(batch)
+    assert ids_of(errors) == ["half0", "half1"]
+    codes = {error["response"]["body"]["error"]["code"] for error in errors}
+    assert codes == {"internal_error"}
+
+
+def test_shard_that_is_claimed_when_the_feed_has_ended_is_given_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit_planned(make_lines(2))
+    inside, has_ended, claimed = threading.Event(), threading.Event(), threading.Event()
+    claim, num_claims = units.claim, 0
+
+    def claim_late(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        nonlocal num_claims
+        num_claims += 1
+        if num_claims <= 2:  # one shard, and then nothing
+            return claim(*args, **kwargs)
+        inside.set()
+        assert has_ended.wait(60)
+        lease = claim(*args, **kwargs)
+        claimed.set()
+        return lease
+
+    monkeypatch.setattr(units, "claim", claim_late)
+    monkeypatch.setattr(feed, "_JOIN_SECONDS", 0.05)
+    engine = ScriptedEngine()
+    engine.pause_after(1)
+    with Worker(bench, engine, settings=replace(NEVER, poll_seconds=0.01)) as worker:
+        await_set(inside)
+        engine.go_on()
+        assert worker.result() == 2
+        monkeypatch.setattr(units, "claim", claim)
+        late = bench.submit_planned(make_lines(2))
+        has_ended.set()
+        await_set(claimed)
+        await_true(lambda: bench.states(late) == [UnitState.PENDING])
 
 
 # --- when results become durable ---

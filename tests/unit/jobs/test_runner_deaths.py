@@ -20,7 +20,7 @@ from jobs.domain.errors import (
 from jobs.domain.result import Result
 from jobs.domain.retry import Settlement
 from jobs.domain.shard import UnitKind, UnitState
-from jobs.domain.suspects import CAREFUL_STALLS, SOLO_CRASHES
+from jobs.domain.suspects import CAREFUL_STALLS, SOLO_CRASHES, list_suspects
 from storage import shards, units
 from tests.builders import (
     Bench,
@@ -187,6 +187,56 @@ def test_line_that_was_alone_when_workers_died_gets_an_error_and_the_others_thei
     assert error["custom_id"] == "r3"
     assert error["response"]["body"]["error"]["code"] == "worker_crash"
     assert "3 times" in error["response"]["body"]["error"]["message"]
+
+
+def test_lease_that_is_lost_while_deaths_are_looked_at_ends_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.submit_planned(make_lines(3))
+    for _ in range(CAREFUL_STALLS):
+        bench.claim(UnitKind.SHARD)
+        lose_leases(bench)
+        let_time_pass(bench)
+    report = shards.report_worker_death
+
+    def report_too_late(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        lose_leases(bench)
+        return report(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "report_worker_death", report_too_late)
+        with Worker(bench, ScriptedEngine()) as worker:
+            assert worker.result() == 0
+    let_time_pass(bench)
+    with Worker(bench, ScriptedEngine()) as worker:
+        assert worker.result() == 3
+
+
+def test_suspects_that_wait_for_the_rest_of_their_shard_stay_written_down(bench: Bench) -> None:
+    content = b"".join(
+        make_line(f"r{n}", "poison" if n == 20 else f"hello {n}") + b"\n" for n in range(300)
+    )
+    batch = bench.submit_planned(content)
+    lease = bench.claim(UnitKind.SHARD)
+    shards.report_death(bench.db, lease, suspects=[[3, 4]])
+    units.settle(bench.db, lease, Settlement(state=UnitState.PENDING, exit="released"))
+    engine = ScriptedEngine(slots=4)
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def start() -> Any:  # noqa: ANN401
+        if len(engine.deaths) == 1:
+            begun.set()
+            assert may_go_on.wait(60)
+        return engine
+
+    with Worker(bench, engine, start=start) as worker:
+        await_set(begun)
+        ((shard, _),) = shards.list_for_batch(bench.db, batch.id)
+        suspects = {position for group in list_suspects(shard) for position in group}
+        may_go_on.set()
+        worker.result()
+    assert {3, 4, 20} <= suspects
+    assert ids_of(bench.errors_of(bench.finalize())) == ["r20"]
 
 
 @pytest.mark.parametrize("error", [EngineOutOfMemory("It is full."), EngineMisconfigured("No.")])
