@@ -36,6 +36,8 @@ REASONS: Mapping[str, str] = {
     "these in parts on disk, as the lines themselves are.",
     "C10 ordered": "Lines and results are sorted in buckets of 8 MiB, which a batch of ten "
     "thousand lines does not fill; from there on it hardly grows. Next: smaller buckets.",
+    "P repeats": "Two is all there is to gain. The copies are read and written as well, and by the "
+    "clock a few pairs spread to both sides. Next: more pairs.",
     "C12": "What the slots held, and up to a second of results that were not written yet; both "
     "are a smaller share of a longer batch. Next: flush by tokens at stake, not by time.",
 }
