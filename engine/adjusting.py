@@ -39,13 +39,13 @@ class Adjustment:
             sampling: with every default filled in.
             ends: tokens that end the answer, which `min_tokens` keeps away.
             bad_words: the tokens of each text that must not appear.
-            vocab_size: bounds the tokens that a bias may name; others are left out.
+            vocab_size: bounds the tokens that a bias or an end may name; others are left out.
         """
         self._repetition = sampling.repetition_penalty or 1.0
         self._presence = sampling.presence_penalty
         self._frequency = sampling.frequency_penalty
         self._min_tokens = sampling.min_tokens
-        self._ends = np.array(sorted(set(ends)), dtype=np.int64)
+        self._ends = np.array(sorted({e for e in ends if e < vocab_size}), dtype=np.int64)
         self._bad_words = bad_words
         biases = {token: bias for token, bias in sampling.logit_bias if token < vocab_size}
         self._biased = np.array(list(biases), dtype=np.int64)

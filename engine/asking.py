@@ -9,6 +9,7 @@ import xxhash
 from engine.base import Engine, Source
 from engine.bounded import BoundedCache
 from engine.config import AskingConfig
+from engine.constraints import Enforcement
 from engine.sampling import is_greedy
 from engine.sandbox import Sandbox
 from engine.tools import Offer, judge, open_offer, take_apart
@@ -47,9 +48,9 @@ class _Queue:
     A request that wants several answers becomes as many, with ids of ours, below 0.
     """
 
-    def __init__(self, source: Source, is_determined: Callable[[Request], bool]) -> None:
+    def __init__(self, source: Source, resolve: Callable[[Request], SamplingParams]) -> None:
         self._source = source
-        self._is_determined = is_determined
+        self._resolve = resolve
         self._waiting: deque[Request] = deque()
         self._is_closed = False
         self._num_parts = 0
@@ -77,6 +78,8 @@ class _Queue:
         return taken
 
     def is_aborted(self, request_id: int) -> bool:
+        if request_id < 0 and request_id not in self._parts:
+            return True  # a part that was given up
         aborted = self._source.is_aborted(self.origin_of(request_id))
         if aborted:
             self.asked.pop(request_id, None)
@@ -107,7 +110,8 @@ class _Queue:
         if wanted == 1:
             return [request]
         # Whatever is determined would be the same each time.
-        several = _Several(request, 1 if self._is_determined(request) else wanted)
+        sampling = self._resolve(request)
+        several = _Several(request, 1 if is_greedy(sampling) else wanted)
         parts: list[Request] = []
         for number in range(several.num_asked):
             self._num_parts += 1
@@ -117,7 +121,7 @@ class _Queue:
                 id=-self._num_parts,
                 sampling=msgspec.structs.replace(request.sampling, n=1),
             )
-            parts.append(_with_another_seed(single, request.sampling.seed, number))
+            parts.append(_with_another_seed(single, sampling.seed, f"/{number}" if number else ""))
         return parts
 
     def _has_open_questions(self) -> bool:
@@ -197,7 +201,7 @@ class Asking:
 
     def generate(self, source: Source) -> Generator[Result]:
         """Yield one final result for each request of `source`, as they finish."""
-        queue = _Queue(source, self._is_determined)
+        queue = _Queue(source, self._engine.resolve_sampling)
         try:
             for result in self._engine.generate(queue):
                 asked = queue.asked.get(result.id)
@@ -208,9 +212,6 @@ class Asking:
         except EngineDied as error:
             error.suspects = frozenset(map(queue.origin_of, error.suspects))
             raise
-
-    def _is_determined(self, request: Request) -> bool:
-        return is_greedy(self._engine.resolve_sampling(request))
 
     def _judge(self, asked: _Asked, result: Result, queue: _Queue) -> Result | None:
         """Return the final result, or None when the question was asked again."""
@@ -223,7 +224,7 @@ class Asking:
             result, usage=asked.usage, attempts=asked.attempts, constraint=kept
         )
         if result.error is not None:
-            return counted
+            return self._kept(asked, kept) or counted
         if request.tools is not None:
             reason, answer = self._judge_calls(request.tools, counted)
         else:
@@ -243,13 +244,19 @@ class Asking:
                 return answer
             asked.ended_early = answer
         elif is_last:
-            if asked.ended_early is not None:
-                return msgspec.structs.replace(
-                    asked.ended_early, usage=asked.usage, attempts=asked.attempts, constraint=kept
-                )
-            return msgspec.structs.replace(counted, error=_failure(counted, reason, unchanging))
-        queue.ask_again(_with_another_seed(request, sampling.seed, asked.attempts))
+            failure = _failure(counted, reason, unchanging)
+            return self._kept(asked, kept) or msgspec.structs.replace(counted, error=failure)
+        queue.ask_again(_with_another_seed(request, sampling.seed, f"?{asked.attempts}"))
         return None
+
+    @staticmethod
+    def _kept(asked: _Asked, constraint: Enforcement | None) -> Result | None:
+        """Return the valid answer of an earlier try, if there is one."""
+        if asked.ended_early is None:
+            return None
+        return msgspec.structs.replace(
+            asked.ended_early, usage=asked.usage, attempts=asked.attempts, constraint=constraint
+        )
 
     def _judge_calls(self, tools: Tools, result: Result) -> tuple[str | None, Result]:
         """Return what is wrong with an answer that may call tools, and the answer taken apart."""
@@ -260,7 +267,9 @@ class Asking:
         if result.tool_calls:  # the engine told them apart
             complaint, answer = "", result
         else:
-            speech = take_apart(result.text, tools=offer.schemas)
+            speech = take_apart(
+                result.text, tools=offer.schemas, is_cut=result.finish_reason == "length"
+            )
             complaint = speech.complaint
             answer = msgspec.structs.replace(
                 result,
@@ -294,11 +303,15 @@ def _failure(result: Result, reason: str, unchanging: bool) -> LineError:  # noq
     )
 
 
-def _with_another_seed(request: Request, seed: int | None, attempt: int) -> Request:
-    """Return the request with a seed that follows from `seed`; without one, any will differ."""
-    if seed is None or not attempt:
+def _with_another_seed(request: Request, seed: int | None, mark: str) -> Request:
+    """Return the request with a seed that follows from `seed`; without one, any will differ.
+
+    Args:
+        mark: what tells it from others that follow from the same; empty: it is that seed.
+    """
+    if seed is None or not mark:
         return request
-    mixed = xxhash.xxh3_64_intdigest(f"{seed}/{attempt}".encode()) >> 1
+    mixed = xxhash.xxh3_64_intdigest(f"{seed}{mark}".encode()) >> 1
     return msgspec.structs.replace(
         request, sampling=msgspec.structs.replace(request.sampling, seed=mixed)
     )

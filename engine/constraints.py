@@ -364,7 +364,10 @@ def validate(constraint: Constraint, text: str) -> str | None:
         return "it is nested too deeply"
     except (msgspec.MsgspecError, UnicodeError):
         return "it is not valid JSON"
-    return _validate_value(constraint, value)
+    try:
+        return _validate_value(constraint, value)
+    except (ValueError, RecursionError):  # the library goes down no deeper than some 250 levels
+        return "it is nested too deeply"
 
 
 def _validate_value(constraint: Constraint, value: object) -> str | None:

@@ -50,7 +50,7 @@ _RETRIED = frozenset({408, 409, 425, 500, 502, 504, 520, 521, 522, 523, 524})
 _OVERLOADED = frozenset({429, 503, 529})
 _SLOWING = frozenset({408, 502, 504, 522, 524})
 _MAX_RETRY_AFTER_SECONDS = 7 * 86400.0
-_FLOAT_BYTES = 4
+FLOAT_BYTES = 4
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -230,7 +230,7 @@ def _vector_of(given: list[float] | str) -> bytes:
     if not isinstance(given, str):
         return struct.pack(f"<{len(given)}f", *given)
     vector = base64.b64decode(given, validate=True)
-    if not vector or len(vector) % _FLOAT_BYTES:
+    if not vector or len(vector) % FLOAT_BYTES:
         raise ValueError
     return vector
 

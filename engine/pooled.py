@@ -14,11 +14,18 @@ from engine.answers import refuse
 from engine.sampling import OPENAI_DEFAULTS
 from jobs.domain.pooling import Pooling, Text
 from jobs.domain.request import Request, SamplingParams
-from jobs.domain.result import Result, Usage
+from jobs.domain.result import LineError, Result, Usage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
+
+
+_NO_NUMBERS = LineError(
+    code="numerical_error",
+    message="What the model makes of a text are not numbers; the text may overflow this precision.",
+    status_code=500,
+)
 
 
 class Part:
@@ -115,6 +122,8 @@ class Parting:
         pooling = held.pooling
         usage = Usage(prompt_tokens=held.num_tokens)
         num = len(pooling.texts)
+        if not all(np.isfinite(vector).all() for vector in held.vectors.values()):
+            return Result(id=held.request_id, usage=usage, error=_NO_NUMBERS)
         if pooling.task == "score":
             found = (
                 [_sigmoid(float(held.vectors[n][0])) for n in range(num)]

@@ -210,7 +210,7 @@ class Answer:
         if self.stops is not None and self.stops.found(said):
             return Ending("stop", text=self.stops.text)
         if token in self.stop_tokens:
-            return Ending("stop")
+            return Ending("stop", num_kept=len(said) - 1)  # it is no text, as in vLLM
         return Ending("length") if len(said) >= self.max_tokens else None
 
     def _fail(self, token: int) -> Ending:

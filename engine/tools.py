@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from jobs.domain.nesting import is_nested_deeper
-from jobs.domain.reasoning import split_reasoning
+from jobs.domain.reasoning import begins_with_thought, split_reasoning
 from jobs.domain.request import Constraint
 from jobs.domain.tools import ToolCall, Tools, schemas_of
 
@@ -55,11 +55,12 @@ def takes_tools(template: str) -> bool:
     return "tools" in template
 
 
-def take_apart(text: str, *, tools: Schemas) -> Speech:
+def take_apart(text: str, *, tools: Schemas, is_cut: bool = False) -> Speech:
     """Return an answer's parts.
 
     Args:
         tools: what was offered; empty: nothing is looked for, all is content.
+        is_cut: whether it ends where its tokens ran out.
     """
     is_deep = is_nested_deeper(text.encode(errors="replace"))
     if "<|channel|>" in text:
@@ -67,6 +68,10 @@ def take_apart(text: str, *, tools: Schemas) -> Speech:
     reasoning, rest = split_reasoning(text)
     if not tools:
         return Speech(content=rest, reasoning=reasoning)
+    if reasoning is not None and not begins_with_thought(text) and _begins_with_call(reasoning):
+        reasoning, rest = None, text  # the end of a thought is quoted in an argument
+    if is_cut and _ends_inside_call(rest):
+        return Speech(content=rest, reasoning=reasoning, complaint="a tool call has no end")
     if is_deep:
         complaint = "a tool call is nested too deep" if _MARK.search(rest) else ""
         return Speech(content=rest, reasoning=reasoning, complaint=complaint)
@@ -182,7 +187,7 @@ def _load_first(text: str, start: int) -> tuple[Any, int]:
         start += 1
     try:
         return _json.raw_decode(text, start)
-    except ValueError:
+    except (ValueError, RecursionError):  # a quote that stands by itself hides its depth
         raise _Malformed("a tool call is not valid JSON") from None
 
 
@@ -363,6 +368,29 @@ def _marked(text: str, tools: Schemas) -> tuple[list[ToolCall], str]:
     return calls, _FRAMES.sub("", "".join(kept))
 
 
+def _begins_with_call(text: str) -> bool:
+    return text.startswith(("{", "[")) or _MARK.search(text) is not None
+
+
+def _ends_inside_call(text: str) -> bool:
+    """Return whether a call without an end is of a form which would be taken for whole.
+
+    That of JSON would not be.
+    """
+    for mark, end in (("<tool_call>", "</tool_call>"), ("<function=", "</function>")):
+        begun = text.rfind(mark)
+        if begun <= text.rfind(end):
+            continue
+        inner = text[begun + len(mark) :]
+        if mark == "<function=":
+            inner = inner.partition(">")[2]
+        elif "<function=" in inner:
+            continue
+        if not inner.lstrip().startswith(("{", "[", "```")):
+            return True
+    return False
+
+
 # --- bare calls ---
 
 
@@ -400,7 +428,7 @@ def _pythonic(body: str, tools: Schemas) -> list[ToolCall] | None:
                 if keyword.arg is not None
             }
             calls.append(_call(ast.unparse(one.func), arguments, tools))
-        except (ValueError, TypeError, _Malformed):
+        except (ValueError, TypeError, RecursionError, _Malformed):
             return None
     return calls
 

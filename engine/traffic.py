@@ -25,7 +25,7 @@ from engine import openai_api
 from engine.concurrency import AdaptiveLimit
 from engine.config import RemoteConfig
 from engine.exchange import Exchange
-from engine.openai_answers import Answer, Refusal, Trouble
+from engine.openai_answers import FLOAT_BYTES, Answer, Refusal, Trouble
 from engine.openai_api import Level
 from engine.rates import RateLimiter
 from engine.sampling import longest_answer
@@ -36,6 +36,7 @@ from jobs.domain.errors import (
     EngineUnavailable,
     InternalError,
 )
+from jobs.domain.pooling import Pooling
 from jobs.domain.request import Request
 from jobs.domain.result import LineError, Result
 from jobs.telemetry import log
@@ -346,10 +347,11 @@ class Traffic:
                 code="refusal", message="The model refused to answer.", status_code=400
             )
         pooling = job.request.pooling
-        if pooling is not None and len(pooling.texts) != len(answer.vectors or answer.scores):
+        if pooling is not None and not _answers(pooling, answer):
             error = LineError(
                 code="invalid_answer",
-                message="The server made other than one vector or score of each text.",
+                message="The server made other than one vector or score of each text, or "
+                "vectors of another length.",
                 status_code=502,
             )
         kept = None
@@ -528,7 +530,8 @@ class Traffic:
     # --- what was learnt about constraints ---
 
     def _levels_of(self, request: Request) -> tuple[Level, ...]:
-        constraint = request.constraint
+        # Where there are tools the constraint is theirs, and the server's to keep.
+        constraint = None if request.tools is not None else request.constraint
         levels = openai_api.constraint_levels(
             constraint, self._config.native_constraints, chat=request.messages is not None
         )
@@ -558,6 +561,16 @@ class Traffic:
     def _estimate(self, request: Request) -> int:
         answer = longest_answer(request.sampling, self._config.defaults)
         return openai_api.estimate_tokens(request) + (answer or _GUESSED_ANSWER_TOKENS)
+
+
+def _answers(pooling: Pooling, answer: Answer) -> bool:
+    """Return whether there is a vector, or a score, of each text, and of the length asked for."""
+    if pooling.task != "embed":
+        return len(answer.scores) == len(pooling.texts)
+    sizes = {len(vector) // FLOAT_BYTES for vector in answer.vectors}
+    return len(answer.vectors) == len(pooling.texts) and (
+        pooling.dimensions is None or sizes == {pooling.dimensions}
+    )
 
 
 def _digest(request: Request) -> str:

@@ -18,6 +18,7 @@ from jobs.domain.batch import LineProblem
 from jobs.domain.errors import EngineMisconfigured, InvalidInput, InvalidLine, NotFound
 from jobs.domain.request import Capabilities, Constraint
 from jobs.domain.slow import quoted
+from storage.spill import on_disk
 
 if TYPE_CHECKING:
     from engine.config import ConstraintBackend
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _SPILL_BUCKETS = 16
 _MAX_VERDICTS = 100_000
 _MAX_WAITING_CHARS = 4 << 20
+_MAX_WAITING_LINES = 10_000
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Schemas:
         self._verdicts: dict[bytes, InvalidLine | None] = {}
         self._waiting: dict[bytes, tuple[Constraint, str, list[int]]] = {}
         self._num_waiting_chars = 0
+        self._num_waiting_lines = 0
 
     def add(self, constraint: Constraint, line: int, *, where: str) -> None:
         """Note that a line has this constraint; what is wrong with it is reported later.
@@ -82,8 +85,11 @@ class Schemas:
             if error is not None:
                 self._problems.add_error(error, line)
             return
+        self._num_waiting_lines += 1
         if key in self._waiting:
             self._waiting[key][2].append(line)
+            if self._num_waiting_lines >= _MAX_WAITING_LINES:
+                self.check()
             return
         self._waiting[key] = (constraint, where, [line])
         self._num_waiting_chars += len(constraint.spec)
@@ -95,7 +101,7 @@ class Schemas:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, {}
-        self._num_waiting_chars = 0
+        self._num_waiting_chars = self._num_waiting_lines = 0
         constraints = [constraint for constraint, _, _ in waiting.values()]
         verdicts = self._checker.check_many(constraints, backend=self.backend)
         for (key, (_, where, lines)), verdict in zip(waiting.items(), verdicts, strict=True):
@@ -134,20 +140,29 @@ class CustomIds:
         self._buckets: list[IO[bytes]] = []
 
     def add(self, custom_id: str) -> None:
-        """Note a custom_id."""
+        """Note a custom_id.
+
+        Raises:
+            BlobStoreUnavailable: the temporary folder is full, or gone.
+        """
         self._digests += xxh3_128_digest(custom_id.encode())
         if len(self._digests) >= self._spill_bytes:
             self._spill()
 
     def repeated(self) -> set[bytes]:
-        """Return the digests that were added more than once."""
+        """Return the digests that were added more than once.
+
+        Raises:
+            BlobStoreUnavailable: the temporary folder is full, or gone.
+        """
         if not self._buckets:
             return self._repeated_in(self._digests)
         self._spill()
         found: set[bytes] = set()
-        for bucket in self._buckets:
-            bucket.seek(0)
-            found |= self._repeated_in(bucket.read())
+        with on_disk("Planning a batch"):
+            for bucket in self._buckets:
+                bucket.seek(0)
+                found |= self._repeated_in(bucket.read())
         return found
 
     def close(self) -> None:
@@ -166,15 +181,16 @@ class CustomIds:
         return {row.tobytes() for row in ordered[1:][same]}
 
     def _spill(self) -> None:
-        if not self._buckets:
-            self._buckets = [
-                self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  by the stack
-                for _ in range(_SPILL_BUCKETS)
-            ]
         rows = np.frombuffer(bytes(self._digests), dtype="<u8").reshape(-1, 2)
         which = rows[:, 0] % _SPILL_BUCKETS
-        for number, bucket in enumerate(self._buckets):
-            bucket.write(rows[which == number].tobytes())
+        with on_disk("Planning a batch"):
+            if not self._buckets:
+                self._buckets = [
+                    self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  by the stack
+                    for _ in range(_SPILL_BUCKETS)
+                ]
+            for number, bucket in enumerate(self._buckets):
+                bucket.write(rows[which == number].tobytes())
         self._digests = bytearray()
 
 

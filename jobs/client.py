@@ -24,6 +24,7 @@ import xxhash
 
 from jobs.client_types import Batch, File, Model, Worker
 from jobs.domain.errors import BatchctlError, Conflict, InvalidInput, NotFound
+from jobs.places import is_special
 
 _CHUNK_BYTES = 256 << 10
 # While no answer was ever had, the likely reason is that no server runs: say so soon.
@@ -141,6 +142,8 @@ class Client:
             InvalidInput: `base_url` is not a URL.
         """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        # For messages: without a user and a password.
+        self._shown_url = re.sub(r"(?<=://)[^/?#]*@", "", self.base_url)
         self._patience_seconds = patience_seconds
         self._on_retry = on_retry
         self._answered = False
@@ -506,12 +509,12 @@ class Client:
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
             message = (
                 f"The server cannot be reached ({detail}). "
-                f"Is `batchctl serve` running at {self.base_url}?"
+                f"Is `batchctl serve` running at {self._shown_url}?"
             )
         elif isinstance(error, httpx2.TimeoutException):
-            message = f"The server at {self.base_url} did not answer in time."
+            message = f"The server at {self._shown_url} did not answer in time."
         else:
-            message = f"The connection to {self.base_url} was lost: {detail}."
+            message = f"The connection to {self._shown_url} was lost: {detail}."
         raise ServerUnavailable(message) from error
 
     def _check(self, response: httpx2.Response) -> None:
@@ -529,13 +532,15 @@ class Client:
             error = NotFound(
                 message
                 if detail.message
-                else f"{self.base_url} has no such address; is it a batchctl server?",
+                else f"{self._shown_url} has no such address; is it a batchctl server?",
                 param=detail.param,
             )
         elif status == HTTPStatus.CONFLICT:
             error = Conflict(message, param=detail.param)
         elif status in _PASSING or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            error = ServerUnavailable(f"The server at {self.base_url} failed ({status}): {message}")
+            error = ServerUnavailable(
+                f"The server at {self._shown_url} failed ({status}): {message}"
+            )
         else:
             error = InvalidInput(
                 message,
@@ -554,7 +559,7 @@ class Client:
             return msgspec.json.decode(raw, type=kind)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ServerUnavailable(
-                f"{self.base_url} answers, but not as batchctl does ({error}); check the URL."
+                f"{self._shown_url} answers, but not as batchctl does ({error}); check the URL."
             ) from None
 
 
@@ -607,10 +612,13 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def write_atomically(path: Path, pieces: Iterable[bytes]) -> int:
     """Write `pieces` to `path` and return their number of bytes; nobody sees half a file.
 
+    A pipe or a device is written to as the bytes come.
+
     Raises:
         InvalidInput: the place cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    in_place = is_special(path)
+    scratch = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
     num_bytes = 0
     try:
         try:
@@ -618,9 +626,13 @@ def write_atomically(path: Path, pieces: Iterable[bytes]) -> int:
                 for piece in pieces:
                     file.write(piece)
                     num_bytes += len(piece)
-            scratch.replace(path)
+            if not in_place:
+                scratch.replace(path)
         finally:
-            scratch.unlink(missing_ok=True)
+            if not in_place:
+                scratch.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise InvalidInput(
             f"{path} cannot be written: {error.strerror or error}.", param="output"

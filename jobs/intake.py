@@ -25,7 +25,7 @@ from jobs.domain.errors import (
     NotFound,
 )
 from jobs.domain.images import Image, ImageLimits
-from jobs.domain.mixed import BATCH_ENDPOINTS, MixedSketcher, open_sketcher
+from jobs.domain.mixed import BATCH_ENDPOINTS, MIXED, MixedSketcher, open_sketcher
 from jobs.domain.models import ModelColumn, group_by_model, model_at
 from jobs.domain.plan import Columns, Fold, RunOrder, order
 from jobs.domain.request import Capabilities, Constraint, check_takes_images
@@ -207,7 +207,7 @@ class _Judge:
         is_shared: whether equal requests may have one answer.
         identity: of the model; empty: unknown.
         model: its number.
-        salt: what tells its requests from those of other models of the file.
+        salt: what tells its requests from those of other models and kinds of the file.
         longest: how many tokens an answer may have; 0: unknown.
     """
 
@@ -228,6 +228,7 @@ class _Judge:
         self._limits = limits
         self._problems = problems
         self._sketcher = sketcher
+        self._is_mixed = batch.endpoint == MIXED
         self._refuse = batch.on_unsupported_schema == "refuse"
         self._all_schemas: dict[tuple[bool, str | None], Schemas] = {}
         self._schemas = self._schemas_for(None)
@@ -255,6 +256,9 @@ class _Judge:
             self.longest = _longest(terms)
             self.model = self._models.number
             self.salt = bytes((self.model,)) if self.model else b""
+            if self._is_mixed:
+                # A chat and a response may ask for the same, and are not answered alike.
+                self.salt += self._sketcher.endpoint.encode()
             self._constraints = terms.list_schemas()
             if capabilities is not None:
                 self._schemas = self._schemas_for(capabilities)

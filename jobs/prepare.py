@@ -311,14 +311,14 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_head(file: IO[bytes]) -> bytes:
     """Return the beginning up to the end of the first line that says something."""
-    head = b""
-    while len(head) < _HEAD_BYTES and (line := file.readline(_HEAD_BYTES - len(head))):
+    head = bytearray()
+    while len(head) < _HEAD_BYTES and (line := file.readline(MAX_LINE_BYTES + 1)):
         head += line
         if line.removeprefix(_BOM).strip():
             break
     if head.startswith(_UTF16):
         raise InvalidInput("The input is UTF-16; save it as UTF-8.", param="input")
-    return head
+    return bytes(head)
 
 
 def _numbered(file: Lines, max_line_bytes: int) -> Iterator[tuple[int, str]]:
@@ -326,7 +326,7 @@ def _numbered(file: Lines, max_line_bytes: int) -> Iterator[tuple[int, str]]:
     number = 0
     while line := file.readline(max_line_bytes + 1):
         number += 1
-        if len(line) > max_line_bytes:
+        if len(line.removesuffix(b"\n")) > max_line_bytes:
             _refuse(number, f"it has more than {max_line_bytes} bytes")
         if number == 1:
             line = line.removeprefix(_BOM)
@@ -372,7 +372,7 @@ def _raw(value: object) -> msgspec.Raw:
 def _constrained(file: Lines, form: _Raws, max_line_bytes: int) -> Iterator[bytes]:
     first = True
     while line := file.readline(max_line_bytes + 1):
-        if len(line) > max_line_bytes:
+        if len(line.removesuffix(b"\n")) > max_line_bytes:
             # Planning will say that it is too long; here it only has to stay one line.
             while line and not line.endswith(b"\n"):
                 yield line

@@ -152,6 +152,12 @@ class Settings(BaseSettings):
     def _expand_home(cls, data: Path) -> Path:
         return expand(data).absolute()
 
+    @field_validator("api_key", mode="after")
+    @classmethod
+    def _drop_empty(cls, key: SecretStr | None) -> SecretStr | None:
+        # Else whoever sends none would have the right one.
+        return key if key is not None and key.get_secret_value().strip() else None
+
     @field_validator("base_url", mode="after")
     @classmethod
     def _strip_version(cls, url: str) -> str:

@@ -118,11 +118,12 @@ def _needed_answers(tx: Transaction, given: dict[str, str]) -> set[str]:
 
 def _needed_segments(tx: Transaction, places: dict[str, _SegmentPlace]) -> set[str]:
     unit_ids = [place.unit_id for place in places.values()]
-    recorded = _select(tx, sa.select(segments.c.blob_key), segments.c.unit_id, unit_ids)
+    # The epochs first: a segment that is recorded in between may be the one that ends its unit.
     epochs: dict[str, int] = {}
     for some in _chunks(unit_ids):
         query = sa.select(units.c.id, units.c.epoch).where(units.c.id.in_(some), UNENDED)
         epochs |= {row.id: row.epoch for row in tx.execute(query)}
+    recorded = _select(tx, sa.select(segments.c.blob_key), segments.c.unit_id, unit_ids)
     return {
         key
         for key, place in places.items()

@@ -16,6 +16,7 @@ from typing import IO, Self
 import numpy as np
 
 from jobs.domain.errors import BlobStoreUnavailable
+from storage.spill import on_disk
 
 _HEADER = struct.Struct("<IQ")
 """Of a block: how many entries, and the bytes of their contents."""
@@ -45,8 +46,9 @@ class Reorder:
         self._per_bucket = max(1, -(-num_ranks // wanted))
         num_buckets = max(1, -(-num_ranks // self._per_bucket))
         if num_bytes > _IN_MEMORY_BYTES:
-            folder = tempfile.gettempdir()
-            free = shutil.disk_usage(folder).free
+            with on_disk("Sorting a batch"):
+                folder = tempfile.gettempdir()
+                free = shutil.disk_usage(folder).free
             if free < num_bytes + _SPARE_BYTES:
                 raise BlobStoreUnavailable(
                     f"Sorting a batch needs {num_bytes >> 20} MiB in {folder}, and "
@@ -82,15 +84,20 @@ class Reorder:
             self._spill()
 
     def read(self) -> Iterator[Ranked]:
-        """Yield every entry by rank, once."""
+        """Yield every entry by rank, once.
+
+        Raises:
+            BlobStoreUnavailable: the disk is full, or fails.
+        """
         for number, held in enumerate(self._held):
-            entries = [*_read(self._files[number]), *held] if self._files else held
+            with on_disk("Sorting a batch"):
+                entries = [*_read(self._files[number]), *held] if self._files else held
             self._held[number] = []
             entries.sort(key=_rank_of)
             yield from entries
 
     def _spill(self) -> None:
-        try:
+        with on_disk("Sorting a batch"):
             if not self._files:
                 self._files = [
                     self._stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  by the stack
@@ -100,10 +107,6 @@ class Reorder:
                 if held:
                     file.write(_encode(held))
                     held.clear()
-        except OSError as error:
-            raise BlobStoreUnavailable(
-                f"Sorting a batch failed in {tempfile.gettempdir()}: {error.strerror}."
-            ) from error
         self._num_held_bytes = 0
 
 

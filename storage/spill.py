@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import SEEK_END, SEEK_SET
 from types import TracebackType
 from typing import Self
@@ -9,12 +10,33 @@ from typing import Self
 from jobs.domain.errors import BlobStoreUnavailable
 
 
+@contextmanager
+def on_disk(what: str) -> Iterator[None]:
+    """Tell what goes wrong with files of the temporary folder as something that may pass.
+
+    Raises:
+        BlobStoreUnavailable: the disk is full, fails, or there is no such folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.tempdir or "the temporary folder"
+        raise BlobStoreUnavailable(
+            f"{what} failed in {folder}: {error.strerror or error}. Make room, or set TMPDIR."
+        ) from error
+
+
 class Spill:
     """An anonymous file of the temporary folder; use as a context manager."""
 
     def __init__(self) -> None:
-        """Make the file."""
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
+        """Make the file.
+
+        Raises:
+            BlobStoreUnavailable: there is no place for it.
+        """
+        with on_disk("Planning a batch"):
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
 
     def __enter__(self) -> Self:
         """Keep the file for the block."""
@@ -46,21 +68,22 @@ class Spill:
         self._write(data, at, SEEK_SET)
 
     def read(self, num_bytes: int) -> Iterator[bytes]:
-        """Yield all that was written, from the start, in pieces of so many bytes."""
+        """Yield all that was written, from the start, in pieces of so many bytes.
+
+        Raises:
+            BlobStoreUnavailable: the disk fails.
+        """
         at = 0
         while True:
-            self._file.seek(at)
-            piece = self._file.read(num_bytes)
+            with on_disk("Planning a batch"):
+                self._file.seek(at)
+                piece = self._file.read(num_bytes)
             if not piece:
                 return
             at += len(piece)
             yield piece
 
     def _write(self, data: bytes | bytearray, at: int, whence: int) -> None:
-        try:
+        with on_disk("Planning a batch"):
             self._file.seek(at, whence)
             self._file.write(data)
-        except OSError as error:
-            raise BlobStoreUnavailable(
-                f"Planning a batch failed in {tempfile.gettempdir()}: {error.strerror}."
-            ) from error

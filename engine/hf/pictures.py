@@ -133,8 +133,15 @@ class Seer:
             return seen
         pixels = decode(image)
         whole = self._vision.whole
-        with torch.inference_mode():
+        try:
             given = self._vision.processor(images=[pixels], return_tensors="pt")
+        except Exception as error:  # noqa: BLE001 -- each model's processor refuses in its own way
+            raise InvalidLine(
+                f"The model's processor refuses an image ({type(error).__name__}).",
+                param="messages",
+                error_code="invalid_image",
+            ) from None
+        with torch.inference_mode():
             values = given["pixel_values"].to(self._device, whole.dtype)
             (seen,) = whole.get_image_features(pixel_values=values, return_dict=True).pooler_output
         rows: torch.Tensor = seen

@@ -317,8 +317,9 @@ class VllmEngine:
             structured, kept, complaint = self._constraints.prepare(request.constraint)
             if kept != "enforced" and self._config.asking.on_unsupported_schema == "refuse":
                 return refuse(request, "schema_unsupported", complaint, param="response_format")
+        most = min(room, sampling.max_tokens or room)
         params = VllmSampling(
-            max_tokens=min(room, sampling.max_tokens or room),
+            max_tokens=most,
             temperature=sampling.temperature or 0.0,
             top_p=1.0 if sampling.top_p is None else sampling.top_p,
             top_k=sampling.top_k or 0,
@@ -331,7 +332,7 @@ class VllmEngine:
             frequency_penalty=sampling.frequency_penalty,
             repetition_penalty=sampling.repetition_penalty or 1.0,
             min_p=sampling.min_p or 0.0,
-            min_tokens=sampling.min_tokens,
+            min_tokens=min(sampling.min_tokens, most),  # more would be refused
             logit_bias=dict(sampling.logit_bias) or None,
             stop_token_ids=list(sampling.stop_token_ids) or None,
             bad_words=list(sampling.bad_words) or None,
@@ -368,11 +369,14 @@ class VllmEngine:
             )
         answer = output.outputs[0]
         reason = _REASONS.get(answer.finish_reason)
+        said = list(answer.token_ids)
+        if isinstance(answer.stop_reason, int):
+            del said[-1]  # it is no text, as where vLLM itself watches for a stop string
         return Result(
             id=request.id,
             text=answer.text
             if running.params.detokenize
-            else self._decode(list(answer.token_ids), keeps_marks=request.tools is not None),
+            else self._decode(said, keeps_marks=request.tools is not None),
             finish_reason=reason or "stop",
             usage=Usage(
                 prompt_tokens=running.num_prompt,

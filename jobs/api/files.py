@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from jobs.api.context import Context, InContext, unix, unix_or_none
 from jobs.api.problems import Problem
 from jobs.api.uploads import clean_filename, receive_form
-from jobs.domain.errors import BatchctlError, BlobMissing, NotFound
+from jobs.domain.errors import BatchctlError, BlobMissing, NotFound, StorageError
 from jobs.domain.ids import FileId, mint_file_id
 from jobs.telemetry import log
 from storage import answers, files
@@ -174,6 +174,9 @@ async def create_file(
         )
         try:
             recorded = files.insert(context.app.db, file)
+        except StorageError:
+            # Whether there is a row now is not known: what has none goes with the collector.
+            raise
         except BaseException:
             _delete_blob(context, file)
             raise

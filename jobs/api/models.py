@@ -1,4 +1,4 @@
-"""Routes of models: the catalogue's and those that workers published, the demo model first."""
+"""Routes of models: the catalogue's and those that workers published, the default one first."""
 
 from typing import Literal
 
@@ -30,7 +30,7 @@ class ModelList(BaseModel):
 
 @router.get("", operation_id="listModels", summary="List models")
 def list_models(context: InContext) -> ModelList:
-    """List the models of the catalogue and those that workers published, the demo model first."""
+    """List the models of the catalogue and those that workers published, `default_model` first."""
     return ModelList(
         data=[ModelObject(id=name, created=created) for name, created in _known(context).items()]
     )
@@ -61,4 +61,7 @@ def _known(context: Context) -> dict[str, int]:
     if app.db.is_postgres:  # only a fleet publishes
         for model in models.list_all(app.db):
             found.setdefault(model.name, unix(model.published_at))
-    return {name: found[name] for name in sorted(found, key=lambda name: name != "demo")}
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda name: name != app.settings.default_model)
+    }

@@ -14,6 +14,7 @@ from jobs.cli import exits, interrupts, options, output
 from jobs.client import Client, Upload, write_atomically
 from jobs.client_types import Batch
 from jobs.domain.batch import BatchStatus
+from jobs.places import is_same
 from jobs.prepare import Source
 
 check_endpoint, load_constraint = options.check_endpoint, options.load_constraint
@@ -65,7 +66,8 @@ def submit(
     if not wait and (output_file or errors_file):
         raise typer.BadParameter("results can be written only after waiting", param_hint="--wait")
     pairs = options.parse_pairs(metadata or [])
-    _check_places(output_file, errors_file)
+    options.check_key(idempotency_key)
+    _check_places(output_file, errors_file, input_file=input_file)
     making = options.Making.of(
         prompt=prompt,
         system=system,
@@ -181,6 +183,12 @@ def results(
                 f"Wait with: batchctl watch {batch.id}, or read on with --follow.",
                 exits.CONFLICT,
             )
+        if batch.status == BatchStatus.FAILED:
+            output.fail(
+                f"Batch {batch.id} was refused and has no results; what is wrong with it: "
+                f"batchctl status {batch.id}",
+                exits.REFUSED,
+            )
         written = _write_files(client, batch, output_file, errors_file, quiet=as_json)
         if as_json:
             output.print_json(written)
@@ -278,11 +286,16 @@ def _upload(source: Source, making: options.Making, endpoint: str) -> Upload:
     )
 
 
-def _check_places(output_file: Path | None, errors_file: Path | None) -> None:
+def _check_places(
+    output_file: Path | None, errors_file: Path | None, *, input_file: str | None = None
+) -> None:
     options.check_output_place(output_file)
     options.check_output_place(errors_file)
-    if output_file and errors_file and output_file.absolute() == errors_file.absolute():
+    if output_file and errors_file and is_same(output_file, errors_file):
         raise typer.BadParameter("name another file than --output", param_hint="--errors")
+    for option, place in (("--output", output_file), ("--errors", errors_file)):
+        if place is not None and input_file is not None and is_same(place, Path(input_file)):
+            raise typer.BadParameter("it would overwrite the input", param_hint=option)
 
 
 def _polls(client: Client, batch_id: str) -> Iterator[Batch]:

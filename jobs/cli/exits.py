@@ -53,7 +53,19 @@ _CODES: tuple[tuple[type[BatchctlError], int], ...] = (
     (StorageError, UNREACHABLE),
     (EngineError, ENGINE),
 )
-_SETTINGS_PARAMS = frozenset({"settings", "config", "host", "port", "base_url", "api_key"})
+_SETTINGS_PARAMS = frozenset(
+    {
+        "settings",
+        "config",
+        "host",
+        "port",
+        "base_url",
+        "api_key",
+        "broker.url",
+        "database.url",
+        "worker.metrics_port",
+    }
+)
 
 
 def for_error(error: BatchctlError) -> int:

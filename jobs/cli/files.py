@@ -32,6 +32,7 @@ def upload(
     as_json: options.Json = False,
 ) -> None:
     """Send a file to the server."""
+    options.check_key(idempotency_key)
     check_readable(path)
     source = Upload.from_path(path)
     with (

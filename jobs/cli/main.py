@@ -60,6 +60,9 @@ class _Group(TyperGroup):
                 **extra,
             )
             sys.stdout.flush()
+        except BrokenPipeError:
+            output.quiet_stdout()
+            code = exits.BROKEN_PIPE
         except BaseException as error:  # noqa: BLE001  sorted out by _explain
             code = _explain(error)
         sys.exit(code if isinstance(code, int) else exits.OK)

@@ -31,6 +31,8 @@ BaseUrl = Annotated[
 ApiKey = Annotated[
     str | None, typer.Option("--api-key", help="Its key; better in BATCHCTL_API_KEY.")
 ]
+_MAX_KEY_CHARS = 250
+"""Of the 255 that the server takes: what a submission uploads has a longer one."""
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Input = Annotated[
     str,
@@ -263,3 +265,16 @@ def check_output_place(path: Path | None) -> None:
         raise InvalidInput(f"{path} is a folder; name a file in it.", param="output")
     if not path.absolute().parent.is_dir():
         raise InvalidInput(f"The folder of {path} does not exist.", param="output")
+
+
+def check_key(key: str | None) -> None:
+    """Check an idempotency key, before anything is sent under it.
+
+    Raises:
+        BadParameter: no header can hold it.
+    """
+    if key is None or (0 < len(key) <= _MAX_KEY_CHARS and key.isascii() and key.isprintable()):
+        return
+    raise typer.BadParameter(
+        f"a key is 1 to {_MAX_KEY_CHARS} printable ASCII characters", param_hint="--idempotency-key"
+    )

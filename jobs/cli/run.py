@@ -25,6 +25,7 @@ from jobs.domain.errors import BatchctlError, InvalidInput, StorageError
 from jobs.domain.ids import BatchId, FileId
 from jobs.embedded import Embedded
 from jobs.model_settings import EngineChoice
+from jobs.places import is_same, is_special
 from jobs.prepare import Source
 from jobs.settings import Settings, complete_model
 from storage import batches, files, references
@@ -169,7 +170,17 @@ def _choose_model(
     prompt: str | None,
 ) -> tuple[str | None, Settings, dict[str, str]]:
     """Return the model that everything runs on (None: what the lines name), and what it means."""
-    if model is None and prompt is None and quantization is None:
+    if model is None and prompt is None:
+        if quantization is not None:
+            raise typer.BadParameter(
+                "it is of one model: say which one with --model", param_hint="--quantization"
+            )
+        if engine == "simulated":  # everything but the models, whatever their entries say
+            entries = {
+                name: entry.model_copy(update={"engine": engine})
+                for name, entry in settings.models.items()
+            }
+            settings = settings.model_copy(update={"models": entries})
         groups = {"models", "hf", "vllm", "llamacpp", "remote"}
         catalogue = settings.model_dump(include=groups, exclude_defaults=True)
         return None, settings, {"model": "", "engine": settings.engine, **_told_of(catalogue)}
@@ -426,7 +437,7 @@ def _copy(app: App, file_id: FileId | None, place: Path | None) -> None:
             with app.blobs.open_reader(key) as reader:
                 output.write_pieces(iter(lambda: reader.read(_COPY_BYTES), b""))
         return
-    target = place if _is_special(place) else place.with_name(f".{place.name}.part")
+    target = place if is_special(place) else place.with_name(f".{place.name}.part")
     try:
         with target.open("wb") as written:
             if key is not None:
@@ -451,11 +462,6 @@ def _beside(input_name: str, output_file: Path | None) -> Path:
     return beside.with_name(f"{beside.stem}.errors.jsonl")
 
 
-def _is_special(place: Path) -> bool:
-    """Return whether it is a pipe or a device, which cannot be replaced."""
-    return place.exists() and not place.is_file()
-
-
 def _check_places(input_file: str, output_file: Path | None, errors_file: Path | None) -> None:
     """Check, before any work is done for them, that results can be written and overwrite no input.
 
@@ -464,7 +470,7 @@ def _check_places(input_file: str, output_file: Path | None, errors_file: Path |
     """
     for place in (output_file, errors_file):
         options.check_output_place(place)
-        if place is None or _is_special(place):
+        if place is None or is_special(place):
             continue
         try:
             with tempfile.TemporaryFile(dir=place.absolute().parent):
@@ -476,21 +482,13 @@ def _check_places(input_file: str, output_file: Path | None, errors_file: Path |
             ) from None
     errors_file = errors_file or _beside(input_file, output_file)
     for option, place in (("--output", output_file), ("--errors", errors_file)):
-        if place is not None and _is_same(place, Path(input_file)):
+        if place is not None and is_same(place, Path(input_file)):
             raise InvalidInput(
                 f"{place} is the input and would be overwritten; choose another file with "
                 f"{option}.",
                 param="output",
             )
-    if output_file is not None and _is_same(output_file, errors_file):
+    if output_file is not None and is_same(output_file, errors_file):
         raise InvalidInput(
             f"{output_file} is given for answers and for errors; choose two files.", param="output"
         )
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    if _is_special(one):
-        return False
-    return one.resolve() == other.resolve() or (
-        one.exists() and other.exists() and one.samefile(other)
-    )

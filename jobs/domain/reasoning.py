@@ -11,6 +11,11 @@ _THOUGHTS = (
 _SPACE = " \t\r\n"
 
 
+def begins_with_thought(text: str) -> bool:
+    """Return whether an answer begins with the mark of a thought."""
+    return text.lstrip(_SPACE).startswith(tuple(start for start, _ in _THOUGHTS))
+
+
 def split_reasoning(text: str) -> tuple[str | None, str]:
     """Return what a model said to itself first, without its marks, and the rest.
 

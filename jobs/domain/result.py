@@ -167,7 +167,11 @@ def render_result(
             choices = [
                 {
                     "index": number,
-                    "message": _message(one, f"{request_id}_{number}" if number else request_id),
+                    "message": _message(
+                        one,
+                        f"{request_id}_{number}" if number else request_id,
+                        is_held=result.constraint is not None,
+                    ),
                     "finish_reason": "tool_calls" if one.tool_calls else one.finish_reason,
                     "logprobs": _chat_logprobs(one.logprobs),
                 }
@@ -213,7 +217,7 @@ def _response(result: Result, request_id: str, request: Request | None) -> dict[
     logprobs = _chat_logprobs(result.logprobs)
     body = render_response(
         request_id,
-        _message(result, request_id),
+        _message(result, request_id, is_held=result.constraint is not None),
         logprobs=logprobs["content"] if logprobs is not None else None,
         is_cut=result.finish_reason == "length" and not result.tool_calls,
         tools=request.tools if request is not None else None,
@@ -229,10 +233,14 @@ def _response(result: Result, request_id: str, request: Request | None) -> dict[
     return body
 
 
-def _message(result: Result | Choice, request_id: str) -> dict[str, object]:
-    """Return what an assistant said, as OpenAI spells it, and `reasoning` as vLLM does."""
+def _message(result: Result | Choice, request_id: str, *, is_held: bool) -> dict[str, object]:
+    """Return what an assistant said, as OpenAI spells it, and `reasoning` as vLLM does.
+
+    Args:
+        is_held: whether its text was held against a constraint: all of it is the answer then.
+    """
     reasoning, text = result.reasoning, result.text
-    if reasoning is None:
+    if reasoning is None and not is_held:
         reasoning, text = split_reasoning(text)
     message: dict[str, object] = {"role": "assistant", "content": text, "refusal": None}
     if reasoning is not None:

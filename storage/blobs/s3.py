@@ -414,6 +414,8 @@ class S3Reader:
         """Return up to `size` bytes, or the rest; nothing only at the end."""
         if size < 0:
             return b"".join(iter(lambda: self.read(1 << 20), b""))
+        if self._end is not None and self._at >= self._end:
+            self._ended = True  # asking for nothing more is no range, and brings all of it
         for attempt in range(_NUM_REOPENS + 1):
             if self._ended or not size:
                 return b""

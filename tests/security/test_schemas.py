@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +13,8 @@ from engine.asking import Asking
 from engine.complexity import MAX_LEVELS, TooDeep, is_endless, measure
 from engine.config import AskingConfig
 from engine.constraints import check, is_quick, validate
-from engine.sandbox import Sandbox
+from engine.sandbox import Sandbox, Verdict
+from jobs.checks import Problems, Schemas
 from jobs.domain.batch import BatchStatus
 from jobs.domain.errors import InvalidInput
 from jobs.domain.request import Constraint, Request
@@ -484,3 +485,23 @@ def test_row_13_an_engine_goes_on_after_an_answer_that_cannot_be_judged_in_time(
     finally:
         asking.close()
     assert [(one.text, one.attempts, one.error) for one in results] == [(fine, 2, None)] * 2
+
+
+def test_row_14_planning_keeps_no_line_that_has_the_schema_of_others() -> None:
+    checked: list[int] = []
+
+    class Checker:
+        def check_many(self, constraints: list[Constraint], **_: object) -> list[Verdict]:
+            checked.append(len(constraints))
+            return [Verdict("invalid", "invalid_schema", "no") for _ in constraints]
+
+    problems = Problems(10)
+    schemas = Schemas(cast("Sandbox", Checker()), problems, chunk=256, refuse=False)
+    for number in range(25_000):
+        schemas.add(Constraint("json_object"), number + 1, where="x")
+        if number == 12_000:
+            assert checked == [1], "once there are many"
+    schemas.check()
+    assert checked == [1]
+    assert problems.count == 25_000
+    assert [problem.line for problem in problems.first()] == list(range(1, 11))

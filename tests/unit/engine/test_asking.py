@@ -2,6 +2,7 @@ from collections.abc import Callable, Generator
 
 import msgspec
 import pytest
+from typing_extensions import override
 
 from engine.asking import Asking
 from engine.base import Source
@@ -10,6 +11,7 @@ from engine.sampling import OPENAI_DEFAULTS
 from jobs.domain.request import Capabilities, Constraint, Message, Request, SamplingParams
 from jobs.domain.result import FinishReason, LineError, Result, Usage
 from jobs.domain.tools import ToolCall, Tools
+from tests.sources import ListSource
 
 Ask = Callable[..., dict[int, Result]]
 DIGITS = Constraint("regex", r"\d+")
@@ -156,6 +158,62 @@ def test_errors_and_free_answers_pass_through(ask: Ask) -> None:
     free = ask(Asking(Parrot("no"), AskingConfig()), [Request(id=1, prompt="?")])[1]
     assert free.error is None
     assert free.constraint is None
+
+
+class Seeded(Parrot):
+    """Its model's defaults have a seed."""
+
+    @override
+    def resolve_sampling(self, request: Request) -> SamplingParams:
+        resolved = super().resolve_sampling(request)
+        return msgspec.structs.replace(resolved, seed=7 if resolved.seed is None else resolved.seed)
+
+
+def test_several_answers_to_one_request_differ_by_their_seeds_whoever_set_it(ask: Ask) -> None:
+    parrot = Seeded("no", "42")
+    result = ask(Asking(parrot, AskingConfig()), [question(n=3)])[1]
+    assert result.error is None
+    asked = [parrot.resolve_sampling(request).seed for request in parrot.heard]
+    assert len(asked) == len(set(asked)) == 6, "three, and each of them once more"
+
+
+def test_a_good_answer_is_kept_when_asking_again_brings_an_error(ask: Ask) -> None:
+    class Tires(Parrot):
+        @override
+        def generate(self, source: Source) -> Generator[Result]:
+            for result in super().generate(source):
+                if len(self.heard) > 1:
+                    error = LineError(code="out_of_memory", message="It is full.")
+                    yield msgspec.structs.replace(result, error=error)
+                else:
+                    yield result
+
+    request = msgspec.structs.replace(question(), constraint=Constraint("json_object"))
+    result = ask(Asking(Tires("{}", reason="length"), AskingConfig()), [request])[1]
+    assert (result.text, result.error, result.attempts) == ("{}", None, 2)
+
+
+def test_a_part_that_was_given_up_stays_given_up() -> None:
+    seen: list[bool] = []
+    aborted: set[int] = set()
+
+    class Slow(Parrot):
+        @override
+        def generate(self, source: Source) -> Generator[Result]:
+            taken = source.take(2) or ()
+            aborted.add(1)
+            for _ in range(2):
+                source.take(1)
+                seen.extend(source.is_aborted(request.id) for request in taken)
+            yield from ()
+
+    class Aborting(ListSource):
+        @override
+        def is_aborted(self, request_id: int) -> bool:
+            return request_id in aborted
+
+    list(Asking(Slow("no"), AskingConfig()).generate(Aborting([question(n=2)])))
+    assert seen == [True] * 4
 
 
 def test_every_request_gets_one_result_when_many_are_asked_again(ask: Ask) -> None:

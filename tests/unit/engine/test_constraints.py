@@ -341,3 +341,11 @@ def test_matcher_that_gives_up_lets_everything_pass_and_says_so(
     assert not matcher.forced()
     assert not matcher.advance(65)
     assert not matcher.is_finished()
+
+
+@pytest.mark.parametrize("value", [{"type": "array"}, {}, an_object({"a": {}})])
+def test_an_answer_that_is_deeper_than_the_library_goes_is_told_as_such(value: object) -> None:
+    deep = "[" * 400 + "]" * 400
+    text = deep if value != an_object({"a": {}}) else f'{{"a":{deep}}}'
+    reason = validate(schema(value), text)
+    assert reason in {None, "it is nested too deeply"}

@@ -106,6 +106,7 @@ def test_a_parameter_written_as_text_is_what_its_schema_says() -> None:
         '{"name": "get_weather", "arguments": {"city": ',
         f"See {OBJECT}",
         "[" * 500 + "]" * 500,
+        f"[{'a.' * 1500}a(x=1)]",
         '{"a": ' * 5000 + "}" * 5000,
     ],
 )
@@ -124,6 +125,7 @@ def test_an_answer_that_calls_nothing_stays_as_it_is(text: str) -> None:
         ("<tool_call>[1]</tool_call>", "not a JSON object"),
         ("[TOOL_CALLS]", "no name"),
         ("<tool_call>" + "[" * 9999, "nested too deep"),
+        ('A 5" pipe: <tool_call>' + "[" * 9999, "not valid JSON"),
         ("<|channel|>commentary to=functions.rm<|message|>{}<|call|>", "was not offered"),
     ],
 )
@@ -131,6 +133,38 @@ def test_a_marked_call_that_cannot_be_read_is_complained_of(text: str, complaint
     found = take_apart(text, tools=TOOLS)
     assert complaint in found.complaint
     assert not found.tool_calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nZür",
+        "<tool_call><function=now>",
+        "<function=get_weather><parameter=city>Zürich</parameter>",
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Zür",
+        "<tool_call>now",
+    ],
+)
+def test_a_call_that_is_cut_off_is_none_where_its_form_does_not_tell(text: str) -> None:
+    assert take_apart(text, tools=TOOLS).tool_calls, "whole, as far as anybody can see"
+    found = take_apart(text, tools=TOOLS, is_cut=True)
+    assert (found.tool_calls, found.complaint) == ((), "a tool call has no end")
+
+
+@pytest.mark.parametrize("text", ONE_CALL.values(), ids=ONE_CALL)
+def test_a_call_that_is_whole_stays_one_when_tokens_ran_out_behind_it(text: str) -> None:
+    if "without its end" not in text:
+        assert take_apart(text, tools=TOOLS, is_cut=True) == take_apart(text, tools=TOOLS)
+
+
+def test_the_end_of_a_thought_in_an_argument_ends_no_thought() -> None:
+    call = ToolCall("get_weather", json.dumps({"city": "a</think>b"}))
+    for text in (
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "a</think>b"}}</tool_call>',
+        '{"name": "get_weather", "arguments": {"city": "a</think>b"}}',
+    ):
+        found = take_apart(text, tools=TOOLS)
+        assert (found.tool_calls, found.reasoning) == ((call,), None)
 
 
 def test_without_tools_nothing_is_looked_for() -> None:

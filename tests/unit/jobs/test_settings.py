@@ -246,6 +246,14 @@ def test_other_addresses_need_a_key() -> None:
     load(server__host="0.0.0.0", api_key="k").check_serving()  # noqa: S104  the point of the test
 
 
+@pytest.mark.parametrize("key", ["", "  "])
+def test_an_empty_key_is_none(key: str) -> None:
+    settings = load(server__host="0.0.0.0", api_key=key)  # noqa: S104  the point of the test
+    assert settings.api_key is None
+    with pytest.raises(InvalidInput):
+        settings.check_serving()
+
+
 def test_catalogue_lists_the_demo_model_first() -> None:
     models = load(models={"mine": {"source": "a/b"}}).models
     assert list(models) == ["demo", "simulated", "mine"]

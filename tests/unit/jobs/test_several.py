@@ -11,7 +11,8 @@ from jobs.audit import audit
 from jobs.domain.batch import Batch, BatchStatus, LineProblem
 from jobs.domain.mixed import MIXED
 from jobs.domain.pooling import EMBEDDINGS
-from jobs.domain.request import CHAT, COMPLETIONS, Capabilities
+from jobs.domain.request import CHAT, COMPLETIONS, TEXT_ENDPOINTS, Capabilities
+from jobs.domain.responses import RESPONSES
 from jobs.domain.shard import MIXED_FORMAT, UnitKind, UnitState
 from storage import batches, shards, units
 from storage.jsonl import read_requests
@@ -26,7 +27,7 @@ EMBEDDER = "embedder"
 def describe_all(name: str) -> Capabilities:
     """Return what two models that chat can do, one that embeds, and any named model-N."""
     found = describe(MODEL if name == EMBEDDER or name.startswith("model-") else name)
-    endpoints = (EMBEDDINGS,) if name == EMBEDDER else (CHAT, COMPLETIONS)
+    endpoints = (EMBEDDINGS,) if name == EMBEDDER else TEXT_ENDPOINTS
     return msgspec.structs.replace(found, model=name, endpoints=endpoints)
 
 
@@ -251,6 +252,26 @@ def test_answers_are_written_as_the_url_of_their_line_wants_them(bench: Bench) -
     assert chat["choices"][0]["message"]["content"] == "re: hello"
     assert text["object"] == "text_completion"
     assert "text" in text["choices"][0]
+
+
+def test_a_chat_and_a_response_that_ask_for_the_same_are_answered_each_in_its_form(
+    bench: Bench,
+) -> None:
+    asked = {"model": MODEL, "temperature": 0}
+    chats = [
+        line_for(CHAT, name, {**asked, "messages": [{"role": "user", "content": "hello"}]})
+        for name in ("a", "c")
+    ]
+    response = line_for(RESPONSES, "b", {**asked, "input": "hello"})
+    batch = plan(bench, [chats[0], response, chats[1]], endpoint=MIXED)
+    assert batch.status is BatchStatus.IN_PROGRESS, batch.errors
+    engine = ScriptedEngine()
+    with Worker(bench, engine) as worker:
+        worker.result()
+    assert engine.asked == ["hello", "hello"], "the two chats are one"
+    bodies = [line["response"]["body"] for line in bench.output_of(bench.finalize())]
+    kinds = [body["object"] for body in bodies]
+    assert kinds == ["chat.completion", "response", "chat.completion"]
 
 
 @pytest.mark.parametrize(

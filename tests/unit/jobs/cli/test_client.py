@@ -1,4 +1,6 @@
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -241,3 +243,29 @@ def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(InvalidInput, match="cannot be written"):
         write_atomically(tmp_path / "no" / "out", [b""])
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        assert write_atomically(pipe, [b"af", b"ter"]) == 5
+        assert read.result(timeout=30) == b"after"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+    assert write_atomically(Path(os.devnull), [b"x"]) == 1
+    assert Path(os.devnull).is_char_device()
+
+
+def test_no_message_shows_the_password_of_an_address() -> None:
+    server = Server(problem(500))
+    with (
+        Client(
+            "http://me:secret@test", patience_seconds=0, transport=server, on_retry=lambda _: None
+        ) as client,
+        pytest.raises(ServerUnavailable) as caught,
+    ):
+        client.get_batch("b")
+    assert "http://test" in caught.value.message
+    assert "secret" not in caught.value.message

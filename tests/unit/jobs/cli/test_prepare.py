@@ -378,3 +378,22 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
         )
         peaks.append(int(done.stdout))
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_a_line_of_just_the_largest_size_is_held_as_well(tmp_path: Path) -> None:
+    line = request_line()
+    path = write(tmp_path, "in.jsonl", line + b"\n" + line + b" \n")
+    first, second = prepare(path, constraint=SCHEMA, max_line_bytes=len(line)).splitlines()
+    assert b"json_schema" in first
+    assert second.strip() == line, "planning says that it is too long"
+    table = write(tmp_path, "in.csv", "x\n" + "1" * 50 + "\n")
+    assert prepare(table, prompt="{x}", max_line_bytes=50)
+
+
+def test_a_long_first_line_says_which_endpoint_its_file_is_for(tmp_path: Path) -> None:
+    body = {"model": "m", "input": "x" * (3 << 20)}
+    line = {"custom_id": "a", "method": "POST", "url": RESPONSES, "body": body}
+    path = write(tmp_path, "in.jsonl", b"\n" * 100_000 + json.dumps(line).encode() + b"\n")
+    with Source.open(path) as source:
+        assert source.endpoint == RESPONSES
+        assert not source.is_records

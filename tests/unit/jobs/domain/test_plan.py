@@ -4,13 +4,18 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.checks import CustomIds
+from jobs.domain.errors import BlobStoreUnavailable
 from jobs.domain.plan import MAX_FOLLOWERS, Columns, RunOrder, order
+from storage.reorder import Reorder
 from storage.spill import Spill
 
 SHARED = 1200
@@ -302,3 +307,15 @@ def test_a_template_that_nobody_knows_counts_as_long_as_any() -> None:
     columns = templates_in_turns(*"abc" * 4)
     found = order(columns, by_prefix=False, learned=known_of(columns, a=2000, b=10))
     assert [number % 3 == 1 for number in sequence(found)] == [False] * 8 + [True] * 4
+
+
+def test_a_temporary_folder_that_is_not_there_may_be_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(BlobStoreUnavailable, match="set TMPDIR"):
+        Spill()
+    with closing(CustomIds(spill_bytes=16)) as ids, pytest.raises(BlobStoreUnavailable):
+        ids.add("a")
+    with Reorder(num_ranks=1, num_bytes=1) as sorting, pytest.raises(BlobStoreUnavailable):
+        sorting.add(0, 0, b"x" * (9 << 20))
