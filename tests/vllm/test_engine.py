@@ -99,7 +99,9 @@ def test_constraints_that_cannot_be_kept_are_validated_and_the_engine_lives(
 ) -> None:
     unique = {
         "type": "object",
-        "properties": {"tags": {"type": "array", "items": {"enum": ["a"]}, "uniqueItems": True}},
+        "properties": {
+            "tags": {"type": "array", "items": {"enum": ["a"]}, "uniqueItems": True, "maxItems": 4}
+        },
         "required": ["tags"],
         "additionalProperties": False,
     }
