@@ -366,7 +366,7 @@ def validate(constraint: Constraint, text: str) -> str | None:
         return "it is not valid JSON"
     try:
         return _validate_value(constraint, value)
-    except (ValueError, RecursionError):  # the library goes down no deeper than some 250 levels
+    except (ValueError, RecursionError):  # it compares with `enum` down to 255 levels
         return "it is nested too deeply"
 
 

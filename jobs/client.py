@@ -22,6 +22,7 @@ import msgspec
 import stamina
 import xxhash
 
+from engine.openai_api import shown_url
 from jobs.client_types import Batch, File, Model, Worker
 from jobs.domain.errors import BatchctlError, Conflict, InvalidInput, NotFound
 from jobs.places import is_special
@@ -142,8 +143,6 @@ class Client:
             InvalidInput: `base_url` is not a URL.
         """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        # For messages: without a user and a password.
-        self._shown_url = re.sub(r"(?<=://)[^/?#]*@", "", self.base_url)
         self._patience_seconds = patience_seconds
         self._on_retry = on_retry
         self._answered = False
@@ -157,6 +156,7 @@ class Client:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
             host = urlsplit(self.base_url).hostname
+            self._shown_url = shown_url(self.base_url)
             self._http = httpx2.Client(
                 base_url=f"{self.base_url}/v1/",
                 headers=headers,

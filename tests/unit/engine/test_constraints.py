@@ -343,9 +343,7 @@ def test_matcher_that_gives_up_lets_everything_pass_and_says_so(
     assert not matcher.is_finished()
 
 
-@pytest.mark.parametrize("value", [{"type": "array"}, {}, an_object({"a": {}})])
-def test_an_answer_that_is_deeper_than_the_library_goes_is_told_as_such(value: object) -> None:
-    deep = "[" * 400 + "]" * 400
-    text = deep if value != an_object({"a": {}}) else f'{{"a":{deep}}}'
-    reason = validate(schema(value), text)
-    assert reason in {None, "it is nested too deeply"}
+def test_an_answer_that_is_deeper_than_the_library_compares_is_told_as_such() -> None:
+    deep = "[" * 300 + "]" * 300
+    assert validate(schema({"type": "array"}), deep) is None
+    assert validate(schema({"enum": [1, [2]]}), deep) == "it is nested too deeply"
